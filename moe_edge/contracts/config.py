@@ -1,0 +1,155 @@
+"""The build configuration: a closed, frozen tree of pydantic models with defaults; every key documented with its unit.
+
+Precedence: defaults < target file < config file < `--set a.b=c` < command-line flags. Reading YAML, merging the layers and
+turning validation errors into messages with lines and suggestions is in contracts/config_io.py.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from moe_edge.contracts.target import Target
+
+CONFIG_SCHEMA = "moe-edge/config@1"
+_CLOSED = ConfigDict(extra="forbid", frozen=True)
+
+Loss = Literal["ce", "kl", "cka"]
+
+
+class TeacherConfig(BaseModel):
+    model_config = _CLOSED
+    path: str | None = Field(None, description="folder or hub id; null = the demo teacher")
+    revision: str | None = Field(None, description="hub revision")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on CUDA")
+
+
+class CalibrationConfig(BaseModel):
+    model_config = _CLOSED
+    recipe: str = Field("default", description="a recipe's name, or a path: .yaml a recipe, .jsonl rows, else UTF-8 text")
+    tokens: int = Field(65536, gt=0, description="tokens of the profile pass")
+    sequence_length: int = Field(512, ge=8, description="tokens per row")
+    seed: int = 0
+
+
+class LogitCacheConfig(BaseModel):
+    model_config = _CLOSED
+    k: int = Field(32, ge=1, description="teacher log-probabilities kept per token")
+    temperatures: list[float] = Field([1, 1.5, 2, 3, 4], description="temperatures with an exact tail mass")
+
+
+class ProfileConfig(BaseModel):
+    model_config = _CLOSED
+    mode: Literal["auto", "whole", "layerwise"] = "auto"
+    cka_tokens: int = Field(8192, ge=0, description="tokens that run through every expert for CKA; 0 = no CKA")
+    logits: LogitCacheConfig = LogitCacheConfig()
+
+
+class PlanConfig(BaseModel):
+    model_config = _CLOSED
+    criterion: str = Field("auto", description="auto, or one criterion; auto scores every criterion by masked KL")
+    action: Literal["drop"] = "drop"
+    experts: int | float | Literal["auto"] = Field("auto", description="auto | experts kept per layer | fraction kept")
+    top_k: int | Literal["keep"] = "keep"
+    bits: str = Field("auto", description="auto | a GGUF recipe such as Q4_K_M")
+    tokens: int = Field(4096, gt=0, description="calibration tokens on which a choice's masked KL is measured")
+    max_kl_nats: float | None = Field(None, gt=0, description="refuse a plan whose masked KL exceeds this")
+    force: bool = Field(False, description="accept a plan beyond max_kl_nats")
+    seed: int = Field(0, description="seed of the criterion 'random'")
+
+
+class LrMultiplier(BaseModel):
+    model_config = _CLOSED
+    pattern: str = Field(description="regular expression, searched in the parameter's name; the first match wins")
+    lr_multiplier: float = Field(ge=0, description="0 = frozen and not in the optimizer")
+
+
+class StageConfig(BaseModel):
+    """One stage of training. Exactly one of share, steps, num_epochs says how long it lasts."""
+
+    model_config = _CLOSED
+    stage_name: str
+    losses: dict[Loss, float] = Field(
+        {"ce": 1.0, "kl": 1.0, "cka": 0.05},
+        description="weights: (1-alpha)*ce*CE + alpha*kl*T^2*KL + cka*(1-CKA); 0 or absent = off",
+    )
+    share: float | None = Field(None, gt=0, le=1, description="share of distill.tokens")
+    steps: int | None = Field(None, gt=0)
+    num_epochs: float | None = Field(None, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the stage's steps with rising learning rate")
+    parameter_lr_multipliers: list[LrMultiplier] = [LrMultiplier(pattern=".*", lr_multiplier=1.0)]
+
+
+_EXPERTS_FIRST = [
+    LrMultiplier(pattern=r"\.experts\.|\.shared_expert\.|mlp\.gate\.|shared_expert_gate", lr_multiplier=1.0),
+    LrMultiplier(pattern=".*", lr_multiplier=0.0),
+]
+
+
+class DistillConfig(BaseModel):
+    model_config = _CLOSED
+    data: str = Field("calibration", description="calibration | a path")
+    tokens: int = Field(65536, gt=0, description="tokens over all stages")
+    alpha: float = Field(0.5, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")
+    temperature: float = Field(2, gt=0)
+    batch_rows: int = Field(4, ge=1, description="rows per optimizer step")
+    stages: list[StageConfig] = [
+        StageConfig(stage_name="experts", share=0.5, parameter_lr_multipliers=_EXPERTS_FIRST),
+        StageConfig(stage_name="all", share=0.5, learning_rate=1e-4),
+    ]
+    seed: int = 0
+
+
+class GgufConfig(BaseModel):
+    model_config = _CLOSED
+    types: list[str] | Literal["auto"] = Field("auto", description="auto | recipes such as [F16, Q4_K_M]")
+    pre_tokenizer: str | None = Field(None, description="override of tokenizer.ggml.pre")
+
+
+class OnnxConfig(BaseModel):
+    model_config = _CLOSED
+    precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
+    block_size: Literal[32, 64, 128] = Field(32, description="weights that share one scale")
+
+
+class ExportConfig(BaseModel):
+    model_config = _CLOSED
+    formats: list[Literal["gguf", "onnx"]] | Literal["auto"] = "auto"
+    gguf: GgufConfig = GgufConfig()
+    onnx: OnnxConfig = OnnxConfig()
+
+
+class ValidateConfig(BaseModel):
+    model_config = _CLOSED
+    device: str = Field("local", description="local | ssh://user@host[:port] | adb:SERIAL")
+    text: str = Field("default", description="default (the held-out split) or a path")
+    tokens: int = Field(4096, gt=0, description="held-out tokens of the quality judge")
+    prompt_tokens: int = Field(128, gt=0)
+    new_tokens: int = Field(64, gt=1)
+    repetitions: int = Field(5, ge=1, description="measured runs after one full warm-up")
+
+
+class BuildConfig(BaseModel):
+    """The resolved configuration of a build."""
+
+    model_config = _CLOSED
+    schema_: Literal["moe-edge/config@1"] = Field(CONFIG_SCHEMA, alias="schema")
+    teacher: TeacherConfig = TeacherConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    profile: ProfileConfig = ProfileConfig()
+    plan: PlanConfig = PlanConfig()
+    distill: DistillConfig = DistillConfig()
+    export: ExportConfig = ExportConfig()
+    validate_: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    target: Target
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_is_merged(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("target must be the merged target, use --target NAME")
+        return value
+
+    def section(self, name: str) -> dict[str, Any]:
+        """One section as plain data, for manifests and keys."""
+        return self.model_dump(mode="json", by_alias=True)[name]

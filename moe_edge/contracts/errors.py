@@ -1,0 +1,66 @@
+"""The errors a user can meet, each with the exit code of the command line.
+
+An error says what went wrong, where, why, and which command to run next; `str(error)` is the whole message. Anything that
+is not a MoeEdgeError is a bug in moe-edge and leaves with exit code 1.
+"""
+
+
+class MoeEdgeError(Exception):
+    """Base of all errors that are reported to the user without a traceback."""
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, where: str | None = None, why: str | None = None, next_command: str | None = None
+    ) -> None:
+        self.what, self.where, self.why, self.next_command = what, where, why, next_command
+        parts = [what]
+        if where:
+            parts.append(f"  where: {where}")
+        if why:
+            parts.append(f"  why:   {why}")
+        if next_command:
+            parts.append(f"  next:  {next_command}")
+        super().__init__("\n".join(parts))
+
+
+class ConfigError(MoeEdgeError):
+    """Wrong usage or configuration: an unknown key or target, a missing folder, an impossible value."""
+
+    exit_code = 2
+
+
+class InfeasibleError(MoeEdgeError):
+    """No plan meets the target's budget."""
+
+    exit_code = 3
+
+
+class InputRejected(MoeEdgeError):
+    """The input is corrupt, unsafe or unsupported."""
+
+    exit_code = 4
+
+
+class EnvironmentProblem(MoeEdgeError):
+    """A missing dependency, or an output folder that another build holds."""
+
+    exit_code = 5
+
+
+class ResourceProblem(MoeEdgeError):
+    """Not enough disk or memory."""
+
+    exit_code = 6
+
+
+class DeviceProblem(MoeEdgeError):
+    """A device or its transport failed."""
+
+    exit_code = 7
+
+
+class GateFailed(MoeEdgeError):
+    """The build finished, but an artifact missed a quality or speed gate."""
+
+    exit_code = 10
