@@ -1,0 +1,250 @@
+"""One build from the user's words to a verdict: settle the configuration, refuse early, run the pipeline, write the report.
+
+The command line is a thin layer over these functions; a notebook can call them too.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from moe_edge import pipeline
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.config_io import read_yaml, resolve_config
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.manifest import Manifest, read_manifest
+from moe_edge.contracts.targets_io import read_target
+from moe_edge.storage.checkpoint import CheckpointHeaders, checkpoint_digest, inspect_checkpoint
+from moe_edge.storage.delivery import deliver, write_run_manifest
+from moe_edge.storage.files import sha256_file, write_text_atomic
+from moe_edge.storage.folders import changed_files
+
+log = logging.getLogger(__name__)
+DISK_FACTOR = 6.0  # student + F16 + fp32 graph + quantized files, as a multiple of the teacher's bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as flags."""
+
+    target: str
+    teacher: str | None = None
+    config: Path | None = None
+    out: Path | None = None
+    device: str | None = None
+    settings: Sequence[str] = ()
+
+
+def resolve(request: Request) -> BuildConfig:
+    """The resolved configuration of a request.
+
+    Raises:
+        ConfigError: an unknown target or key, or an impossible value.
+    """
+    flags: dict[str, Any] = {}
+    if request.teacher is not None:
+        flags["teacher"] = {"path": request.teacher}
+    if request.device is not None:
+        flags["validate"] = {"device": request.device}
+    file = read_yaml(request.config) if request.config else None
+    return resolve_config(read_target(request.target), file, list(request.settings), flags)
+
+
+def find_teacher(config: BuildConfig) -> Path:
+    """The teacher's folder: the given one, a downloaded one, or the demo teacher."""
+    if config.teacher.path is None:
+        from moe_edge.demo import demo_teacher_path
+
+        return demo_teacher_path()
+    from moe_edge.families.loading import resolve_teacher
+
+    return resolve_teacher(config.teacher.path, config.teacher.revision)
+
+
+def output_folder(request: Request, config: BuildConfig) -> Path:
+    """--out, or runs/<teacher>-<target>."""
+    if request.out is not None:
+        return request.out
+    name = Path(config.teacher.path).name if config.teacher.path else "demo-teacher"
+    return Path("runs") / f"{name}-{config.target.name}"
+
+
+def inspect_teacher(config: BuildConfig) -> tuple[Path, CheckpointHeaders]:
+    """The teacher's folder and headers; every refusal that needs no weights happens here."""
+    teacher = find_teacher(config)
+    headers = inspect_checkpoint(teacher)
+    from moe_edge.families import family_of
+
+    family_of(headers.config).tensors(headers.config, headers.tensors)
+    return teacher, headers
+
+
+def dry_run(request: Request) -> dict[str, Any]:
+    """What fits, what it costs and why, from config.json and the safetensors headers (and a profile if one exists)."""
+    from moe_edge.stages.plan import dry_run as options
+
+    config = resolve(request)
+    _, headers = inspect_teacher(config)
+    profile = output_folder(request, config) / "profile"
+    return options(headers, config, profile if read_manifest(profile) else None)
+
+
+def build(
+    request: Request, *, start: str | None = None, until: str | None = None, fresh: bool = False
+) -> tuple[Path, dict[str, Any] | None, dict[str, bool]]:
+    """Run a build; returns its folder, the report (None when stopped before the end) and which stages were reused."""
+    config = resolve(request)
+    teacher, headers = inspect_teacher(config)
+    _refuse_infeasible(headers, config)
+    out = output_folder(request, config)
+    with pipeline.locked(out):
+        if fresh or not (out / "manifest.json").exists():
+            pipeline.check_disk(out, int(DISK_FACTOR * headers.total_bytes))
+        state = pipeline.Build(
+            config, teacher, checkpoint_digest(teacher), out, named_files=named_files(config), fresh=fresh
+        )
+        pipeline.run_stages(state, start, until)
+        if until is not None and until != pipeline.STAGE_NAMES[-1]:
+            return out, None, state.cached
+        return out, finish(state), state.cached
+
+
+def _refuse_infeasible(headers: CheckpointHeaders, config: BuildConfig) -> None:
+    from moe_edge.compression.allocation import header_plan
+
+    header_plan(headers, config)
+
+
+def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
+    """Per stage the digests of the texts that its settings name, so that editing one is noticed."""
+    from moe_edge.profiling.recipes import heldout_file, load_recipe
+
+    recipe = load_recipe(config.calibration.recipe)
+    calibration = {source.path: sha256_file(recipe.folder / source.path) for source in recipe.recipe.sources}
+    heldout = heldout_file(config.validate_.text)
+    if not heldout.is_file():
+        raise ConfigError("no such text file", where=f"validate.text: {heldout}")
+    return {"profile": calibration, "validate": {heldout.name: sha256_file(heldout)}}
+
+
+def finish(state: pipeline.Build) -> dict[str, Any]:
+    """Report and manifest of a complete build; untouched when every stage was reused and all is still there."""
+    report_path, kept = state.out / "report.json", read_manifest(state.out)
+    if all(state.cached.values()) and kept is not None and not changed_files(state.out, kept.files):
+        if kept.inputs == _digests(state):
+            report: dict[str, Any] = json.loads(report_path.read_text())
+            return report
+    return _write_results(state)
+
+
+def _digests(state: pipeline.Build) -> dict[str, str]:
+    return {"teacher": state.teacher_digest} | {name: manifest.digest for name, manifest in state.done.items()}
+
+
+def _write_results(state: pipeline.Build) -> dict[str, Any]:
+    from moe_edge.stages.report import write_report
+
+    resolved = state.config.model_dump(mode="json", by_alias=True)
+    write_text_atomic(state.out / "config.yaml", _as_yaml(resolved))
+    report = write_report(
+        state.out, [_stage_row(name, manifest, state.cached[name]) for name, manifest in state.done.items()], state.config,
+        _describe(state.teacher), _describe(state.out / "artifacts" / "hf"),
+        {name: manifest.summary for name, manifest in state.done.items()},
+    )  # fmt: skip
+    versions = {name: text for stage in pipeline.STAGES for name, text in state.versions(stage).items()}
+    write_run_manifest(state.out, resolved, _digests(state), versions)
+    return report
+
+
+def _describe(model: Path) -> dict[str, Any]:
+    from moe_edge.families.counting import describe_model
+
+    return describe_model(inspect_checkpoint(model))
+
+
+def _stage_row(name: str, manifest: Manifest, cached: bool) -> dict[str, Any]:
+    cost = manifest.cost
+    return {
+        "name": name, "cached": cached,
+        "seconds": cost.seconds if cost else 0.0, "peak_rss_mib": cost.peak_rss_mib if cost else None,
+    }  # fmt: skip
+
+
+def _as_yaml(data: Mapping[str, Any]) -> str:
+    stream = StringIO()
+    YAML(typ="safe").dump(dict(data), stream)
+    return stream.getvalue()
+
+
+def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
+    """Export any plain checkpoint as it is: no pruning budget, no training; a cached profile of it lends its imatrix."""
+    from moe_edge.stages.export import export_model, plan_job
+    from moe_edge.storage.cache import cached_profile_of
+    from moe_edge.storage.statistics import Statistics
+
+    config = resolve(request)
+    model, _ = inspect_teacher(config)
+    digest = checkpoint_digest(model)
+    out = output_folder(request, config)
+    types = config.target.quantization
+    cached = cached_profile_of(digest)
+    statistics = Statistics.load(cached[0] / "statistics.safetensors") if cached else None
+    if cached is None:
+        log.warning("no profile of this model is cached: quantizing without an imatrix ('moe-edge profile MODEL' makes one)")
+    with pipeline.locked(out):
+        job = plan_job(
+            config, model, out / "export", main=types.gguf[0], precision=types.onnx, statistics=statistics, kept=None,
+            provenance={"base_digest": digest, "method": "plain export"},
+        )  # fmt: skip
+        summary = export_model(job)
+        deliver(out, model, out / "export")
+        versions = {name: text for stage in pipeline.STAGES for name, text in _versions(stage).items()}
+        write_run_manifest(out, config.model_dump(mode="json", by_alias=True), {"teacher": digest}, versions)
+    return out, summary
+
+
+def _versions(stage: pipeline.Stage) -> dict[str, str]:
+    return {name: pipeline.installed(name) for name in ("torch", "transformers", *stage.packages)}
+
+
+def verify(folder: Path) -> list[str]:
+    """Names of delivered files that are missing or changed.
+
+    Raises:
+        ConfigError: the folder has no manifest.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError("no manifest.json to verify against", where=str(folder), next_command="moe-edge build ...")
+    return changed_files(folder, manifest.files)
+
+
+def rewrite_report(run: Path) -> dict[str, Any]:
+    """Write report.json and report.md again from the stages' manifests.
+
+    Raises:
+        ConfigError: a stage is missing.
+    """
+    from moe_edge.stages.report import write_report
+
+    manifests = {name: read_manifest(run / name) for name in pipeline.STAGE_NAMES}
+    if missing := [name for name, manifest in manifests.items() if manifest is None]:
+        raise ConfigError(
+            "the run is not complete", where=str(run), why=f"no finished stage: {', '.join(missing)}", next_command="moe-edge build ..."
+        )
+    config = BuildConfig.model_validate(read_yaml(run / "config.yaml").data)
+    teacher = _describe(find_teacher(config))
+    done = {name: manifest for name, manifest in manifests.items() if manifest is not None}
+    old = read_manifest(run)
+    report = write_report(
+        run, [_stage_row(name, manifest, True) for name, manifest in done.items()], config, teacher, _describe(run / "artifacts" / "hf"),
+        {name: manifest.summary for name, manifest in done.items()},
+    )  # fmt: skip
+    if old is not None:
+        write_run_manifest(run, old.config, old.inputs, old.versions)
+    return report

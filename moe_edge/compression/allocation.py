@@ -1,0 +1,197 @@
+"""The budget solver: how many experts stay and in which quantization, from headers alone.
+
+All budgets hold together. The walk is fixed and explainable: first the most experts that are allowed, in the target's
+preferred types and anything better; if that does not fit, at least half of the experts in the smallest of those
+types, then in smaller types, then fewer experts. "Do not prune, quantize harder" is always recorded as the
+competitor, and once the masked KL is known the two are compared. The expert count is uniform over layers, because
+llama.cpp's is a scalar.
+
+Units: bytes, nats per token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moe_edge.compression.demand import Demand, demand_of
+from moe_edge.compression.estimate import Packing, decode_bytes
+from moe_edge.compression.headers import ModelHeaders, model_headers
+from moe_edge.compression.options import Option, Space, infeasible, limits_of, options_grid
+from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, advice, refusals
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.units import format_bytes
+from moe_edge.storage.checkpoint import CheckpointHeaders
+
+UNSAFE_DROPPED_SHARE = 0.5
+HARDER_ORDER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")  # best first
+# What a recipe alone costs, KL in nats per token: llama.cpp with an imatrix on a 135 M parameter Qwen2-MoE. A prior for
+# comparing "quantize harder" with dropping experts; larger models lose less at every recipe.
+RECIPE_KL_NATS = {
+    "F32": 0.0, "F16": 0.0, "Q8_0": 0.016, "Q6_K": 0.023, "Q5_K_M": 0.029,
+    "Q4_K_M": 0.063, "Q3_K_M": 0.135, "Q2_K": 0.318,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Feasible:
+    """The solver's answer: a choice that meets every budget, and the other way that lost to it."""
+
+    space: Space
+    demand: Demand
+    choice: Option
+    rival: Option | None  # the competitor
+    rival_lost: str  # why
+    notes: tuple[str, ...]
+
+    @property
+    def model(self) -> ModelHeaders:
+        return self.space.model
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.choice.experts == self.model.spec.moe.experts
+
+    @property
+    def quantization(self) -> str:
+        """The main GGUF recipe; the preferred one where no GGUF is delivered."""
+        return (
+            self.choice.packing.name if self.choice.packing.format == "gguf" else self.space.target.quantization.gguf[0]
+        )
+
+    @property
+    def onnx_precision(self) -> str:
+        return self.choice.packing.name if self.choice.packing.format == "onnx" else self.demand.onnx_precision
+
+    @property
+    def competitor(self) -> str | None:
+        return None if self.rival is None else f"{describe(self.rival, self.model)}: {self.rival_lost}"
+
+
+def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> Feasible:
+    """Solve the budget from headers alone, in about a second.
+
+    Raises:
+        ConfigError: impossible wishes (top-k above the kept experts, an unknown type).
+        InfeasibleError: nothing fits; the message has the nearest options.
+        InputRejected: unsupported model, or one that a demanded format cannot represent.
+    """
+    model = model_headers(headers)
+    demand = demand_of(model.spec, config)
+    _refuse_unexportable(model, demand)
+    space = Space(model, config.target, demand.top_k, limits_of(config.target))
+    choice = next((option for option in _walk(space, demand) if option.fits), None)
+    if choice is None:
+        counts = range(demand.top_k, model.spec.moe.experts + 1)
+        others = options_grid(space, counts, [Packing("gguf", name) for name in HARDER_ORDER])
+        raise infeasible(space, list(_walk(space, demand)), others)
+    rival = _rival(space, demand, choice)
+    lost = "" if rival is None else _why_lost(rival, demand)
+    return Feasible(space, demand, choice, rival, lost, tuple(_notes(space, demand, choice)))
+
+
+def _refuse_unexportable(model: ModelHeaders, demand: Demand) -> None:
+    for name in demand.formats:
+        reasons = refusals(RUNTIME_OF_FORMAT[name], model.spec)
+        if reasons:
+            other = [other for other in demand.formats if other != name] or ["onnx" if name == "gguf" else "gguf"]
+            raise InputRejected(
+                f"{name} cannot represent this model",
+                where=f"{model.spec.family}, export.formats",
+                why="; ".join(reasons),
+                next_command=f"--set export.formats=[{other[0]}]",
+            )
+
+
+def _walk(space: Space, demand: Demand) -> Iterator[Option]:
+    """Options in the order of preference."""
+    half = max(demand.fewest, min(demand.most, -(-space.model.spec.moe.experts // 2)))
+    for packing in demand.preferred:
+        yield space.option(demand.most, packing)
+    smallest = min(demand.preferred, key=lambda packing: space.option(demand.most, packing).estimate.file_bytes)
+    ladder = (smallest, *demand.smaller)
+    for fewest, most in ((half, demand.most), (demand.fewest, half - 1)):
+        for packing in ladder:
+            for experts in range(most, fewest - 1, -1):
+                yield space.option(experts, packing)
+
+
+def _rival(space: Space, demand: Demand, choice: Option) -> Option | None:
+    """Keep every expert at the best recipe that is no larger than the budget allows (or than the choice is)."""
+    total = space.model.spec.moe.experts
+    if choice.experts == total or choice.packing.format != "gguf":
+        return None
+    ceiling = space.limits.weights_bytes or choice.estimate.file_bytes
+    recipes = [Packing("gguf", name) for name in HARDER_ORDER if name != choice.packing.name]
+    options = [space.option(total, packing) for packing in recipes]
+    return next((option for option in options if option.estimate.file_bytes <= ceiling), options[-1])
+
+
+def _why_lost(rival: Option, demand: Demand) -> str:
+    if demand.why_fewer is not None:
+        return f"not allowed, {demand.why_fewer}"
+    if not rival.fits:
+        return f"does not fit, {'; '.join(rival.broken)}"
+    return "below the quality floor; the masked KL decides once the profile exists"
+
+
+def settle(feasible: Feasible, masked_kl_nats: float) -> Feasible:
+    """Compare the pruned choice with quantizing harder, now that the cost of pruning has been measured.
+
+    The rival wins only where it is allowed, fits, and its expected KL is lower than the masked KL plus what the
+    choice's own recipe is expected to cost. Recovery by distillation is not counted, because it has not been measured
+    yet.
+    """
+    choice, rival = feasible.choice, feasible.rival
+    if rival is None or any(option.packing.name not in RECIPE_KL_NATS for option in (choice, rival)):
+        return feasible
+    ours, theirs = masked_kl_nats + RECIPE_KL_NATS[choice.packing.name], RECIPE_KL_NATS[rival.packing.name]
+    numbers = (
+        f"expected KL {theirs:.3f} nats, against {ours:.3f} before recovery for {describe(choice, feasible.model)}"
+    )
+    if feasible.demand.why_fewer is None and rival.fits and theirs < ours:
+        lost = f"expected KL {ours:.3f} nats before recovery, against {theirs:.3f}"
+        notes = tuple(_notes(feasible.space, feasible.demand, rival))
+        return replace(feasible, choice=rival, rival=choice, rival_lost=lost, notes=notes)
+    if theirs < ours:
+        note = f"Quantizing all experts harder would lose less here ({numbers}), but: {feasible.rival_lost}."
+        return replace(feasible, rival_lost=f"{feasible.rival_lost} ({numbers})", notes=(*feasible.notes, note))
+    reason = feasible.rival_lost if feasible.demand.why_fewer or not rival.fits else "loses more"
+    return replace(feasible, rival_lost=f"{reason} ({numbers})")
+
+
+def describe(option: Option, model: ModelHeaders) -> str:
+    """'10 of 16 experts at Q4_K_M (134.2 MiB)'."""
+    size = format_bytes(option.estimate.file_bytes)
+    return f"{option.experts} of {model.spec.moe.experts} experts at {option.packing.name} ({size})"
+
+
+def shown_options(feasible: Feasible) -> list[Option]:
+    """The table of a dry run: a few expert counts times the usual types."""
+    total, demand = feasible.model.spec.moe.experts, feasible.demand
+    counts = {total, total * 3 // 4, total * 5 // 8, total // 2, demand.most, feasible.choice.experts}
+    packings = list(dict.fromkeys([*demand.preferred, *demand.smaller]))
+    shown = [packing for packing in packings if packing.name not in ("F32", "F16")] or packings
+    return options_grid(feasible.space, [count for count in counts if count >= demand.top_k], shown)
+
+
+def _notes(space: Space, demand: Demand, choice: Option) -> Iterator[str]:
+    model, total = space.model, space.model.spec.moe.experts
+    if choice.experts < total:
+        whole = space.option(total, choice.packing)
+        context = space.target.context_length
+        sizes = [format_bytes(option.estimate.file_bytes) for option in (whole, choice)]
+        read = format_bytes(decode_bytes(model, choice.experts, demand.top_k, choice.packing, context))
+        yield (
+            f"Keeping {choice.experts} of {total} experts shrinks the {choice.packing.name} file from {sizes[0]} to "
+            f"{sizes[1]}. Decoding still reads {read} per token at {context} tokens of context: that falls only with "
+            "top-k or the expert width."
+        )
+    if 1 - choice.experts / total > UNSAFE_DROPPED_SHARE:
+        yield f"Unsafe: {1 - choice.experts / total:.0%} of the experts are dropped; beyond 50 % models often break."
+    if space.target.budget.ttft is not None:
+        yield "target.budget.ttft is not predicted; it is measured by validate."
+    if space.target.budget.decode_tokens_per_s is not None and choice.estimate.decode_tokens_per_s is None:
+        yield "target.budget.decode_tokens_per_s cannot be checked: the target's bandwidth is unknown."
+    on_gpu = space.target.runtime.gpu_layers != 0
+    for name in demand.formats:
+        yield from advice(RUNTIME_OF_FORMAT[name], model.spec, choice.experts, on_gpu)

@@ -1,0 +1,149 @@
+"""What the user and the target ask for, checked and turned into ranges: experts, top-k, formats, quantization types.
+
+Wrong wishes end here with exit code 2 (a configuration that cannot be) or 3 (a budget that cannot be met) before any
+work.
+
+Shape suffix legend: E experts of the teacher.
+"""
+
+from dataclasses import dataclass
+from math import floor
+
+from moe_edge.compression.estimate import ONNX_BITS, Packing
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.errors import ConfigError, InfeasibleError
+from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
+from moe_edge.contracts.spec import ModelSpec
+from moe_edge.contracts.targets_io import did_you_mean
+from moe_edge.formulas.selection import CRITERIA
+
+QUALITY_FLOOR = "Q4_K_M"  # below it, dropping experts competes with fewer bits
+_BEST_FIRST = ("F32", *RECIPE_ORDER[: RECIPE_ORDER.index(QUALITY_FLOOR) + 1])
+_BELOW_FLOOR = RECIPE_ORDER[RECIPE_ORDER.index(QUALITY_FLOOR) + 1 :]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The ranges in which the solver may choose."""
+
+    fewest: int  # experts kept per layer
+    most: int
+    top_k: int
+    why_fewer: str | None  # what forbids keeping all experts, in words
+    formats: tuple[str, ...]
+    preferred: tuple[Packing, ...]  # of the main file, in the order in which they are tried
+    smaller: tuple[Packing, ...]  # below the quality floor, best first
+    onnx_precision: str
+
+
+def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
+    """The ranges for a model under a configuration.
+
+    Raises:
+        ConfigError: impossible top-k, expert count or type, or an unknown criterion.
+        InfeasibleError: the target's share of experts leaves fewer than top-k.
+    """
+    _check_criterion(config.plan.criterion)
+    top_k = _top_k(spec, config)
+    fewest, most, why_fewer = _expert_range(spec, config, top_k)
+    formats = config.target.formats if config.export.formats == "auto" else config.export.formats
+    if not formats:
+        raise ConfigError(
+            "nothing to deliver: export.formats is empty", next_command="--set export.formats=[gguf,onnx]"
+        )
+    chosen = config.export.onnx.precision
+    precision = config.target.quantization.onnx if chosen == "auto" else chosen
+    if "gguf" in formats:
+        preferred, smaller = _gguf_packings(config)
+    else:
+        names = [precision, "int4"] if chosen == "auto" and ONNX_BITS[precision] > ONNX_BITS["int4"] else [precision]
+        preferred, smaller = [Packing("onnx", name, config.export.onnx.block_size) for name in names], []
+    return Demand(fewest, most, top_k, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision)
+
+
+def _check_criterion(name: str) -> None:
+    known = ["auto", *CRITERIA]
+    if name not in known:
+        raise ConfigError(
+            f"unknown criterion '{name}'{did_you_mean(name, known)}",
+            where="plan.criterion",
+            why=f"known: {', '.join(known)}",
+        )
+
+
+def _top_k(spec: ModelSpec, config: BuildConfig) -> int:
+    asked = config.plan.top_k
+    top_k = spec.moe.top_k if asked == "keep" else asked
+    if not 1 <= top_k <= spec.moe.experts:
+        raise ConfigError(
+            f"top-k {top_k} is impossible",
+            where="plan.top_k",
+            why=f"the teacher has {spec.moe.experts} experts per layer",
+        )
+    return top_k
+
+
+def _expert_range(spec: ModelSpec, config: BuildConfig, top_k: int) -> tuple[int, int, str | None]:
+    """(fewest, most, why not all). A count or fraction is meant exactly; a target's share is an upper bound."""
+    total, asked, share = spec.moe.experts, config.plan.experts, config.target.budget.experts
+    if asked == "auto":
+        most = total if share is None else whole_experts(share, total)
+        if most < top_k:
+            raise _share_below_top_k(share or 1.0, total, most, top_k, config)
+        why = None if most == total else f"target.budget.experts keeps at most {100 * share:.4g} % of them"
+        return top_k, most, why
+    count = asked if isinstance(asked, int) else whole_experts(asked, total)
+    if not 1 <= count <= total:
+        raise ConfigError(
+            f"cannot keep {asked} experts",
+            where="plan.experts",
+            why=f"the teacher has {total} per layer; a fraction lies in (0, 1]",
+        )
+    if count < top_k:
+        raise ConfigError(
+            f"top-k {top_k} exceeds the {count} kept experts",
+            where="plan.experts, plan.top_k",
+            why=f"every token is routed to {top_k} experts",
+            next_command=f"--set plan.experts={top_k} or more, or --set plan.top_k={count}",
+        )
+    return count, count, None if count == total else f"plan.experts={asked}"
+
+
+def whole_experts(share: float, total: int) -> int:
+    """The most experts whose share of `total` is at most `share`."""
+    return floor(share * total + 1e-9)
+
+
+def _share_below_top_k(share: float, total: int, most: int, top_k: int, config: BuildConfig) -> Exception:
+    what = f"{100 * share:.4g} % of {total} experts are {most}, and every token is routed to {top_k}"
+    fix = f"--set target.budget.experts={100 * top_k / total:.4g}% (at least), or --set plan.top_k={max(most, 1)}"
+    if config.plan.top_k != "keep":
+        return ConfigError(
+            f"top-k {top_k} exceeds the {most} kept experts", where="plan.top_k", why=what, next_command=fix
+        )
+    return InfeasibleError(
+        "the budget of experts cannot be met", where="target.budget.experts", why=what, next_command=fix
+    )
+
+
+def _gguf_packings(config: BuildConfig) -> tuple[list[Packing], list[Packing]]:
+    """(preferred and everything at least as good as the floor, what is below it)."""
+    bits, wished = config.plan.bits, config.target.quantization.gguf
+    if bits != "auto":
+        return [_gguf(bits, "plan.bits")], []
+    types = config.export.gguf.types
+    if types != "auto":
+        wished = [name for name in wished if name in types] or types
+    preferred = [_gguf(name, "quantization.gguf") for name in wished]
+    others = [Packing("gguf", name) for name in _BEST_FIRST[1:]]
+    good = list(dict.fromkeys([*preferred, *others]))
+    return good, [packing for name in _BELOW_FLOOR if (packing := Packing("gguf", name)) not in good]
+
+
+def _gguf(name: str, where: str) -> Packing:
+    if name not in RECIPES:
+        known = list(RECIPES)
+        raise ConfigError(
+            f"unknown GGUF type '{name}'{did_you_mean(name, known)}", where=where, why=f"known: {', '.join(known)}"
+        )
+    return Packing("gguf", name)

@@ -1,0 +1,145 @@
+"""One option of the planner (how many experts, stored how), judged against every budget, and the table of options.
+
+Units: bytes, tokens per second.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_edge.compression.estimate import Packing, estimate, machine_of
+from moe_edge.compression.headers import ModelHeaders
+from moe_edge.contracts.errors import InfeasibleError
+from moe_edge.contracts.plan import Estimate
+from moe_edge.contracts.target import Target
+from moe_edge.contracts.units import format_bytes
+
+ROWS_WHEN_INFEASIBLE = 6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The absolute budgets; None = not limited."""
+
+    weights_bytes: int | None
+    peak_memory_bytes: int | None
+    decode_tokens_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A point of the search: what it would be, and which budgets it breaks."""
+
+    experts: int
+    packing: Packing
+    estimate: Estimate
+    broken: tuple[str, ...]  # in words; empty = fits
+    excess: float  # the worst ratio of need to budget; at most 1 = fits
+
+    @property
+    def fits(self) -> bool:
+        return not self.broken
+
+    def row(self) -> dict[str, Any]:
+        """For a table or JSON."""
+        return {
+            "experts_kept": self.experts,
+            "format": self.packing.format,
+            "quantization": self.packing.name,
+            "file_bytes": self.estimate.file_bytes,
+            "peak_memory_bytes": self.estimate.peak_memory_bytes,
+            "decode_tokens_per_s": self.estimate.decode_tokens_per_s,
+            "fits": self.fits,
+            "why_not": "; ".join(self.broken) or None,
+        }
+
+
+@dataclass(frozen=True)
+class Space:
+    """A model on a target: turns (experts, packing) into a judged option."""
+
+    model: ModelHeaders
+    target: Target
+    top_k: int
+    limits: Limits
+
+    def option(self, experts: int, packing: Packing) -> Option:
+        expected = estimate(self.model, self.target, experts, self.top_k, packing)
+        checks = [
+            ("the file", expected.file_bytes, self.limits.weights_bytes, "target.budget.weights"),
+            ("peak memory", expected.peak_memory_bytes, self.limits.peak_memory_bytes, "the memory budget"),
+        ]
+        broken = [
+            f"{what} needs {format_bytes(need)}, {name} is {format_bytes(limit)}"
+            for what, need, limit, name in checks
+            if limit is not None and need > limit
+        ]
+        ratios = [need / max(limit, 1) for _, need, limit, _ in checks if limit is not None]
+        speed, least = expected.decode_tokens_per_s, self.limits.decode_tokens_per_s
+        if speed is not None and least is not None:
+            ratios.append(least / speed)
+            if speed < least:
+                broken.append(f"about {speed:.1f} tokens/s, target.budget.decode_tokens_per_s is {least:g}")
+        return Option(experts, packing, expected, tuple(broken), max(ratios, default=0.0))
+
+
+def limits_of(target: Target) -> Limits:
+    """The target's absolute budgets; without a peak-memory budget, what the hardware leaves to one application."""
+    peaks = [size for size in (target.budget.peak_memory, machine_of(target).usable_bytes) if size is not None]
+    return Limits(target.budget.weights, min(peaks, default=None), target.budget.decode_tokens_per_s)
+
+
+def options_grid(space: Space, counts: Sequence[int], packings: Sequence[Packing]) -> list[Option]:
+    """Every combination, most experts first."""
+    return [space.option(count, packing) for count in sorted(set(counts), reverse=True) for packing in packings]
+
+
+def infeasible(space: Space, allowed: Sequence[Option], others: Sequence[Option]) -> InfeasibleError:
+    """The refusal with the nearest options.
+
+    Args:
+        allowed: what the configuration lets the solver choose; none of them fits.
+        others: what it would let choose with other settings; those that fit are named first.
+    """
+    fitting = sorted((option for option in others if option.fits), key=lambda option: -option.estimate.file_bytes)
+    by_packing: dict[Packing, Option] = {}
+    for option in sorted(allowed, key=lambda option: (option.excess, -option.experts)):
+        by_packing.setdefault(option.packing, option)
+    nearest = list(by_packing.values())
+    shown = [*fitting[: ROWS_WHEN_INFEASIBLE // 2], *nearest][:ROWS_WHEN_INFEASIBLE]
+    return InfeasibleError(
+        "no plan meets the target's budget",
+        where=f"target {space.target.name}, estimated from the headers alone",
+        why="the nearest options are:\n" + options_table(shown),
+        next_command=_remedy(space, nearest[0], fitting),
+    )
+
+
+def _remedy(space: Space, nearest: Option, fitting: Sequence[Option]) -> str:
+    if fitting:
+        return f"--set plan.experts={fitting[0].experts} --set plan.bits={fitting[0].packing.name}"
+    need, limits, settings = nearest.estimate, space.limits, []
+    if limits.weights_bytes is not None and need.file_bytes > limits.weights_bytes:
+        settings.append(f"--set target.budget.weights={need.file_bytes}")
+    if limits.peak_memory_bytes is not None and need.peak_memory_bytes > limits.peak_memory_bytes:
+        settings.append(f"--set target.budget.peak_memory={need.peak_memory_bytes} on a device that has it")
+    return " ".join(settings) or "relax target.budget, or lower plan.top_k"
+
+
+def options_table(options: Sequence[Option]) -> str:
+    """Options as aligned text, one per line."""
+    rows = [("experts", "type", "file", "peak memory", "tokens/s", "")]
+    for option in options:
+        speed = option.estimate.decode_tokens_per_s
+        rows.append(
+            (
+                str(option.experts), option.packing.name, format_bytes(option.estimate.file_bytes),
+                format_bytes(option.estimate.peak_memory_bytes), "-" if speed is None else f"{speed:.1f}",
+                "fits" if option.fits else "; ".join(option.broken),
+            )
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "    " + "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()
+        for row in rows
+    )

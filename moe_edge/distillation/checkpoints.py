@@ -1,0 +1,105 @@
+"""Trainer checkpoints that survive kill -9: which one is whole, when to write the next, and the progress on the way.
+
+A checkpoint folder counts only with its marker, which is written after everything else; only then are older ones deleted.
+How often one is written depends on the clock, what is in it does not, so that a resumed run ends with the same bits.
+"""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moe_edge.contracts.errors import MoeEdgeError
+from moe_edge.contracts.progress import track
+
+log = logging.getLogger(__name__)
+MARKER = "complete"
+WEIGHTS = "model.safetensors"
+SAVE_INTERVAL_S = 60.0
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a stage, or None."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{MARKER}")]
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done when the checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into `model`, every one of them.
+
+    Raises:
+        MoeEdgeError: it does not fit the model.
+    """
+    what = "a training checkpoint does not fit the student"
+    try:
+        result = model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
+    except (RuntimeError, OSError) as error:
+        raise MoeEdgeError(what, where=str(checkpoint), why=str(error).splitlines()[0]) from error
+    shared = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in result.missing_keys if name not in shared]
+    if missing or result.unexpected_keys:
+        why = f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
+        raise MoeEdgeError(what, where=str(checkpoint), why=why)
+
+
+class SaveByTheClock(TrainerCallback):
+    """Asks for a checkpoint once a minute and after the last step; keeps only the newest.
+
+    Args:
+        interval_s: 0 saves after every step.
+    """
+
+    def __init__(self, interval_s: float = SAVE_INTERVAL_S) -> None:
+        self._interval_s, self._last_s = interval_s, time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        due = time.monotonic() - self._last_s >= self._interval_s
+        control.should_save = due or state.global_step >= state.max_steps
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir)
+        newest = folder / f"checkpoint-{state.global_step}"
+        (newest / MARKER).touch()
+        for other in folder.glob("checkpoint-*"):
+            if other != newest:
+                shutil.rmtree(other)
+        self._last_s = time.monotonic()
+
+
+class ShowProgress(TrainerCallback):
+    """The product's own progress bar and one log line per step, in place of the Trainer's."""
+
+    def __init__(self, label: str, steps: int) -> None:
+        self._bar = track(range(steps), label, total=steps)
+        self._shown = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        while self._shown < state.global_step:
+            next(self._bar, None)
+            self._shown += 1
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for _ in self._bar:
+            pass
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        logs = kwargs.get("logs") or {}
+        shown = {name: logs[name] for name in ("total_loss", "ce_loss", "kl_loss", "cka_loss") if name in logs}
+        if shown:
+            text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            log.info("step %d/%d: %s", state.global_step, state.max_steps, text)

@@ -1,0 +1,142 @@
+"""Runs the stages in sequence and resumes them: each one is a Trainer run in its own checkpoint folder.
+
+A stage that has finished is recognised by the checkpoint of its last step; then only its weights and its log are read.
+
+Shape suffixes: N rows, S tokens of a row.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerState
+
+import moe_edge.demo.experts_loop as experts_loop
+from moe_edge.contracts.config import DistillConfig
+from moe_edge.distillation.alignment import TeacherLayers, aligned_layers
+from moe_edge.distillation.checkpoints import (
+    SAVE_INTERVAL_S,
+    SaveByTheClock,
+    ShowProgress,
+    latest_checkpoint,
+    load_weights,
+    step_of,
+)
+from moe_edge.distillation.schedule import StageSchedule, micro_rows, multipliers_of
+from moe_edge.distillation.signal import SignalSource
+from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
+from moe_edge.families.taps import decoder_layers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Everything the stages share.
+
+    `interval_s`: seconds between checkpoints.
+    """
+
+    config: DistillConfig
+    ids_NS: np.ndarray
+    signal: SignalSource
+    vocab: int
+    teacher: Path
+    checkpoints: Path
+    interval_s: float = SAVE_INTERVAL_S
+
+    def train(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> list[dict[str, Any]]:
+        """Train `student` in place through all stages; returns one record per stage with its log."""
+        if not torch.cuda.is_available():
+            student.set_experts_implementation(experts_loop.KERNEL_NAME)
+        student.train()
+        records = []
+        for index, schedule in enumerate(schedules):
+            started = time.monotonic()
+            history = self._stage(student, schedule, self.checkpoints / f"{index}-{schedule.name}")
+            tokens = len(schedule.rows) * self.ids_NS.shape[1]
+            seconds = round(time.monotonic() - started, 1)
+            records.append(
+                {"stage": schedule.name, "steps": schedule.steps, "tokens": tokens, "log": history, "seconds": seconds}
+            )
+            gc.collect()
+        student.requires_grad_(True).eval()
+        return records
+
+    def check(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> None:
+        """Raises ConfigError for a stage whose patterns have no effect, before anything is trained."""
+        names = [name for name, _ in student.named_parameters()]
+        for schedule in schedules:
+            multipliers_of(names, schedule.config.parameter_lr_multipliers)
+
+    def _stage(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> list[dict[str, float]]:
+        last = latest_checkpoint(folder)
+        if last is not None and step_of(last) >= schedule.steps:
+            log.info("distill: the stage '%s' is finished", schedule.name)
+            load_weights(student, last)
+            return history_of(last)
+        if last is not None:
+            log.info("distill: resuming '%s' behind step %d of %d", schedule.name, step_of(last), schedule.steps)
+        trainer = self.trainer(student, schedule, folder)
+        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+        return [entry for entry in trainer.state.log_history if "total_loss" in entry]
+
+    def trainer(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> DistillationTrainer:
+        """The Trainer of one stage."""
+        arguments = training_arguments(self.config, schedule, folder, self.ids_NS.shape[1])
+        return DistillationTrainer(
+            model=student,
+            args=arguments,
+            train_dataset=RowDataset(self.ids_NS, schedule.rows),
+            lr_multipliers=schedule.config.parameter_lr_multipliers,
+            signal=self.signal,
+            teacher=self._teacher(student, schedule),
+            vocab=self.vocab,
+            callbacks=[SaveByTheClock(self.interval_s), ShowProgress(f"distill: {schedule.name}", schedule.steps)],
+        )
+
+    def _teacher(self, student: nn.Module, schedule: StageSchedule) -> TeacherLayers | None:
+        if not schedule.config.losses.get("cka"):
+            return None
+        parameter = next(student.parameters())
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return TeacherLayers(self.teacher, aligned_layers(len(decoder_layers(student))), parameter.device, dtype)
+
+
+def training_arguments(
+    config: DistillConfig, schedule: StageSchedule, folder: Path, row_tokens: int
+) -> DistillationTrainingArguments:
+    """The Trainer's settings of one stage: one pass over the stage's rows, warm-up, cosine to zero, float32 on a CPU."""
+    rows = micro_rows(config.batch_rows, row_tokens)
+    cuda = torch.cuda.is_available()
+    return DistillationTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=config.batch_rows // rows,
+        num_train_epochs=1,
+        learning_rate=schedule.config.learning_rate,
+        warmup_steps=schedule.warmup_steps,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        seed=config.seed,
+        use_cpu=not cuda,
+        bf16=cuda,
+        distillation_alpha=config.alpha,
+        distillation_temperature=config.temperature,
+        loss_weights={name: float(weight) for name, weight in schedule.config.losses.items()},
+    )
+
+
+def history_of(checkpoint: Path) -> list[dict[str, float]]:
+    """The loss of every step up to a checkpoint."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return [entry for entry in state.log_history if "total_loss" in entry]

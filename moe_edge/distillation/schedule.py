@@ -1,0 +1,135 @@
+"""What is trained when: the rows held out, the rows of every stage in order, its steps, and each parameter's learning rate.
+
+All of it is decided before the first step and depends on the configuration and the seed alone, so that a resumed run sees the
+rows that the uninterrupted one would have seen. The stages walk on through one endless, seeded order of the training rows: a
+later stage begins where the earlier one stopped.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
+from moe_edge.contracts.errors import ConfigError
+
+log = logging.getLogger(__name__)
+HELD_OUT_SHARE = 0.05
+MICRO_BATCH_TOKENS = 1024  # a micro-batch is two rows where they are short, else one
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """One stage, resolved."""
+
+    name: str
+    rows: list[int]  # row indices, batch after batch; steps x batch_rows of them
+    batch_rows: int
+    warmup_steps: int
+    config: StageConfig
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows) // self.batch_rows
+
+
+def split_rows(rows: int) -> tuple[list[int], list[int]]:
+    """(training rows, held-out rows): the last 5 %, at least one, are never trained on.
+
+    Raises:
+        ConfigError: a single row cannot be split.
+    """
+    if rows < 2:
+        why = f"{rows} calibration row; one is held out to measure the recovery"
+        raise ConfigError("too little calibration text to distill", where="calibration.tokens", why=why)
+    held_out = max(1, round(rows * HELD_OUT_SHARE))
+    return list(range(rows - held_out)), list(range(rows - held_out, rows))
+
+
+def schedule_stages(config: DistillConfig, rows: Sequence[int], row_tokens: int) -> list[StageSchedule]:
+    """Every stage with its rows and steps.
+
+    Raises:
+        ConfigError: a stage says in no way, or in two, how long it lasts; two stages share a name.
+    """
+    names = [stage.stage_name for stage in config.stages]
+    if len(set(names)) < len(names):
+        raise ConfigError("two stages have the same name", where="distill.stages: stage_name", why=", ".join(names))
+    order = _endless(rows, config.seed)
+    schedules = []
+    for stage in config.stages:
+        steps = _steps(stage, config, len(rows), row_tokens)
+        taken = [next(order) for _ in range(steps * config.batch_rows)]
+        warmup = math.ceil(stage.warmup_share * steps)
+        schedules.append(StageSchedule(stage.stage_name, taken, config.batch_rows, warmup, stage))
+    return schedules
+
+
+def _endless(rows: Sequence[int], seed: int) -> Iterator[int]:
+    generator = np.random.default_rng(seed)
+    while True:
+        yield from generator.permutation(rows).tolist()
+
+
+def _steps(stage: StageConfig, config: DistillConfig, rows: int, row_tokens: int) -> int:
+    lengths = {"share": stage.share, "steps": stage.steps, "num_epochs": stage.num_epochs}
+    given = [name for name, value in lengths.items() if value is not None]
+    if len(given) != 1:
+        why = f"give exactly one of share, steps and num_epochs; given: {', '.join(given) or 'none'}"
+        raise ConfigError(f"how long does the stage '{stage.stage_name}' last?", where="distill.stages", why=why)
+    if stage.steps is not None:
+        return stage.steps
+    if stage.num_epochs is not None:
+        return max(1, math.ceil(stage.num_epochs * rows / config.batch_rows))
+    assert stage.share is not None
+    return max(1, round(stage.share * config.tokens / (config.batch_rows * row_tokens)))
+
+
+def micro_rows(batch_rows: int, row_tokens: int) -> int:
+    """Rows per forward pass: two where they fit and divide the batch, else one."""
+    return 2 if batch_rows % 2 == 0 and 2 * row_tokens <= MICRO_BATCH_TOKENS else 1
+
+
+def multipliers_of(names: Sequence[str], multipliers: Sequence[LrMultiplier]) -> dict[str, float]:
+    """{parameter name: learning-rate multiplier}; the first pattern found in a name decides, without one it is 1.
+
+    Raises:
+        ConfigError: a pattern that is no regular expression or decides nothing, or nothing is left to train.
+    """
+    patterns = [(_compiled(row.pattern), row.lr_multiplier) for row in multipliers]
+    decided = [0] * len(patterns)
+    result, unmatched = {}, []
+    for name in names:
+        hit = next((index for index, (pattern, _) in enumerate(patterns) if pattern.search(name)), None)
+        if hit is None:
+            unmatched.append(name)
+        else:
+            decided[hit] += 1
+        result[name] = 1.0 if hit is None else patterns[hit][1]
+    for index, (pattern, _) in enumerate(patterns):
+        if not decided[index]:
+            raise _dead(pattern, names)
+    if unmatched:
+        log.info("no pattern matches %d parameters, which train at the full rate: %s", len(unmatched), unmatched)
+    if not any(result.values()):
+        raise ConfigError("every parameter is frozen", where="distill.stages: parameter_lr_multipliers")
+    return result
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        where = "distill.stages: parameter_lr_multipliers"
+        raise ConfigError(f"'{pattern}' is not a regular expression", where=where, why=str(error)) from error
+
+
+def _dead(pattern: re.Pattern[str], names: Sequence[str]) -> ConfigError:
+    taken = sum(1 for name in names if pattern.search(name))
+    why = f"earlier patterns take all {taken} parameters it matches" if taken else "it matches no parameter"
+    where = "distill.stages: parameter_lr_multipliers"
+    examples = ", ".join(list(names)[:3])
+    return ConfigError(f"the pattern '{pattern.pattern}' has no effect", where=where, why=f"{why}; names are like {examples}")

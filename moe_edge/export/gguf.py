@@ -1,0 +1,168 @@
+"""The GGUF writer: a Hugging Face MoE checkpoint to one float16 .gguf, one tensor in memory at a time.
+
+What: `write_gguf`. Weights become float16, norms, routers and biases float32; the tokenizer is checked against
+transformers before the file gets its name. Why our own: llama.cpp's converter is not on PyPI, writes no output.weight
+for tied Qwen2-MoE (the file does not load), and converts a config whose normalisation it hard-codes otherwise, silently.
+The bytes depend on the checkpoint and the arguments only. Legend: E experts, F expert width, D model width.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFWriter, LlamaFileType
+
+from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.progress import track
+from moe_edge.contracts.quantization import ALWAYS_F32
+from moe_edge.contracts.spec import ModelSpec, TensorEntry
+from moe_edge.export.gguf_layout import (
+    Architecture,
+    check_representable,
+    gguf_name,
+    stored_shape,
+    write_hyperparameters,
+    writes_output_twice,
+)
+from moe_edge.export.gguf_tokenizer import gguf_vocabulary, verify_tokenizer, write_vocabulary
+from moe_edge.families import assemble, family_of
+from moe_edge.runtimes.gguf_header import check_gguf_header
+from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint
+
+__all__ = ["check_gguf_header", "write_gguf"]
+logging.getLogger("gguf").setLevel(logging.WARNING)
+# llama.cpp computes the sigmoid of the shared gate as silu(x) / x, which is 0/0 for a gate that is exactly zero.
+SMALLEST_GATE = 1e-12
+CAST_ELEMENTS = 1 << 22  # converted at once
+MAPPED_BYTES = 128 << 20  # pages of the checkpoint that may stay mapped between two tensors
+_STANDARD_KEYS = {"license": "general.license", "description": "general.description", "author": "general.author"}
+
+
+def write_gguf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    name: str,
+    pre_tokenizer: str | None = None,
+    provenance: dict[str, str] | None = None,
+) -> None:
+    """Write `checkpoint` (a transformers folder) as the float16 GGUF file `out`.
+
+    Args:
+        name: general.name.
+        pre_tokenizer: override of tokenizer.ggml.pre (config key export.gguf.pre_tokenizer).
+        provenance: facts for the metadata; `base_model`, `license`, `author`, `description` get their standard keys,
+            any other key becomes `moe_edge.<key>`.
+
+    Raises:
+        ConfigError: no such folder.
+        InputRejected: corrupt checkpoint, a model that llama.cpp would compute differently, an unknown tokenizer,
+            or weights beyond float16.
+    """
+    headers = inspect_checkpoint(checkpoint)
+    family = family_of(headers.config)
+    spec = family.spec(headers.config)
+    arch = check_representable(spec)
+    entries = _planned(family.tensors(headers.config, headers.tensors), spec)
+    partial = out.with_name(out.name + ".tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writer = GGUFWriter(partial, arch.name)
+    try:
+        _write_metadata(writer, name, provenance or {})
+        write_hyperparameters(writer, spec, arch)
+        write_vocabulary(writer, gguf_vocabulary(checkpoint, spec.vocab, pre_tokenizer))
+        _write_tensors(writer, checkpoint, entries, spec, arch)
+    finally:
+        writer.close()
+    check_gguf_header(partial)
+    verify_tokenizer(partial, checkpoint)
+    os.replace(partial, out)
+
+
+def _planned(entries: list[TensorEntry], spec: ModelSpec) -> list[TensorEntry]:
+    """The entries in file order, with the embedding again as head where the architecture demands an output.weight."""
+    if writes_output_twice(spec):
+        embedding = next(entry for entry in entries if entry.tensor_class == "embedding")
+        return [*entries, replace(embedding, tensor_class="head")]
+    return entries
+
+
+def _write_metadata(writer: GGUFWriter, name: str, provenance: dict[str, str]) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType.MOSTLY_F16)
+    if "base_model" in provenance:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, provenance["base_model"])
+    for key in sorted(provenance.keys() - {"base_model"}):
+        writer.add_string(_STANDARD_KEYS.get(key, f"moe_edge.{key}"), provenance[key])
+
+
+def _write_tensors(
+    writer: GGUFWriter, checkpoint: Path, entries: list[TensorEntry], spec: ModelSpec, arch: Architecture
+) -> None:
+    """The tensor table first, then the numbers, streamed."""
+    for entry in entries:
+        dtype, shape = _dtype(entry), stored_shape(entry)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        writer.add_tensor_info(gguf_name(entry.tensor_class, entry.part, entry.layer), shape, dtype, size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    reader, mapped_bytes = TensorReader(checkpoint), 0
+    for entry in track(entries, "GGUF F16", total=len(entries)):
+        mapped_bytes += sum(reader.headers.tensors[source].bytes for source in entry.sources)
+        if mapped_bytes > MAPPED_BYTES:  # a fresh reader gives the pages of the mapped checkpoint back
+            reader, mapped_bytes = TensorReader(checkpoint), 0
+        writer.write_tensor_data(_converted(entry, reader, spec, arch))
+
+
+def _dtype(entry: TensorEntry) -> np.dtype:
+    return np.dtype(np.float32 if entry.tensor_class in ALWAYS_F32 else np.float16)
+
+
+def _converted(entry: TensorEntry, reader: TensorReader, spec: ModelSpec, arch: Architecture) -> np.ndarray:
+    """One tensor as it lies in the file, shape `stored_shape(entry)`; experts are converted one by one."""
+    out = np.empty(entry.shape, dtype=_dtype(entry))
+    for expert, part in _parts(entry):
+        _fill(out if expert is None else out[expert : expert + 1], assemble(part, reader), part)
+    if arch.permutes_rope and entry.tensor_class in ("attention_q", "attention_k"):
+        out = interleave_rope(out, spec.heads if entry.tensor_class == "attention_q" else spec.kv_heads)
+    if entry.tensor_class == "shared_router" and not out.any():
+        out[:] = SMALLEST_GATE
+    return np.ascontiguousarray(out.reshape(stored_shape(entry)))
+
+
+def _parts(entry: TensorEntry) -> Iterator[tuple[int | None, TensorEntry]]:
+    """The whole entry, or one piece per expert where the checkpoint names experts one by one."""
+    if len(entry.sources) == 1:
+        yield None, entry
+        return
+    for expert, source in enumerate(entry.sources):
+        yield expert, replace(entry, sources=(source,), shape=(1, *entry.shape[1:]))
+
+
+def _fill(out: np.ndarray, tensor: torch.Tensor, entry: TensorEntry) -> None:
+    """Copy `tensor` into `out` in its dtype, some rows at a time, refusing what the dtype cannot hold."""
+    rows = max(1, CAST_ELEMENTS * len(tensor) // tensor.numel())
+    for start in range(0, len(tensor), rows):
+        piece = tensor[start : start + rows]
+        out[start : start + rows] = piece.to(torch.float32 if out.dtype == np.float32 else torch.float16).numpy()
+        if not np.isfinite(out[start : start + rows]).all():
+            finite = bool(torch.isfinite(piece).all())
+            why = "a value exceeds float16's 65504" if finite else "a value is not finite"
+            raise InputRejected("a weight cannot be exported", where=", ".join(entry.sources), why=why)
+
+
+def interleave_rope(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection from transformers' half-split order to llama.cpp's neighbouring pairs.
+
+    Per head, row j of the first half and row j of the second half (the two parts of one rotation) become neighbours.
+    """
+    rows = weight.shape[0] // heads
+    split = weight.reshape(heads, 2, rows // 2, *weight.shape[1:])
+    return split.swapaxes(1, 2).reshape(weight.shape)

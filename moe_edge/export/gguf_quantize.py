@@ -1,0 +1,126 @@
+"""Quantization by libllama with every tensor's type decided here, not by its heuristics.
+
+What: `quantize_gguf`. Why pin: llama.cpp's mixtures look at the number of experts (8 is special), so that "Q4_K_M before and
+after pruning" would not be the same thing; the planner predicts bytes from the same table. The result is read back and
+compared with the table. The bytes depend on source, recipe and imatrix only, not on the number of threads.
+"""
+
+import ctypes
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from llama_cpp import llama_cpp as lib
+
+from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
+from moe_edge.contracts.quantization import RECIPES, pinned_type
+from moe_edge.export.gguf_layout import class_of
+from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, GgufHeader, check_gguf_header
+from moe_edge.runtimes.llama_log import last_errors, quiet_llama
+
+_LOGGER = logging.getLogger(__name__)
+MAX_BUFFER_BYTES = 512 << 20
+# recipe -> llama_ftype: what general.file_type will say
+FILE_TYPES = {
+    "F32": 0, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18,
+}  # fmt: skip
+
+
+def quantize_gguf(
+    src: Path, dst: Path, recipe: str, imatrix: dict[str, np.ndarray] | None, threads: int
+) -> dict[str, str]:
+    """Quantize the float16 GGUF `src` into `dst` under a recipe of contracts/quantization.py.
+
+    Args:
+        imatrix: mean squares per tensor name (`imatrix_arrays`), or None for unweighted quantization.
+
+    Returns:
+        GGUF tensor name -> ggml type, as read back from the finished file.
+
+    Raises:
+        ConfigError: the recipe is unknown.
+        InputRejected: `src` is not a GGUF of ours, an imatrix does not fit it, or llama.cpp refuses it.
+        ResourceProblem: the disk is full.
+    """
+    header = check_gguf_header(src)
+    wanted = pinned_types(header, recipe)
+    _check_imatrix(header, imatrix or {})
+    partial = dst.with_name(dst.name + ".tmp")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(dst.parent, header)
+    if recipe == "F16":
+        shutil.copyfile(src, partial)
+    else:
+        _run(src, partial, recipe, wanted, imatrix or {}, threads)
+    actual = {name: tensor.kind for name, tensor in check_gguf_header(partial).tensors.items()}
+    if actual != wanted:
+        wrong = {name: (wanted.get(name), kind) for name, kind in actual.items() if wanted.get(name) != kind}
+        raise InputRejected("llama.cpp chose other types than the recipe", where=str(partial), why=str(wrong)[:400])
+    os.replace(partial, dst)
+    return actual
+
+
+def pinned_types(header: GgufHeader, recipe: str) -> dict[str, str]:
+    """The type that every tensor of a file gets under a recipe."""
+    if recipe not in RECIPES:
+        raise ConfigError(f"unknown quantization '{recipe}'", why=f"known: {', '.join(RECIPES)}")
+    return {
+        tensor.name: pinned_type(recipe, class_of(tensor.name), tensor.shape[-1]) for tensor in header.tensors.values()
+    }
+
+
+def _check_imatrix(header: GgufHeader, imatrix: dict[str, np.ndarray]) -> None:
+    for name, values in imatrix.items():
+        tensor = header.tensors.get(name)
+        if tensor is None:
+            continue
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        if values.size != experts * tensor.shape[-1] or not np.isfinite(values).all():
+            why = f"expected {experts} x {tensor.shape[-1]} finite values, got {values.size}"
+            raise InputRejected("the importance matrix does not fit the model", where=name, why=why)
+
+
+def _check_disk(folder: Path, header: GgufHeader) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < header.file_bytes:
+        why = f"{free_bytes} bytes are free, up to {header.file_bytes} are needed"
+        raise ResourceProblem("not enough disk for the quantized file", where=str(folder), why=why)
+
+
+def _run(
+    src: Path, dst: Path, recipe: str, wanted: dict[str, str], imatrix: dict[str, np.ndarray], threads: int
+) -> None:
+    params = lib.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.max_buf_size = threads, FILE_TYPES[recipe], MAX_BUFFER_BYTES
+    params.token_embedding_type = GGML_TYPE_IDS[wanted["token_embd.weight"]]
+    if "output.weight" in wanted:
+        params.output_tensor_type = GGML_TYPE_IDS[wanted["output.weight"]]
+    overrides, vectors = _overrides(wanted), {name: np.ascontiguousarray(v, np.float32) for name, v in imatrix.items()}
+    matrix = _imatrix(vectors)
+    params.tt_overrides = overrides
+    if imatrix:
+        params.imatrix = matrix
+    quiet_llama()
+    status = lib.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(params))
+    if status != 0:
+        raise InputRejected(f"llama.cpp could not quantize to {recipe}", where=str(src), why=last_errors())
+
+
+def _overrides(wanted: dict[str, str]) -> ctypes.Array:
+    """One anchored pattern per tensor (std::regex_search, first match wins), ended by an empty row."""
+    rows = (lib.llama_model_tensor_override * (len(wanted) + 1))()
+    for row, (name, kind) in zip(rows, wanted.items(), strict=False):
+        row.pattern, row.type = f"^{re.escape(name)}$".encode(), GGML_TYPE_IDS[kind]
+    return rows
+
+
+def _imatrix(vectors: dict[str, np.ndarray]) -> ctypes.Array:
+    """Rows that point into `vectors`, which the caller keeps alive; ended by an empty row."""
+    rows = (lib.llama_model_imatrix_data * (len(vectors) + 1))()
+    for row, (name, values) in zip(rows, vectors.items(), strict=False):
+        row.name, row.size = name.encode(), values.size
+        row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return rows

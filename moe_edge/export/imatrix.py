@@ -1,0 +1,107 @@
+"""The importance matrix: from the profile's neutral sums to what llama.cpp's quantizer reads, and to its own file format.
+
+What: `imatrix_arrays` (mean square of every input column, per expert) and `write_imatrix_gguf` (the sums, for other
+tools). An expert that saw few tokens is blended with the layer's mean, because its own mean is noise; llama.cpp's
+own tool leaves such experts unweighted. Formula: (sum_e + a * mean) / (n_e + a), a in tokens.
+Legend: L layers, E experts, D model width, F expert width.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGUFWriter
+
+from moe_edge.contracts.spec import ModelSpec, TensorClass
+from moe_edge.export.gguf_layout import gguf_name
+from moe_edge.storage.statistics import Statistics
+
+PRIOR_TOKENS = 64.0  # a: an expert with this many tokens counts half
+SMALLEST_SHARE = 1e-6  # of the tensor's mean: a column that no token used still keeps its order of magnitude
+CHUNK_TOKENS = 512
+
+# statistics key -> the tensor classes whose input it describes
+_DENSE: dict[str, tuple[TensorClass, ...]] = {
+    "attention_in": ("attention_q", "attention_k", "attention_v"),
+    "attention_o": ("attention_o",),
+    "ffn_in": ("shared_gate", "shared_up"),
+    "shared_down": ("shared_down",),
+}
+_EXPERT: dict[str, tuple[TensorClass, ...]] = {
+    "expert_in": ("expert_gate", "expert_up"),
+    "expert_down": ("expert_down",),
+}
+
+
+class _Sums(NamedTuple):
+    name: str  # of the GGUF tensor
+    sums: np.ndarray  # float64 [experts or 1, columns]
+    counts: np.ndarray  # float64 [experts or 1]
+
+
+def imatrix_arrays(
+    statistics_imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, list[int]] | None = None
+) -> dict[str, np.ndarray]:
+    """Mean squares per GGUF tensor, float32 [experts * columns] or [columns], all finite and positive.
+
+    Args:
+        statistics_imatrix: `Statistics.imatrix` of the teacher.
+        spec: the model that is exported (its expert count is the kept one).
+        kept: layer -> kept expert ids of the teacher; None keeps all.
+    """
+    return {entry.name: _mean_squares(entry) for entry in _entries(statistics_imatrix, spec, kept)}
+
+
+def write_imatrix_gguf(path: Path, statistics: Statistics, spec: ModelSpec) -> None:
+    """Write the unpruned sums and counts in llama.cpp's imatrix format (tools/imatrix), deterministically."""
+    temporary = path.with_name(path.name + ".tmp")
+    writer = GGUFWriter(temporary, "imatrix")
+    del writer.kv_data[0]["general.architecture"]  # llama.cpp's own files have none
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [str(statistics.meta.get("calibration_digest", "calibration"))])
+    writer.add_uint32("imatrix.chunk_count", -(-statistics.tokens // CHUNK_TOKENS))
+    writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
+    for entry in sorted(_entries(statistics.imatrix, spec, None)):
+        writer.add_tensor(f"{entry.name}.in_sum2", entry.sums.astype(np.float32))
+        writer.add_tensor(f"{entry.name}.counts", entry.counts.astype(np.float32)[:, None])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(temporary, path)
+
+
+def _entries(
+    imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, list[int]] | None
+) -> Iterator[_Sums]:
+    numbers = {key: np.asarray(value, dtype=np.float64) for key, value in imatrix.items()}
+    dense = numbers["dense_count"].reshape(1)
+    for key, classes in _DENSE.items():
+        for layer in range(spec.layers if key in numbers else 0):
+            for tensor_class in classes:
+                if spec.moe.shared_width or not tensor_class.startswith("shared"):
+                    yield _Sums(gguf_name(tensor_class, "weight", layer), numbers[key][layer][None], dense)
+    for key, classes in _EXPERT.items():
+        for layer in range(spec.layers):
+            chosen = slice(None) if kept is None else kept[layer]
+            for tensor_class in classes:
+                sums, counts = numbers[key][layer][chosen], numbers["expert_count"][layer][chosen]
+                yield _Sums(gguf_name(tensor_class, "weight", layer), sums, counts)
+    if "head_in" in numbers:
+        tied = spec.tied_embeddings
+        for name in ("output.weight", *(("token_embd.weight",) if tied else ())):
+            yield _Sums(name, numbers["head_in"][None], dense)
+
+
+def _mean_squares(entry: _Sums) -> np.ndarray:
+    """Blend every row with the mean over all tokens of the tensor; ones where nothing was seen at all."""
+    sums, counts = entry.sums, entry.counts[:, None]
+    total = counts.sum()
+    if total <= 0 or not np.isfinite(sums).all() or sums.sum() <= 0:
+        return np.ones(sums.size, dtype=np.float32)
+    mean = sums.sum(axis=0, keepdims=True) / total
+    blended = (sums + PRIOR_TOKENS * mean) / (counts + PRIOR_TOKENS)
+    floor = max(SMALLEST_SHARE * float(mean.mean()), float(np.finfo(np.float32).tiny))
+    return np.clip(blended, floor, np.finfo(np.float32).max).astype(np.float32).ravel()

@@ -1,0 +1,102 @@
+"""Exports a Hugging Face MoE checkpoint as an onnxruntime-genai folder: graph, external weights, config and tokenizer.
+
+fp32 is the parity graph (operator MoE), fp16 halves the file and computes in float32, int8 and int4 use QMoE for the experts
+and MatMulNBits for the rest (see PRECISIONS). The same checkpoint and arguments give the same bytes; the folder appears
+under its name only when it is complete.
+"""
+
+import logging
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from moe_edge.contracts.errors import InputRejected
+from moe_edge.export.onnx_graph import build_graph, write_companions
+from moe_edge.export.onnx_imatrix import Importance
+from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
+from moe_edge.export.onnx_precision import bits_table
+from moe_edge.export.onnx_quantize import Scheme
+from moe_edge.families import family_of
+from moe_edge.families.loading import load_model, stored_dtype
+from moe_edge.storage.checkpoint import inspect_checkpoint
+
+logger = logging.getLogger(__name__)
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+INLINE_BYTES = 1024  # smaller tensors (shapes, constants) stay in the graph file
+COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
+
+
+def export_onnx(
+    checkpoint: Path,
+    out: Path,
+    *,
+    precision: str,
+    block_size: int = 32,
+    imatrix: Mapping[str, Any] | None = None,
+    kept: Mapping[int, list[int]] | None = None,
+    scheme: Scheme = "search",
+    accuracy_level: int = FAST_ACCURACY,
+) -> dict[str, Any]:
+    """Write the ONNX folder `out` of the checkpoint.
+
+    Args:
+        precision: a row of PRECISIONS: fp32, fp16, int8 or int4.
+        block_size: weights that share one scale; halved for a matrix whose rows it does not divide.
+        imatrix: the profile's sums of squares by neutral names; None quantizes unweighted.
+        kept: layer -> the teacher's expert ids that the checkpoint kept, to pick their rows of the imatrix.
+        scheme: "search" (ours) or "rtn" (the baseline).
+        accuracy_level: of MatMulNBits and QMoE; 4 computes with int8 activations, 0 in float32.
+
+    Returns:
+        JSON-able summary: precision, block_size, bits / bytes / bits_per_weight by class, nodes (operator counts), bytes.
+
+    Raises:
+        ConfigError: unknown precision, or rows that no block divides.
+        InputRejected: unsupported family or a checkpoint without usable tokenizer.
+        EnvironmentProblem: another onnxruntime-genai than the pinned one.
+    """
+    recipe = Recipe(bits_table(precision), block_size, scheme, accuracy_level)
+    headers = inspect_checkpoint(checkpoint)
+    spec = family_of(headers.config).spec(headers.config)
+    model = load_model(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="moe-edge-onnx-") as work, torch.no_grad():
+        builder = build_graph(model, spec, checkpoint, Path(work))
+        report = Packer(builder.model, recipe, Importance(imatrix, kept)).run()
+        nodes = Counter(node.op_type for node in builder.model.graph)
+        ir.save(builder.model, partial / GRAPH, external_data=WEIGHTS, size_threshold_bytes=INLINE_BYTES)
+        _write_companions(builder, checkpoint, partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
+    return _summary(out, precision, block_size, report, nodes)
+
+
+def _write_companions(builder: Any, checkpoint: Path, out: Path) -> None:
+    try:
+        write_companions(builder, checkpoint, out)
+    except (OSError, ValueError) as error:
+        raise InputRejected("the tokenizer cannot be exported", where=str(checkpoint), why=str(error)) from error
+    for name in COPIED:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, out / name)
+
+
+def _summary(out: Path, precision: str, block_size: int, report: Report, nodes: Counter[str]) -> dict[str, Any]:
+    classes = sorted(report.bits)
+    return {
+        "precision": precision,
+        "block_size": block_size,
+        "bits": {name: report.bits[name] for name in classes},
+        "bytes_by_class": {name: report.bytes[name] for name in classes},
+        "bits_per_weight": {name: round(8 * report.bytes[name] / report.weights[name], 3) for name in classes},
+        "nodes": dict(sorted(nodes.items())),
+        "bytes": sum((out / name).stat().st_size for name in (GRAPH, WEIGHTS)),
+    }

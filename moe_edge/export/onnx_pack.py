@@ -1,0 +1,203 @@
+"""Rewrites a float32 MoE graph into its quantized form: MoE -> QMoE, MatMul -> MatMulNBits, Gather -> GatherBlockQuantized.
+
+What is quantized, and to how many bits, is the table in onnx_precision; how, is onnx_quantize. Scales are stored as
+float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same kernels). QMoE on
+CPU always renormalises the top-k weights unless it is handed them, so models that do not renormalise compute their softmax
+in the graph and pass it as input 14 (router_weights), which is exact. accuracy_level 4 (int8 activations) is what makes decoding fast.
+
+Legend: E experts, N output rows, K input columns.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from moe_edge.contracts.progress import track
+from moe_edge.export.onnx_imatrix import Importance
+from moe_edge.export.onnx_precision import QUANTIZED_BITS, NodeRule, fitting_block, layer_of, rule_of
+from moe_edge.export.onnx_quantize import Scheme, pack_codes, quantize
+
+MICROSOFT = "com.microsoft"
+FAST_ACCURACY = 4  # int8 activations in MatMulNBits and QMoE
+ROUTER_WEIGHTS = 14  # QMoE's input with the top-k weights as they are
+# QMoE's inputs of the two expert matrices: weight in the MoE node, imatrix key, quantized weight, zero points
+EXPERT_INPUTS = ((2, "expert_in", 2, 11), (4, "expert_down", 5, 12))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize: bits per class, weights per scale, search scheme, and the kernels' accuracy level."""
+
+    bits: dict[str, int]
+    block_size: int
+    scheme: Scheme = "search"
+    accuracy_level: int = FAST_ACCURACY
+
+
+@dataclass
+class Report:
+    """What was written, per class of tensors."""
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    weights: Counter[str] = field(default_factory=Counter)
+    bits: dict[str, int] = field(default_factory=dict)
+
+    def add(self, weight_class: str, bits: int, weights: int, stored: list[ir.Value]) -> None:
+        """Count the initializers `stored`, which hold `weights` numbers."""
+        self.bits[weight_class] = bits
+        self.weights[weight_class] += weights
+        self.bytes[weight_class] += sum(value.const_value.nbytes for value in stored if value.const_value is not None)
+
+
+class Packer:
+    """Rewrites one graph in place."""
+
+    def __init__(self, model: ir.Model, recipe: Recipe, importance: Importance) -> None:
+        self.graph, self.recipe, self.importance = model.graph, recipe, importance
+        self.report = Report()
+
+    def run(self) -> Report:
+        """Rewrite every node that carries weights; norms and whatever has no rule stay as they are."""
+        rewrite: dict[str, Callable[[ir.Node, NodeRule, int], None]] = {
+            "MatMul": self._matmul, "MoE": self._moe, "Gather": self._gather,
+        }  # fmt: skip
+        jobs = [(node, rule) for node in self.graph if node.op_type in rewrite and (rule := rule_of(node.name or ""))]
+        # The head comes before a tied embedding, which reads the head's tensors.
+        jobs.sort(key=lambda job: job[1].weight_class == "embedding")
+        for node, rule in track(jobs, "quantizing"):
+            bits = self.recipe.bits[rule.weight_class]
+            if node.op_type == "Gather" and node.inputs[0].producer() is not None:
+                self._tied_gather(node)
+            elif bits in QUANTIZED_BITS:
+                rewrite[node.op_type](node, rule, bits)
+            else:
+                self._keep_float(node, rule, bits)
+        self._drop_unused()
+        self.graph.sort()
+        return self.report
+
+    def _matmul(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
+        weight_NK = _read(node.inputs[1]).T
+        rows, columns = weight_NK.shape
+        block = fitting_block(self.recipe.block_size, columns)
+        importance = self.importance.of(rule.imatrix_key, layer_of(node.name or ""))
+        blocks = quantize(weight_NK, bits, block, importance, self.recipe.scheme)
+        codes = pack_codes(blocks.codes, bits).reshape(rows, columns // block, block * bits // 8)
+        stored = self._store(node.inputs[1].name, codes, blocks.scale, blocks.zero, bits, rule, weight_NK.numel())
+        attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block}
+        self._replace(node, "MatMulNBits", [node.inputs[0], *stored], attributes | self._accuracy())
+
+    def _gather(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
+        table = _read(node.inputs[0])
+        block = fitting_block(self.recipe.block_size, table.shape[1])
+        blocks = quantize(table, bits, block, None, self.recipe.scheme)
+        codes = pack_codes(blocks.codes, bits)
+        data, *stored = self._store(node.inputs[0].name, codes, blocks.scale, blocks.zero, bits, rule, table.numel())
+        self._gather_blocks(node, data, stored, bits, block)
+
+    def _tied_gather(self, node: ir.Node) -> None:
+        """An embedding that is the head's matrix: read the head's quantized tensors instead of Transpose(head)."""
+        head = next(
+            (n for n in self.graph if n.op_type == "MatMulNBits" and (n.name or "").startswith("/lm_head/")), None
+        )
+        if head is None:
+            return
+        bits, block, columns = (head.attributes[name].as_int() for name in ("bits", "block_size", "K"))
+        shape = ir.tensor([-1, columns * bits // 8], dtype=ir.DataType.INT64)
+        reshape = ir.node(
+            "Reshape", [head.inputs[1], self._initializer(f"{node.name}/shape", shape)], name=f"{node.name}/Reshape"
+        )
+        self.graph.insert_before(node, reshape)
+        self._gather_blocks(node, reshape.outputs[0], list(head.inputs[2:4]), bits, block)
+
+    def _gather_blocks(self, node: ir.Node, data: ir.Value, scale_zero: list[Any], bits: int, block: int) -> None:
+        attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        self._replace(node, "GatherBlockQuantized", [data, node.inputs[1], *scale_zero], attributes)
+
+    def _moe(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
+        layer = layer_of(node.name or "")
+        block = fitting_block(self.recipe.block_size, *(node.inputs[at].shape[2] for at, *_ in EXPERT_INPUTS))
+        inputs: list[ir.Value | None] = [*node.inputs[:2], *[None] * (ROUTER_WEIGHTS - 1)]
+        for source, key, weight_at, zero_at in EXPERT_INPUTS:
+            experts_ENK = _read(node.inputs[source])
+            quantized = [
+                quantize(expert_NK, bits, block, self.importance.of(key, layer, e), self.recipe.scheme)
+                for e, expert_NK in enumerate(experts_ENK)
+            ]
+            codes, scale, zero = (
+                torch.stack([getattr(b, part) for b in quantized]) for part in ("codes", "scale", "zero")
+            )
+            name = node.inputs[source].name
+            stored = self._store(name, pack_codes(codes, bits), scale, zero, bits, rule, codes.numel())
+            inputs[weight_at], inputs[weight_at + 1], inputs[zero_at] = stored
+        attributes = {name: value.value for name, value in node.attributes.items()}
+        if not attributes["normalize_routing_weights"]:
+            softmax = ir.node("Softmax", [node.inputs[1]], attributes={"axis": -1}, name=f"{node.name}/router_weights")
+            self.graph.insert_before(node, softmax)
+            inputs[ROUTER_WEIGHTS] = softmax.outputs[0]
+        attributes |= {"expert_weight_bits": bits, "block_size": block}
+        self._replace(node, "QMoE", inputs, attributes | self._accuracy())
+
+    def _keep_float(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
+        """Leave the weights in float32, or store them as float16 and widen them at load."""
+        for value in [value for value in node.inputs if value is not None and value.is_initializer()]:
+            weights, stored = value.const_value.size, value
+            if bits == 16:
+                half = self._widened(f"{value.name}_half", _read(value).half())
+                value.replace_all_uses_with(half)
+                stored = half.producer().inputs[0]
+            self.report.add(rule.weight_class, bits, weights, [stored])
+
+    def _accuracy(self) -> dict[str, int]:
+        return {"accuracy_level": self.recipe.accuracy_level}
+
+    def _store(
+        self, name: str, codes: Any, scale: torch.Tensor, zero: torch.Tensor, bits: int, rule: NodeRule, weights: int
+    ) -> list[ir.Value]:
+        """Register packed codes, scales and zero points; returns the values that a node reads."""
+        widened = self._widened(f"{name}_scale", scale)
+        data = self._initializer(f"{name}_Q{bits}", codes)
+        zeros = self._initializer(f"{name}_zp", pack_codes(zero, bits))
+        self.report.add(rule.weight_class, bits, weights, [data, widened.producer().inputs[0], zeros])
+        return [data, widened, zeros]
+
+    def _initializer(self, name: str, array: Any) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _widened(self, name: str, half: torch.Tensor) -> ir.Value:
+        """A float16 initializer behind a Cast to float32."""
+        stored = self._initializer(name, half.numpy())
+        cast = ir.node("Cast", [stored], attributes={"to": int(ir.DataType.FLOAT)}, name=f"/widen/{name}")
+        self.graph.append(cast)
+        out = cast.outputs[0]
+        out.name, out.dtype, out.shape = f"{name}_float", ir.DataType.FLOAT, stored.shape
+        return out
+
+    def _replace(self, node: ir.Node, op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> None:
+        """Put a com.microsoft node in `node`'s place, with its output's name and consumers."""
+        old = node.outputs[0]
+        new = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=f"{node.name}_{op_type}")
+        out = new.outputs[0]
+        out.name, out.type, out.shape = old.name, old.type, old.shape
+        self.graph.insert_before(node, new)
+        old.replace_all_uses_with(out, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+    def _drop_unused(self) -> None:
+        """Remove a tied embedding's Transpose once nobody reads it, then the initializers that nobody reads."""
+        for node in [n for n in self.graph if n.op_type == "Transpose" and not n.outputs[0].uses()]:
+            self.graph.remove(node, safe=True)
+        for name in [n for n, value in self.graph.initializers.items() if not value.uses()]:
+            del self.graph.initializers[name]
+
+
+def _read(value: ir.Value) -> torch.Tensor:
+    """An initializer as float32."""
+    return torch.from_numpy(value.const_value.numpy())

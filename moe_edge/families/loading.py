@@ -1,0 +1,138 @@
+"""Opening and writing checkpoint folders as transformers models, without network, remote code or pickle.
+
+`load_model` and `load_tokenizer` refuse what would run foreign code; `save_student` writes a folder that transformers 4
+and 5, llama.cpp and vLLM all read the same way (they look for the expert count under different names).
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation import GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.families import EXPERT_COUNT_KEYS, family_of
+from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.files import read_json, write_json_atomic
+
+SHARD_SIZE = "4GB"
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+GENERATION = "generation_config.json"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+if not sys.stderr.isatty():
+    disable_progress_bar()  # of transformers; a log file is no place for it
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal language model of a checked folder, in eval mode on the CPU.
+
+    Raises:
+        ConfigError: no such folder.
+        InputRejected: corrupt, unsafe, dense or unsupported, or its tensors do not fit its config.json.
+    """
+    headers = inspect_checkpoint(Path(path), require_tokenizer=False)
+    family_of(headers.config).tensors(headers.config, headers.tensors)
+    stored_dtype(headers)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), config=_load_config(path), dtype=dtype, local_files_only=True, trust_remote_code=False,
+        use_safetensors=True,
+    )  # fmt: skip
+    return model.eval()
+
+
+def _load_config(path: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # every config class validates in its own way
+        raise InputRejected("transformers refuses config.json", where=str(path), why=_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def stored_dtype(headers: CheckpointHeaders) -> torch.dtype:
+    """The dtype of a checkpoint's tensors; float32, which loses nothing, when they differ.
+
+    Raises:
+        InputRejected: integers or 8-bit floats, that is a quantized checkpoint.
+    """
+    kinds = {info.dtype for info in headers.tensors.values()}
+    foreign = sorted(kinds - set(_DTYPES))
+    if foreign:
+        why = f"found {', '.join(foreign)}; expected one of {', '.join(_DTYPES)}"
+        raise InputRejected("a quantized checkpoint is not supported", where=str(headers.folder), why=why)
+    return _DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder.
+
+    Raises:
+        InputRejected: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
+        raise InputRejected("the tokenizer cannot be read", where=str(path), why=_first_line(error)) from error
+
+
+def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:
+    """A folder for a path or a hub id; the hub is asked only for ids, and only for safetensors and text files.
+
+    Raises:
+        ConfigError: the folder does not exist, or the hub has not given the model.
+    """
+    folder = Path(path_or_id).expanduser()
+    if path_or_id and folder.is_dir():
+        return folder
+    if not path_or_id or folder.exists() or not _looks_like_id(path_or_id):
+        raise ConfigError("the teacher is not a folder", where=path_or_id, why="expected a checkpoint folder or hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the hub client raises dozens of types: offline, unknown id, gated, proxy
+        why = f"no such folder, and the hub failed: {_first_line(error)}"
+        command = f"hf download {path_or_id} --local-dir DIR, then pass DIR"
+        raise ConfigError("the teacher cannot be found", where=path_or_id, why=why, next_command=command) from error
+
+
+def _looks_like_id(text: str) -> bool:
+    return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and "\\" not in text
+
+
+def save_student(model: PreTrainedModel, tokenizer_source: Path, out: Path) -> None:
+    """Write `model` in its own dtype with the tokenizer and generation files of `tokenizer_source`.
+
+    The same model gives the same bytes. Generation settings are copied as they are, because transformers refuses to
+    save some that it loads.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    finally:
+        model.generation_config = settings
+    (out / GENERATION).unlink(missing_ok=True)
+    given = tokenizer_source / GENERATION
+    for source in [*tokenizer_files(tokenizer_source), *([given] if given.is_file() else [])]:
+        shutil.copyfile(source, out / source.name)
+    write_json_atomic(out / "config.json", with_both_counts(read_json(out / "config.json")))
+
+
+def with_both_counts(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the expert count under both its names: transformers 5 renamed it, other tools read the old one."""
+    count = next(config[key] for key in EXPERT_COUNT_KEYS if config.get(key) is not None)
+    return config | dict.fromkeys(EXPERT_COUNT_KEYS, count)

@@ -1,0 +1,166 @@
+"""KL divergences between teacher and student: dense, and from a top-k cache with an exact tail bucket.
+
+Why a tail bucket: training on a truncated teacher as if it were whole (renormalised, or with its tail
+set to zero) moves the optimum to p / P on the kept ids and to nothing elsewhere. Here everything outside
+the teacher's top-k is one more outcome whose mass is known exactly, so that the loss is the KL of the
+coarse-grained distributions: never negative, a lower bound of the full KL, and with the full KL's own
+gradient q - p on the kept ids (Hinton et al. 2015, arXiv 1503.02531, eq. 2, for the soft targets).
+
+The tail mass at temperature T is no function of the top-k at T = 1, so it is captured for a list of
+temperatures while the whole distribution is there, and other temperatures are refused.
+
+Shape suffixes: T tokens, V vocabulary, K kept ids per token, H temperatures.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_edge.contracts.errors import ConfigError
+
+CHUNK_TOKENS = 128
+IGNORED_LABEL = -100
+
+
+class TopK(NamedTuple):
+    """What is kept of a teacher: descending log-probabilities at T = 1, their ids, log tail masses."""
+
+    logprobs_TK: Tensor  # float32, nats
+    indices_TK: Tensor  # int64
+    tail_logmass_TH: Tensor  # float32, nats; log of the mass outside K at each temperature
+
+
+def teacher_topk(
+    logits_TV: Tensor, k: int, temperatures: Sequence[float], vocab: int | None = None
+) -> TopK:
+    """The k likeliest ids of every token and the exact mass of all others at each temperature.
+
+    Args:
+        logits_TV: raw logits; any float type.
+        k: kept ids, capped at the vocabulary.
+        temperatures: those at which the tail mass is wanted.
+        vocab: true vocabulary; columns beyond it are padding and are dropped. None: all are real.
+    """
+    parts = [
+        _topk_chunk(chunk_tV[:, :vocab].float(), k, temperatures)
+        for chunk_tV in logits_TV.split(CHUNK_TOKENS)
+    ]
+    return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _topk_chunk(logits_tV: Tensor, k: int, temperatures: Sequence[float]) -> TopK:
+    values_tK, indices_tK = logits_tV.topk(min(k, logits_tV.shape[-1]), dim=-1)
+    tail_tV = logits_tV.scatter(-1, indices_tK, -torch.inf)
+    tail_tH = torch.stack(
+        [
+            torch.logsumexp(tail_tV / temperature, -1)
+            - torch.logsumexp(logits_tV / temperature, -1)
+            for temperature in temperatures
+        ],
+        dim=-1,
+    )
+    logprobs_tK = values_tK - torch.logsumexp(logits_tV, -1, keepdim=True)
+    return TopK(logprobs_tK, indices_tK, tail_tH)
+
+
+def temperature_index(temperature: float, temperatures: Sequence[float]) -> int:
+    """The position of `temperature` among those whose tail mass is stored.
+
+    Raises:
+        ConfigError: it is not among them; nothing can be computed exactly from a truncated cache.
+    """
+    for index, stored in enumerate(temperatures):
+        if abs(stored - temperature) < 1e-6:
+            return index
+    raise ConfigError(
+        f"temperature {temperature:g} is not in the logit cache",
+        where="distill.temperature",
+        why=f"exact tail masses are stored for {', '.join(f'{t:g}' for t in temperatures)} only",
+        next_command="choose one of these, or add it to profile.logits.temperatures",
+    )
+
+
+def tempered(logprobs_TK: Tensor, tail_logmass_T: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities on K at `temperature`, float32 [T, K], that with the tail sum to one exactly.
+
+    Args:
+        logprobs_TK: log-probabilities at T = 1 (only their differences matter).
+        tail_logmass_T: log mass outside K at `temperature`.
+    """
+    conditional_TK = torch.log_softmax(logprobs_TK.float() / temperature, dim=-1)
+    head_T = torch.log1p(-torch.exp(tail_logmass_T.float()).clamp(max=1 - 1e-6))
+    return conditional_TK + head_T.unsqueeze(-1)
+
+
+def cached_kl(
+    student_TV: Tensor,
+    indices_TK: Tensor,
+    logprobs_TK: Tensor,
+    tail_logmass_T: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(teacher || student) in nats per token over the k kept ids and one tail bucket.
+
+    Gradient with respect to student logits, times T: q_j - p_j on K, and q_j (1 - t / q_tail) off K.
+
+    Args:
+        student_TV: student logits, padding columns already dropped.
+        indices_TK, logprobs_TK: the teacher's kept ids and log-probabilities at T = 1.
+        tail_logmass_T: the teacher's log mass outside K at `temperature`.
+
+    Returns:
+        [T] float32, at least 0.
+    """
+    teacher_TK = tempered(logprobs_TK, tail_logmass_T, temperature)
+    scaled_TV = student_TV.float() / temperature
+    kept_TK = scaled_TV.gather(-1, indices_TK)
+    if indices_TK.shape[-1] == scaled_TV.shape[-1]:
+        student_TK = kept_TK - torch.logsumexp(kept_TK, -1, keepdim=True)
+        return _not_negative((teacher_TK.exp() * (teacher_TK - student_TK)).sum(-1))
+    kept_T = torch.logsumexp(kept_TK, -1)
+    outside_T = torch.logsumexp(scaled_TV.scatter(-1, indices_TK, -torch.inf), -1)
+    whole_T = torch.logaddexp(kept_T, outside_T)
+    head_T = (teacher_TK.exp() * (teacher_TK - kept_TK + whole_T.unsqueeze(-1))).sum(-1)
+    tail_mass_T = torch.exp(tail_logmass_T.float())
+    tail_T = torch.special.xlogy(tail_mass_T, tail_mass_T) - tail_mass_T * (outside_T - whole_T)
+    return _not_negative(head_T + tail_T)
+
+
+def _not_negative(kl_T: Tensor) -> Tensor:
+    """Round-off below zero becomes zero in the value; the gradient stays."""
+    return kl_T + (kl_T.clamp_min(0) - kl_T).detach()
+
+
+def kl_dense(
+    teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0, vocab: int | None = None
+) -> Tensor:
+    """KL(teacher || student) in nats per token over the whole vocabulary, [T] float32 (or float64).
+
+    Works through CHUNK_TOKENS tokens at a time, so that without gradients only a chunk of each
+    distribution is ever held in float32. Columns beyond `vocab` are padding and are dropped;
+    without `vocab` both are cut to the narrower of the two.
+    """
+    width = vocab or min(teacher_TV.shape[-1], student_TV.shape[-1])
+    parts = []
+    for teacher_tV, student_tV in zip(
+        teacher_TV.split(CHUNK_TOKENS), student_TV.split(CHUNK_TOKENS), strict=True
+    ):
+        teacher_tV = _logprobs(teacher_tV[:, :width], temperature)
+        student_tV = _logprobs(student_tV[:, :width], temperature)
+        parts.append((teacher_tV.exp() * (teacher_tV - student_tV)).sum(-1))
+    return _not_negative(torch.cat(parts))
+
+
+def _logprobs(logits_tV: Tensor, temperature: float) -> Tensor:
+    at_least_float32 = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
+    return torch.log_softmax(at_least_float32 / temperature, dim=-1)
+
+
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """-log q(label) in nats per token, [T] float32; 0 where the label is IGNORED_LABEL."""
+    return functional.cross_entropy(
+        logits_TV.float(), labels_T, reduction="none", ignore_index=IGNORED_LABEL
+    )

@@ -1,0 +1,150 @@
+"""One judge of quality: KL divergence, top-1 agreement and perplexity of an artifact's own logits against a reference.
+
+Rows stream through `Judge.add`; only sums are kept. Position s predicts token s + 1, so a row of S tokens gives S - 1
+positions, and all numbers are taken over exactly those. Everything accumulates in float64.
+Legend: N rows, S sequence, T positions of a chunk, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_edge.contracts.errors import InputRejected
+
+CHUNK_ELEMENTS = 1 << 22  # T x V values per float64 chunk, so that a 150 k vocabulary needs no gigabytes
+BOOTSTRAP_SAMPLES = 2000
+
+DEFINITIONS = {
+    "kl_nats": "mean over positions of sum_v p(v) (ln p(v) - ln q(v)), p = teacher (or HF student), q = artifact, "
+    "full vocabulary, natural logarithm; [..] is a bootstrap 95% interval over rows of text",
+    "top1_agreement": "share of positions where the artifact's most likely token is the reference's",
+    "perplexity": "exp(mean negative log-likelihood of the next token), same held-out tokens for every column",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """An artifact against one reference; a failed score has null numbers and a reason."""
+
+    kl_nats: float | None
+    kl_nats_ci95: tuple[float, float] | None
+    top1_agreement: float | None
+    perplexity: float | None
+    reference_perplexity: float | None
+    n_tokens: int
+    n_rows: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class _RowSums:
+    kl: float
+    agree: int
+    nll: float
+    reference_nll: float
+    tokens: int
+
+
+class Judge:
+    """Streams rows of logits and sums them up; one judge per (reference, artifact)."""
+
+    def __init__(self) -> None:
+        self._rows: list[_RowSums] = []
+        self._failure: str | None = None
+
+    def add(self, reference_SV: np.ndarray, artifact_SV: np.ndarray, ids_S: np.ndarray) -> None:
+        """Add one row.
+
+        Args:
+            reference_SV: logits of the teacher (or student).
+            artifact_SV: logits of the artifact for the same tokens.
+            ids_S: the tokens themselves; token s + 1 is the target of position s.
+
+        Raises:
+            InputRejected: the vocabularies differ, or the reference is not finite.
+            ValueError: fewer than two tokens, or logits and tokens of different lengths.
+        """
+        _check_shapes(reference_SV, artifact_SV, ids_S)
+        row = len(self._rows)
+        if not np.isfinite(reference_SV).all():
+            raise InputRejected("the reference model's logits are not finite", where=f"row {row}")
+        bad_S = ~np.isfinite(artifact_SV).all(axis=1)
+        if bad_S.any() and self._failure is None:
+            self._failure = f"NaN or infinite logits at row {row}, position {int(bad_S.argmax())}"
+        if self._failure is None:
+            self._rows.append(row_sums(reference_SV[:-1], artifact_SV[:-1], ids_S[1:]))
+
+    def result(self) -> Score:
+        """The score over all rows added so far."""
+        failure = self._failure or (None if self._rows else "no row was judged")
+        if failure:
+            return Score(None, None, None, None, None, 0, 0, failure)
+        tokens = sum(row.tokens for row in self._rows)
+        mean_nll = sum(row.nll for row in self._rows) / tokens
+        reference_nll = sum(row.reference_nll for row in self._rows) / tokens
+        perplexity, reason = _perplexity(mean_nll)
+        return Score(
+            kl_nats=max(sum(row.kl for row in self._rows) / tokens, 0.0),  # rounding may leave -1e-17
+            kl_nats_ci95=bootstrap_ci95([row.kl for row in self._rows], [row.tokens for row in self._rows]),
+            top1_agreement=sum(row.agree for row in self._rows) / tokens,
+            perplexity=perplexity,
+            reference_perplexity=_perplexity(reference_nll)[0],
+            n_tokens=tokens,
+            n_rows=len(self._rows),
+            reason=reason,
+        )
+
+
+def _check_shapes(reference_SV: np.ndarray, artifact_SV: np.ndarray, ids_S: np.ndarray) -> None:
+    if reference_SV.shape[1] != artifact_SV.shape[1]:
+        raise InputRejected(
+            f"the artifact's vocabulary has {artifact_SV.shape[1]} entries, the reference's {reference_SV.shape[1]}",
+            why="KL and agreement compare token by token: both models need the same tokenizer",
+        )
+    if not len(reference_SV) == len(artifact_SV) == len(ids_S) >= 2:
+        raise ValueError(f"rows differ: {len(reference_SV)}, {len(artifact_SV)} logits for {len(ids_S)} tokens")
+
+
+def log_softmax(logits_TV: np.ndarray) -> NDArray[np.float64]:
+    """ln softmax over the last axis in float64."""
+    shifted_TV = logits_TV.astype(np.float64)
+    shifted_TV -= shifted_TV.max(axis=-1, keepdims=True)
+    shifted_TV -= np.log(np.exp(shifted_TV).sum(axis=-1, keepdims=True))
+    return shifted_TV
+
+
+def row_sums(reference_TV: np.ndarray, artifact_TV: np.ndarray, targets_T: np.ndarray) -> _RowSums:
+    """Sums over positions, in chunks: KL(reference || artifact), equal argmax, negative log-likelihoods."""
+    step = max(1, CHUNK_ELEMENTS // reference_TV.shape[1])
+    kl = nll = reference_nll = 0.0
+    agree = 0
+    for start in range(0, len(targets_T), step):
+        part = slice(start, start + step)
+        p_TV, q_TV = log_softmax(reference_TV[part]), log_softmax(artifact_TV[part])
+        targets_T1 = targets_T[part, None].astype(np.int64)
+        kl += float((np.exp(p_TV) * (p_TV - q_TV)).sum())
+        agree += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
+        nll -= float(np.take_along_axis(q_TV, targets_T1, -1).sum())
+        reference_nll -= float(np.take_along_axis(p_TV, targets_T1, -1).sum())
+    return _RowSums(kl, agree, nll, reference_nll, len(targets_T))
+
+
+def _perplexity(mean_nll_nats: float) -> tuple[float | None, str | None]:
+    if mean_nll_nats > 700:  # exp would overflow float64
+        return None, f"perplexity overflows: mean negative log-likelihood {mean_nll_nats:.0f} nats"
+    return math.exp(mean_nll_nats), None
+
+
+def bootstrap_ci95(sums_N: list[float], tokens_N: list[int], seed: int = 0) -> tuple[float, float] | None:
+    """95% percentile interval of sum(sums) / sum(tokens) when whole rows are resampled; None with a single row.
+
+    Rows, not tokens, are drawn, because tokens of one text are not independent (Efron & Tibshirani 1993, chapter 8).
+    """
+    if len(sums_N) < 2:
+        return None
+    draws_BN = np.random.default_rng(seed).integers(len(sums_N), size=(BOOTSTRAP_SAMPLES, len(sums_N)))
+    means_B = np.asarray(sums_N)[draws_BN].sum(1) / np.asarray(tokens_N)[draws_BN].sum(1)
+    low, high = np.percentile(means_B, [2.5, 97.5])
+    return max(float(low), 0.0), max(float(high), 0.0)

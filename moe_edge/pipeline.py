@@ -1,0 +1,265 @@
+"""The stages in order, and when one is skipped: this file is the whole story of a build.
+
+teacher -> profile -> plan -> compress -> distill -> export -> validate -> report. A stage is skipped when the key in its
+folder's manifest equals the key of what would be computed now and the files still have their digests. A stage writes into
+its own folder; its manifest is written last. After a kill the folder has no manifest: the stage runs again and may resume
+from what it finds there, provided that the folder was begun for the same key.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from moe_edge import __version__
+from moe_edge.contracts.artifacts import StageContext, StageRun
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, ResourceProblem
+from moe_edge.contracts.manifest import MANIFEST_NAME, Cost, Manifest, content_digest, read_manifest, stage_key
+from moe_edge.contracts.units import format_bytes
+from moe_edge.metrics.memory import PeakRss
+from moe_edge.storage.cache import publish_profile, reuse_profile
+from moe_edge.storage.delivery import deliver
+from moe_edge.storage.files import write_json_atomic, write_text_atomic
+from moe_edge.storage.folders import changed_files, hash_folder
+
+log = logging.getLogger(__name__)
+BEGUN = ".key"  # in an unfinished stage folder: the key it was begun for
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the pipeline: what its key depends on."""
+
+    name: str
+    sections: tuple[str, ...]  # of the configuration, dotted
+    inputs: tuple[str, ...]  # earlier stages whose digests it pins
+    packages: tuple[str, ...] = ()  # beside torch and transformers
+    schema: int = 1  # raised when the stage's output changes meaning
+
+    def config_for_key(self, config: BuildConfig) -> dict[str, Any]:
+        whole = config.model_dump(mode="json", by_alias=True)
+        return {dotted: _descend(whole, dotted) for dotted in self.sections}
+
+
+def _descend(data: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        data = data[part]
+    return data
+
+
+_RUNTIMES = ("llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai")
+STAGES: tuple[Stage, ...] = (
+    Stage("profile", ("teacher.dtype", "calibration", "profile"), ()),
+    Stage("plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",)),
+    Stage("compress", (), ("plan",)),
+    Stage("distill", ("distill", "calibration.seed"), ("profile", "plan", "compress"), ("accelerate",)),
+    Stage(
+        "export", ("export", "target.formats", "target.quantization", "target.runtime", "target.context_length"),
+        ("profile", "plan", "distill"), _RUNTIMES,
+    ),
+    Stage(
+        "validate", ("validate", "calibration", "target.gates", "target.runtime", "target.context_length", "target.name"),
+        ("plan", "distill", "export"), _RUNTIMES,
+    ),
+)  # fmt: skip
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def load_stage(name: str) -> StageRun:
+    """The stage's function; imported late, because stages import torch and the runtimes."""
+    run: StageRun = import_module(f"moe_edge.stages.{name}").run
+    return run
+
+
+@dataclass
+class Build:
+    """A build in its output folder, and what has been done so far."""
+
+    config: BuildConfig
+    teacher: Path
+    teacher_digest: str
+    out: Path
+    named_files: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> digests of files its settings name
+    fresh: bool = False
+    done: dict[str, Manifest] = field(default_factory=dict)
+    cached: dict[str, bool] = field(default_factory=dict)
+    find_stage: Callable[[str], StageRun] = load_stage  # tests bring their own
+
+    def folder(self, stage: str) -> Path:
+        return self.out / stage
+
+    def key(self, stage: Stage) -> str:
+        inputs = {"teacher": self.teacher_digest} | self.named_files.get(stage.name, {})
+        inputs |= {name: self.done[name].digest for name in stage.inputs}
+        return stage_key(stage.name, stage.schema, stage.config_for_key(self.config), inputs, self.versions(stage))
+
+    def versions(self, stage: Stage) -> dict[str, str]:
+        return {"moe-edge": __version__} | {name: installed(name) for name in ("torch", "transformers", *stage.packages)}
+
+    def context(self, stage: Stage) -> StageContext:
+        return StageContext(
+            config=self.config, teacher=self.teacher, teacher_digest=self.teacher_digest, out=self.folder(stage.name),
+            inputs={name: self.folder(name) for name in self.done},
+            summaries={name: manifest.summary for name, manifest in self.done.items()},
+        )  # fmt: skip
+
+
+def installed(package: str) -> str:
+    """The installed version, or 'absent'."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output folder for one build.
+
+    Raises:
+        EnvironmentProblem: another build holds it, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise EnvironmentProblem(
+            "the output folder is in use by another build", where=f"{out}, {_holder(out)}", next_command="wait, or choose another --out"
+        ) from error
+    except PermissionError as error:
+        raise EnvironmentProblem("the output folder cannot be written", where=str(out), why=str(error)) from error
+    try:
+        holder = {"pid": os.getpid(), "host": os.uname().nodename, "since": time.strftime("%F %T")}
+        write_json_atomic(out / ".lock.json", holder)
+        yield
+    finally:
+        (out / ".lock.json").unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(out: Path) -> str:
+    try:
+        return (out / ".lock.json").read_text().replace("\n", " ").strip()
+    except OSError:
+        return "held by an unknown process"
+
+
+def run_stages(build: Build, start: str | None = None, until: str | None = None) -> None:
+    """Run or reuse every stage up to `until`; from `start` on, run even what could be reused.
+
+    Raises:
+        ConfigError: `start` needs stages that have not been built.
+        Any MoeEdgeError of a stage; its folder stays without a manifest.
+    """
+    first = STAGE_NAMES.index(start) if start else 0
+    last = STAGE_NAMES.index(until) if until else len(STAGES) - 1
+    for position, stage in enumerate(STAGES[: last + 1]):
+        if start and position < first:
+            _adopt(build, stage)
+        else:
+            run_stage(build, stage, force=build.fresh or start is not None)
+        if stage.name == "export":
+            deliver(build.out, build.folder("distill") / "model", build.folder("export"))
+
+
+def _adopt(build: Build, stage: Stage) -> None:
+    """Take an earlier stage as it lies there, also when a user edited its files."""
+    folder = build.folder(stage.name)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(
+            f"--from needs a finished '{stage.name}' stage", where=str(folder), next_command="run the build without --from first"
+        )
+    if changed := changed_files(folder, manifest.files):
+        log.warning("%s was edited by hand and is used as it is: %s", stage.name, ", ".join(changed))
+        manifest.files = hash_folder(folder)
+        manifest.digest, manifest.edited = content_digest(manifest.files), True
+        write_text_atomic(folder / MANIFEST_NAME, manifest.to_json())
+    build.done[stage.name], build.cached[stage.name] = manifest, True
+
+
+def run_stage(build: Build, stage: Stage, force: bool = False) -> None:
+    """Reuse the stage's folder if it is what would be computed now, else run the stage."""
+    folder, key = build.folder(stage.name), build.key(stage)
+    if not force:
+        if stage.name == "profile":
+            reuse_profile(folder, key)
+        if (manifest := _reusable(folder, key)) is not None:
+            log.info("%s: nothing to do", stage.name)
+            build.done[stage.name], build.cached[stage.name] = manifest, True
+            return
+    _begin(folder, key, force)
+    log.info("%s: running", stage.name)
+    manifest = _execute(build, stage, key)
+    build.done[stage.name], build.cached[stage.name] = manifest, False
+    if stage.name == "profile":
+        publish_profile(folder, key)
+
+
+def _reusable(folder: Path, key: str) -> Manifest | None:
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.key != key:
+        return None
+    if changed := changed_files(folder, manifest.files):
+        kept = folder.with_name(folder.name + ".modified")
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept)
+        log.warning(
+            "%s: %s changed since it was written; building it again (the changed folder is kept as %s; to build on your edit use --from)",
+            folder.name, ", ".join(changed), kept.name,
+        )  # fmt: skip
+        return None
+    return manifest
+
+
+def _begin(folder: Path, key: str, force: bool) -> None:
+    """An empty folder, or the unfinished one of an earlier run with the same key."""
+    begun = folder / BEGUN
+    finished = (folder / MANIFEST_NAME).exists()
+    if not finished and not force and begun.is_file() and begun.read_text() == key:
+        log.info("%s: resuming", folder.name)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_text_atomic(begun, key)
+
+
+def _execute(build: Build, stage: Stage, key: str) -> Manifest:
+    context, started = build.context(stage), time.monotonic()
+    with PeakRss() as memory:
+        summary = build.find_stage(stage.name)(context)
+    (context.out / BEGUN).unlink()
+    files = hash_folder(context.out)
+    manifest = Manifest(
+        stage=stage.name, key=key, digest=content_digest(files), files=files, summary=summary,
+        inputs={"teacher": build.teacher_digest} | {name: build.done[name].digest for name in stage.inputs},
+        config=stage.config_for_key(build.config), versions=build.versions(stage),
+        cost=Cost(seconds=round(time.monotonic() - started, 3), peak_rss_mib=memory.peak_rss_mib),
+    )  # fmt: skip
+    write_text_atomic(context.out / MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+def check_disk(out: Path, needed_bytes: int) -> None:
+    """Refuse before hours are spent.
+
+    Raises:
+        ResourceProblem: less than `needed_bytes` are free where `out` lies.
+    """
+    free = shutil.disk_usage(out).free
+    if free < needed_bytes:
+        raise ResourceProblem(
+            "not enough disk space", where=str(out), why=f"needs about {format_bytes(needed_bytes)}, has {format_bytes(free)}",
+            next_command="free some space, or choose another --out",
+        )  # fmt: skip

@@ -1,0 +1,78 @@
+"""transformers behind the runtime interface: the float32 reference that every exported artifact is judged against.
+
+Legend: S sequence, V vocabulary.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.families.loading import load_model
+from moe_edge.runtimes.base import ClosingRuntime
+
+
+class HfRuntime(ClosingRuntime):
+    """A checkpoint folder in float32 on the CPU, with a key-value cache for `prefill` and `step`.
+
+    Args:
+        path: the checkpoint folder.
+        threads: torch threads while open (0 = leave as they are); closing restores the old number.
+        context_length: tokens that fit into one context.
+
+    Raises:
+        ConfigError: no such folder.
+        InputRejected: it cannot be loaded.
+    """
+
+    name = "hf"
+
+    def __init__(self, path: Path, threads: int, context_length: int) -> None:
+        self.context_length = context_length
+        self._model: torch.nn.Module | None = load_model(Path(path))
+        self.vocab: int = self._model.config.vocab_size
+        self._cache: DynamicCache | None = None
+        self._old_threads = torch.get_num_threads()
+        if threads:
+            torch.set_num_threads(threads)
+
+    def logits(self, ids_S: np.ndarray) -> np.ndarray:
+        """Logits [S, V] float32 of every position, from an empty context. Raises ConfigError when S is too long."""
+        return self._forward(ids_S, None, last_only=False)
+
+    def prefill(self, ids_S: np.ndarray) -> np.ndarray:
+        """Empty the context, read the prompt, return the last position's logits [V] float32."""
+        self._cache = DynamicCache(config=self._open_model().config)
+        return self._forward(ids_S, self._cache, last_only=True)[-1]
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token and return its logits [V] float32. Raises ConfigError before a prefill or when full."""
+        if self._cache is None:
+            raise ConfigError("step needs a prefill first")
+        return self._forward(np.array([token]), self._cache, last_only=True)[-1]
+
+    def close(self) -> None:
+        """Free the model and restore the thread count."""
+        if self._model is not None:
+            torch.set_num_threads(self._old_threads)
+        self._model = self._cache = None
+
+    def _open_model(self) -> torch.nn.Module:
+        if self._model is None:
+            raise ConfigError("the runtime is closed")
+        return self._model
+
+    @torch.inference_mode()
+    def _forward(self, ids_S: np.ndarray, cache: DynamicCache | None, *, last_only: bool) -> np.ndarray:
+        model = self._open_model()
+        used = cache.get_seq_length() if cache is not None else 0
+        if used + len(ids_S) > self.context_length or not len(ids_S):
+            why = f"{used} tokens in the context and {len(ids_S)} more, limit {self.context_length}"
+            raise ConfigError("the tokens do not fit into the context", why=why)
+        ids_1S = torch.from_numpy(np.ascontiguousarray(ids_S, dtype=np.int64))[None]
+        kept = 1 if last_only else 0
+        out = model(input_ids=ids_1S, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept)
+        logits: np.ndarray = out.logits[0].numpy()
+        return logits

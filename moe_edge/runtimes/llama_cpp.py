@@ -1,0 +1,185 @@
+"""llama.cpp behind the runtime interface, on its low-level API.
+
+Why not `llama_cpp.Llama`: with `logits_all` it allocates context x vocabulary floats and hides whether a position was
+computed; here every row's logits are copied out of the batch that computed them, and closing frees everything.
+Legend: S sequence, V vocabulary.
+"""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+from llama_cpp import llama_cpp as lib
+
+from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
+from moe_edge.runtimes.base import ClosingRuntime
+from moe_edge.runtimes.gguf_header import check_gguf_header
+from moe_edge.runtimes.llama_log import last_errors, quiet_llama
+
+LOGITS_BATCH_TOKENS = 128  # rows of V floats held by llama.cpp at once
+PREFILL_BATCH_TOKENS = 512
+_MODE_NONE, _MODE_MMAP = 0, 1  # llama_load_mode
+_FLASH_ATTENTION_OFF = 0
+_F32 = 0  # ggml_type
+
+
+class LlamaCppRuntime(ClosingRuntime):
+    """One GGUF file opened in libllama.
+
+    Args:
+        path: the GGUF file.
+        threads: threads for prompts and for decoding.
+        context_length: tokens the KV cache holds.
+        use_mmap: map the weights instead of copying them.
+        repack: let llama.cpp keep a second, rearranged copy of the weights for speed.
+        kv_float32: float32 KV cache and plain attention, for parity checks; otherwise llama.cpp's defaults (float16).
+        gpu_layers: layers on an accelerator, -1 = all.
+
+    Raises:
+        InputRejected: the file is not a GGUF that this llama.cpp can load; quotes llama.cpp's own message.
+        ResourceProblem: the context does not fit into memory.
+    """
+
+    name = "llama_cpp"
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        context_length: int,
+        *,
+        use_mmap: bool = True,
+        repack: bool = True,
+        kv_float32: bool = False,
+        gpu_layers: int = 0,
+    ) -> None:
+        self._model = self._context = None
+        self.path, self.context_length = path, context_length
+        self.metadata = check_gguf_header(path).metadata
+        self._model = load_gguf(path, use_mmap=use_mmap, repack=repack, gpu_layers=gpu_layers)
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.vocab = int(lib.llama_vocab_n_tokens(self._vocab))
+        self._context = self._open_context(threads, kv_float32)
+        self._position = 0
+
+    def _open_context(self, threads: int, kv_float32: bool) -> lib.llama_context_p:
+        params = lib.llama_context_default_params()
+        params.n_ctx = self.context_length
+        params.n_batch = params.n_ubatch = min(PREFILL_BATCH_TOKENS, self.context_length)
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        if kv_float32:
+            params.type_k = params.type_v = _F32
+            params.flash_attn_type = _FLASH_ATTENTION_OFF
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            why = last_errors()
+            self.close()
+            raise ResourceProblem(
+                f"llama.cpp could not create a context of {self.context_length} tokens", where=str(self.path), why=why
+            )
+        return context
+
+    def logits(self, ids_S: np.ndarray) -> np.ndarray:
+        """Logits [S, V] float32 of every position, from an empty context."""
+        out_SV = np.empty((len(ids_S), self.vocab), dtype=np.float32)
+        self._reset(ids_S)
+        for start in range(0, len(ids_S), LOGITS_BATCH_TOKENS):
+            chunk = ids_S[start : start + LOGITS_BATCH_TOKENS]
+            self._decode(chunk, every_position=True)
+            for row in range(len(chunk)):
+                out_SV[start + row] = self._row(row)
+        return out_SV
+
+    def prefill(self, ids_S: np.ndarray) -> np.ndarray:
+        """Empty the context, read the prompt, return the last position's logits [V] float32."""
+        self._reset(ids_S)
+        for start in range(0, len(ids_S), PREFILL_BATCH_TOKENS):
+            self._decode(ids_S[start : start + PREFILL_BATCH_TOKENS], every_position=False)
+        return self._row(-1)
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token to the context and return its logits [V] float32."""
+        self._check_room(1)
+        self._decode([token], every_position=False)
+        return self._row(-1)
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text` by llama.cpp's own tokenizer."""
+        return tokenize(self._vocab, text, add_special, parse_special)
+
+    def close(self) -> None:
+        """Free the context and the model; closing twice is harmless."""
+        if self._context:
+            lib.llama_free(self._context)
+        if self._model:
+            lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def _reset(self, ids_S: np.ndarray) -> None:
+        if len(ids_S) == 0:
+            raise ConfigError("an empty prompt has no logits", where=str(self.path))
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        self._position = 0
+        self._check_room(len(ids_S))
+
+    def _check_room(self, tokens: int) -> None:
+        if self._position + tokens > self.context_length:
+            raise ConfigError(
+                f"{self._position + tokens} tokens do not fit into a context of {self.context_length}",
+                where=str(self.path),
+                next_command="open it with a longer context (target.context_length)",
+            )
+
+    def _decode(self, tokens: np.ndarray | list[int], every_position: bool) -> None:
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for row, token in enumerate(tokens):
+                if not 0 <= token < self.vocab:
+                    raise ConfigError(f"token id {token} is outside the vocabulary of {self.vocab}")
+                batch.token[row], batch.pos[row] = int(token), self._position + row
+                batch.n_seq_id[row], batch.seq_id[row][0] = 1, 0
+                batch.logits[row] = every_position or row == len(tokens) - 1
+            status = lib.llama_decode(self._context, batch)
+        finally:
+            lib.llama_batch_free(batch)
+        if status != 0:
+            raise ResourceProblem(f"llama.cpp could not decode (status {status})", where=str(self.path), why=last_errors())
+        self._position += len(tokens)
+
+    def _row(self, row: int) -> np.ndarray:
+        pointer = lib.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, (self.vocab,)).copy()
+
+
+def load_gguf(
+    path: Path, *, use_mmap: bool = True, repack: bool = True, gpu_layers: int = 0, vocab_only: bool = False
+) -> lib.llama_model_p:
+    """Load a checked GGUF file; the caller frees the model.
+
+    Raises:
+        InputRejected: llama.cpp refuses it, with its own words.
+    """
+    quiet_llama()
+    lib.llama_backend_init()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = gpu_layers
+    params.load_mode = _MODE_MMAP if use_mmap else _MODE_NONE
+    params.use_extra_bufts = repack
+    params.vocab_only = vocab_only
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise InputRejected("llama.cpp cannot load this file", where=str(path), why=last_errors())
+    return model
+
+
+def tokenize(vocab: lib.llama_vocab_p, text: str, add_special: bool, parse_special: bool) -> list[int]:
+    """Token ids of `text` by a loaded vocabulary."""
+    raw = text.encode()
+    room = len(raw) + 8
+    ids = (lib.llama_token * room)()
+    count = lib.llama_tokenize(vocab, raw, len(raw), ids, room, add_special, parse_special)
+    if count < 0:
+        raise InputRejected("llama.cpp needs more tokens than bytes for a text", why=repr(text[:80]))
+    return list(ctypes.cast(ids, ctypes.POINTER(lib.llama_token))[:count])

@@ -1,0 +1,178 @@
+"""distill: the pruned student recovers by learning from the teacher's cached word; writes model/ and train_log.jsonl.
+
+The student that leaves this stage is the better one on rows that were never trained on: if training did not lower the
+held-out KL, the student of `compress` goes on unchanged and the summary says so. Seconds are in the summary only, so that the
+stage's files depend on its inputs alone, however often it was killed and resumed.
+
+Shape suffixes: N rows, S tokens of a row.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.plan import Plan
+from moe_edge.distillation.alignment import layer_cka
+from moe_edge.distillation.evaluation import held_out_kl
+from moe_edge.distillation.losses import active_weights
+from moe_edge.distillation.recovery import Recovery
+from moe_edge.distillation.schedule import StageSchedule, schedule_stages, split_rows
+from moe_edge.distillation.signal import CachedSignal
+from moe_edge.families.loading import load_model, save_student, stored_dtype
+from moe_edge.formulas.divergence import temperature_index
+from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.files import write_json_atomic, write_text_atomic
+from moe_edge.storage.folders import mirror
+from moe_edge.storage.rows import TokenRows
+
+log = logging.getLogger(__name__)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A student on the held-out rows."""
+
+    kl_nats: float
+    cka_by_layer: list[float] | None
+
+    def to_dict(self) -> Record:
+        mean = None if self.cka_by_layer is None else sum(self.cka_by_layer) / len(self.cka_by_layer)
+        return {"kl_nats": self.kl_nats, "cka_mean": mean, "cka_by_layer": self.cka_by_layer}
+
+
+def run(context: StageContext) -> Record:
+    """Train the student of `compress`, keep the better of before and after; returns what was gained.
+
+    Raises:
+        ConfigError: stages, patterns, losses, temperature or data that cannot be; raised before the first step.
+        InputRejected: the logit cache belongs to another teacher.
+    """
+    source, config = context.inputs["compress"] / "model", context.config.distill
+    if reason := _nothing_to_do(context):
+        log.info("distill: %s, the student goes on unchanged", reason)
+        mirror(source, context.out / "model")
+        _write(context.out, [], {"trained": False, "reason": reason})
+        return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
+    if config.data != "calibration":
+        why = f"'{config.data}': only the calibration rows have a cached teacher so far"
+        raise ConfigError("distill.data is not supported", where="distill.data", why=why, next_command="use calibration")
+    rows = TokenRows.load(context.inputs["profile"] / "rows.safetensors")
+    identity = {"teacher": context.teacher_digest, "calibration": rows.digest}
+    signal = CachedSignal(context.inputs["profile"] / "logits.h5", identity)
+    try:
+        return _distill(context, source, rows, signal)
+    finally:
+        signal.close()
+
+
+def _nothing_to_do(context: StageContext) -> str | None:
+    if not context.config.distill.stages:
+        return "distill.stages is empty"
+    if not Plan.read(context.inputs["plan"] / "plan.json").prunes:
+        return "the plan removes no expert, so there is nothing to recover"
+    return None
+
+
+def _distill(context: StageContext, source: Path, rows: TokenRows, signal: CachedSignal) -> Record:
+    config, ids_NS = context.config.distill, rows.ids_NS
+    train_rows, held_out_rows = split_rows(len(ids_NS))
+    schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
+    for schedule in schedules:
+        active_weights(schedule.config.losses, config.alpha, config.temperature)
+    temperature_index(config.temperature, signal.temperatures)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = load_model(source).to(device)
+    recovery = Recovery(config, ids_NS, signal, student.config.vocab_size, context.teacher, context.out / "checkpoints")
+    recovery.check(student, schedules)
+    judge = _judge(context, ids_NS[held_out_rows], signal, schedules)
+    before = judge(student)
+    records = recovery.train(student, schedules)
+    dtype = stored_dtype(inspect_checkpoint(source))
+    round_to(student, dtype)
+    after = judge(student)
+    better = math.isfinite(after.kl_nats) and after.kl_nats < before.kl_nats
+    if better:
+        _save(student.to("cpu", dtype), source, context.out / "model")
+    else:
+        log.warning("distill: held-out KL %.4f is not below %.4f, the untrained student stays", after.kl_nats, before.kl_nats)
+        mirror(source, context.out / "model")
+    shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
+    summary = _summary(records, before, after, better, len(held_out_rows) * ids_NS.shape[1], signal.k)
+    _write(context.out, records, summary)
+    return summary | {"seconds_per_stage": {record["stage"]: record["seconds"] for record in records}}
+
+
+def _judge(context: StageContext, ids_NS: Any, signal: CachedSignal, schedules: list[StageSchedule]) -> Any:
+    """A function from a student to its `Measured`; CKA only where a stage trains on it, since it needs the teacher."""
+    aligned = any(schedule.config.losses.get("cka") for schedule in schedules)
+
+    def judge(student: nn.Module) -> Measured:
+        kl_nats = held_out_kl(student, ids_NS, signal, student.config.vocab_size)
+        if not aligned:
+            return Measured(kl_nats, None)
+        teacher = load_model(context.teacher).to(next(student.parameters()).device)
+        return Measured(kl_nats, layer_cka(student, teacher, ids_NS))
+
+    return judge
+
+
+@torch.no_grad()
+def round_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter to `dtype`'s grid in place: what is measured is what will be saved."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def _save(student: nn.Module, tokenizer_source: Path, folder: Path) -> None:
+    """Write beside, then rename: a kill leaves no half-written model/."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_student(student, tokenizer_source, temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _summary(
+    records: list[Record], before: Measured, after: Measured, better: bool, held_out_tokens: int, k: int
+) -> Record:
+    reason = "held-out KL fell" if better else "held-out KL did not fall"
+    return {
+        "trained": True,
+        "kept": "trained" if better else "untrained",
+        "reason": f"{reason}: {before.kl_nats:.4f} -> {after.kl_nats:.4f} nats",
+        "tokens_trained": sum(record["tokens"] for record in records),
+        "held_out_tokens": held_out_tokens,
+        "held_out_kl": f"cached top-{k} and tail bucket of the teacher, T = 1, nats per token",
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "cka": "debiased linear CKA of layer outputs, teacher to student, held-out rows"
+        if before.cka_by_layer is not None
+        else "not measured: no stage gives CKA a weight, so the teacher was not loaded",
+        "stages": [_stage_summary(record) for record in records],
+    }
+
+
+def _stage_summary(record: Record) -> Record:
+    first, last = record["log"][0], record["log"][-1]
+    losses = {name: [first[name], last[name]] for name in first if name.endswith("_loss")}
+    return {name: record[name] for name in ("stage", "steps", "tokens")} | {"first_and_last": losses}
+
+
+def _write(out: Path, records: list[Record], summary: Record) -> None:
+    """train_log.jsonl (one line per step) and metrics.json, free of clocks."""
+    lines = [
+        json.dumps({"stage": record["stage"], **entry}, sort_keys=True) for record in records for entry in record["log"]
+    ]
+    write_text_atomic(out / "train_log.jsonl", "".join(line + "\n" for line in lines))
+    write_json_atomic(out / "metrics.json", summary)

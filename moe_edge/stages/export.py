@@ -1,0 +1,172 @@
+"""export: the student as GGUF and ONNX, each reopened in its runtime and compared with the student before it counts.
+
+Writes reference/ (the full-precision files that parity is judged on), gguf/ and onnx/ (what is delivered) and parity.json.
+Every file is written beside and renamed, so that a killed export goes on after the last finished file.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.spec import ModelSpec
+from moe_edge.export import parity
+from moe_edge.export.gguf import write_gguf
+from moe_edge.export.gguf_quantize import quantize_gguf
+from moe_edge.export.imatrix import imatrix_arrays
+from moe_edge.export.onnx import export_onnx
+from moe_edge.families import family_of
+from moe_edge.families.counting import count_params
+from moe_edge.families.loading import load_tokenizer
+from moe_edge.runtimes import open_runtime
+from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.files import write_json_atomic
+from moe_edge.storage.statistics import Statistics
+
+log = logging.getLogger(__name__)
+PARITY_TOKENS = 256
+FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything decided before the first byte is written."""
+
+    model: Path
+    out: Path
+    name: str
+    spec: ModelSpec
+    params_total: int
+    formats: tuple[str, ...]
+    recipes: tuple[str, ...]
+    precision: str
+    config: BuildConfig
+    statistics: Statistics | None
+    kept: dict[int, list[int]] | None
+    provenance: dict[str, str]
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Export the distilled student of a build; returns {"artifacts": [...], "parity": [...]}."""
+    plan = Plan.read(context.inputs["plan"] / "plan.json")
+    statistics = Statistics.load(context.inputs["profile"] / "statistics.safetensors")
+    return export_model(
+        plan_job(
+            context.config, context.inputs["distill"] / "model", context.out, main=plan.quantization, precision=plan.onnx_precision,
+            statistics=statistics, kept=plan.kept if plan.prunes else None,
+            provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
+        )
+    )  # fmt: skip
+
+
+def plan_job(
+    config: BuildConfig, model: Path, out: Path, *, main: str, precision: str, statistics: Statistics | None,
+    kept: dict[int, list[int]] | None, provenance: dict[str, str],
+) -> Job:  # fmt: skip
+    """Read the model's headers and settle names, formats and types."""
+    headers = inspect_checkpoint(model)
+    family = family_of(headers.config)
+    spec = family.spec(headers.config)
+    counts = count_params(spec, family.tensors(headers.config, headers.tensors))
+    formats = config.target.formats if config.export.formats == "auto" else config.export.formats
+    types = config.export.gguf.types
+    recipes = list(dict.fromkeys([main, *config.target.quantization.gguf])) if types == "auto" else list(types)
+    onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
+    name = f"{model_name(config)}-{spec.moe.experts}e"
+    return Job(model, out, name, spec, counts.total, tuple(formats), tuple(recipes), onnx_precision, config, statistics, kept, provenance)  # fmt: skip
+
+
+def model_name(config: BuildConfig) -> str:
+    """A file-name-safe name of the teacher."""
+    source = config.teacher.path
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.") if source else "demo-teacher"
+
+
+def export_model(job: Job) -> dict[str, Any]:
+    """Write, reopen and compare every file of the job."""
+    artifacts: list[dict[str, Any]] = []
+    reopened: list[tuple[str, str, Path]] = []  # parity kind, runtime, path
+    notes: list[str] = []
+    if "gguf" in job.formats:
+        _export_gguf(job, artifacts, reopened)
+    if "onnx" in job.formats:
+        _export_onnx(job, artifacts, reopened, notes)
+    rows = _parity(job, reopened)
+    write_json_atomic(job.out / "parity.json", rows)
+    return {"name": job.name, "artifacts": artifacts, "parity": rows, "notes": notes, "imatrix": job.statistics is not None}
+
+
+def _once(path: Path, write: Callable[[Path], Any]) -> Any:
+    """Write `path` unless an earlier, killed run finished it (writers rename whole files into place)."""
+    if path.exists():
+        log.info("%s: already written", path.name)
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write(path)
+
+
+def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]]) -> None:
+    full = job.out / "reference" / "F16.gguf"
+    pre = job.config.export.gguf.pre_tokenizer
+    _once(full, lambda path: write_gguf(job.model, path, name=job.name, pre_tokenizer=pre, provenance=job.provenance))
+    reopened.append(("gguf F16", "llama_cpp", full))
+    imatrix = imatrix_arrays(job.statistics.imatrix, job.spec, job.kept) if job.statistics else None
+    for recipe in job.recipes:
+        path = job.out / "gguf" / f"{job.name}-{recipe}.gguf"
+        log.info("quantizing %s", path.name)
+        _once(path, lambda path, recipe=recipe: quantize_gguf(full, path, recipe, imatrix, _threads(job)))
+        reopened.append((f"gguf {recipe}", "llama_cpp", path))
+        artifacts.append(_artifact(job, "gguf", "llama_cpp", f"artifacts/gguf/{path.name}", path, recipe))
+
+
+def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]], notes: list[str]) -> None:
+    options = job.config.export.onnx
+
+    def write(path: Path, precision: str) -> Any:
+        weights = job.statistics.imatrix if job.statistics else None
+        return export_onnx(job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept)
+
+    full = job.out / "reference" / "onnx-fp32"
+    if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
+        _once(full, lambda path: write(path, "fp32"))
+        reopened.append(("onnx fp32", "ort", full))
+    else:
+        notes.append("the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF")
+    path = job.out / "onnx"
+    _once(path, lambda path: write(path, job.precision))
+    reopened.append((f"onnx {job.precision} delivered", "ort", path))
+    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, job.precision))
+
+
+def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.name.startswith("model.onnx")]
+    size = sum(file.stat().st_size for file in files)
+    return {
+        "format": kind, "runtime": runtime, "path": delivered, "quantization": quantization, "bytes": size,
+        "bits_per_weight": round(8 * size / job.params_total, 3),
+    }  # fmt: skip
+
+
+def _parity(job: Job, reopened: list[tuple[str, str, Path]]) -> list[dict[str, Any]]:
+    """Reopen each file and compare; one model in memory at a time beside the stored reference."""
+    tokenizer, threads = load_tokenizer(job.model), _threads(job)
+    context_length = min(job.spec.context_length, 2 * PARITY_TOKENS)
+    with open_runtime("hf", job.model, threads=threads, context_length=context_length) as student:
+        expected = parity.reference(student, tokenizer, PARITY_TOKENS)
+    rows = []
+    for kind, runtime, path in reopened:
+        with open_runtime(runtime, path, threads=threads, context_length=context_length) as artifact:
+            rows.append(parity.require(kind, parity.compare(expected, artifact)))
+        log.info("parity %s: KL %.2e nats, greedy %d/%d", kind, rows[-1]["kl_nats"], rows[-1]["greedy_equal"], rows[-1]["greedy_compared"])
+    return rows
+
+
+def _threads(job: Job) -> int:
+    return job.config.target.runtime.threads or psutil.cpu_count(logical=True) or 1

@@ -1,0 +1,123 @@
+"""report: everything a build found out, as report.json (checked against its schema) and report.md (for people).
+
+It only reads what the stages returned; it measures nothing, so `moe-edge report RUN` may rebuild it at any time.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.report import REPORT_SCHEMA, Artifact, GateResult, ModelInfo, ReportV1, StageInfo
+from moe_edge.metrics import quality, speed
+from moe_edge.stages.report_markdown import render
+from moe_edge.storage.files import write_json_atomic, write_text_atomic
+
+NOT_VALIDATED: dict[str, Any] = {
+    "verdict": "fail",
+    "reasons": ["validate has not run, and nothing measured is not a pass"],
+    "artifacts": [],
+    "gates": [],
+}
+DEFINITIONS = {
+    **quality.DEFINITIONS,
+    **speed.DEFINITIONS,
+    "peak_rss_mib": "largest resident memory of the fresh process that ran the model: interpreter, runtime, weights "
+    "(also memory-mapped ones), KV cache, buffers",
+    "bits_per_weight": "8 x bytes of the weight files / parameters of that model",
+}
+
+
+def write_report(
+    run_dir: Path,
+    stages: Sequence[Mapping[str, Any]],
+    config: BuildConfig,
+    summaries: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Write report.json and report.md into the run's folder.
+
+    Args:
+        run_dir: the build's output folder.
+        stages: rows of name, seconds, peak_rss_mib, cached.
+        config: the resolved configuration.
+        summaries: what each stage returned, by the stage's name.
+
+    Returns:
+        report.json as plain data.
+    """
+    report = build_report(run_dir, stages, config, summaries)
+    data = report.model_dump(mode="json", by_alias=True)
+    write_json_atomic(run_dir / "report.json", data)
+    write_text_atomic(run_dir / "report.md", render(report))
+    return data
+
+
+def build_report(
+    run_dir: Path,
+    stages: Sequence[Mapping[str, Any]],
+    config: BuildConfig,
+    summaries: Mapping[str, Mapping[str, Any]],
+) -> ReportV1:
+    """The checked report; arguments as in write_report."""
+    measured = summaries.get("validate", NOT_VALIDATED)
+    teacher, student = _models(config, summaries["compress"])
+    artifacts = [_with_bits(Artifact(**row), student) for row in measured["artifacts"]]
+    baseline = measured.get("baseline")
+    return ReportV1(
+        schema=REPORT_SCHEMA,
+        verdict=measured["verdict"],
+        reasons=measured["reasons"],
+        target=config.target.name,
+        teacher=teacher,
+        student=student,
+        stages=[StageInfo(**row) for row in stages],
+        artifacts=artifacts,
+        baseline=_with_bits(Artifact(**baseline), teacher) if baseline else None,
+        gates=[GateResult(**row) for row in measured["gates"]],
+        plan=_plan(run_dir),
+        distillation=dict(summaries["distill"]) if "distill" in summaries else None,
+        parity=list(summaries.get("export", {}).get("parity", [])),
+        machine=measured.get("machine", {}),
+        versions=measured.get("versions", {}),
+        definitions=DEFINITIONS,
+        notes=_notes(summaries),
+        next_commands=_next_commands(run_dir, artifacts, measured["verdict"]),
+    )
+
+
+def _models(config: BuildConfig, compress: Mapping[str, Any]) -> tuple[ModelInfo, ModelInfo]:
+    """Teacher and student as the compress stage counted them."""
+    name = Path(config.teacher.path).name if config.teacher.path else "demo teacher"
+    student = {key: value for key, value in compress.items() if key not in ("teacher", "notes")}
+    return ModelInfo.model_validate(compress["teacher"] | {"name": name}), ModelInfo.model_validate(student)
+
+
+def _with_bits(artifact: Artifact, model: ModelInfo) -> Artifact:
+    """bits_per_weight of the transformers checkpoints, whose stage did not count parameters."""
+    if artifact.bits_per_weight is not None or not model.params_total:
+        return artifact
+    return artifact.model_copy(update={"bits_per_weight": round(8 * artifact.bytes / model.params_total, 3)})
+
+
+def _plan(run_dir: Path) -> dict[str, Any] | None:
+    """plan.json without the expert lists, which it keeps itself."""
+    path = run_dir / "plan" / "plan.json"
+    if not path.is_file():
+        return None
+    return Plan.read(path).model_dump(mode="json", by_alias=True, exclude={"kept"})
+
+
+def _notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the stages had to say, each note once, in the order of the stages."""
+    return list(dict.fromkeys(str(note) for summary in summaries.values() for note in summary.get("notes", [])))
+
+
+def _next_commands(run_dir: Path, artifacts: Sequence[Artifact], verdict: str) -> list[str]:
+    commands = [f"moe-edge bench {run_dir / artifact.path}" for artifact in artifacts if artifact.format == "gguf"][:1]
+    if verdict == "fail":
+        commands.append(
+            "moe-edge build ... --set plan.bits=Q6_K   # more bits, or --set plan.experts=0.75: more experts"
+        )
+        commands.append("moe-edge build ... --set distill.tokens=262144   # a longer recovery")
+    return [*commands, f"moe-edge verify {run_dir}"]

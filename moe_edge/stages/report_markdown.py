@@ -1,0 +1,222 @@
+"""report.md: the report for people, verdict first. Pure text out of a checked ReportV1.
+
+A number that was not measured is printed as `n/a` and its reason is listed below the table. Names from outside (models,
+messages) are made inert: no table breaks, no HTML.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from moe_edge.contracts.report import Artifact, ReportV1
+from moe_edge.contracts.units import format_bytes
+
+NOT_MEASURED = "n/a"
+
+
+def render(report: ReportV1) -> str:
+    """The whole page."""
+    sections = (
+        _head, _results, _gates, _plan, _distillation, _parity, _stages, _machine, _definitions, _notes, _next,
+    )  # fmt: skip
+    return "\n\n".join(text for text in (section(report) for section in sections) if text) + "\n"
+
+
+def number(value: float | None, digits: int = 3, unit: str = "") -> str:
+    """Significant digits, never scientific between 0.001 and 1e6; null is n/a."""
+    if value is None:
+        return NOT_MEASURED
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}{unit}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    text = f"{value:.{max(digits - whole, 0)}f}" if whole else f"{value:.{digits + 1}f}"
+    return text + unit
+
+
+def inert(value: Any) -> str:
+    """Text for a table cell or a list item: one line, no HTML, no column break."""
+    text = html.escape(str(value), quote=False)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(inert(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _head(report: ReportV1) -> str:
+    passed = sum(gate.passed for gate in report.gates)
+    lines = [
+        f"# {report.verdict.upper()}: {inert(_name(report))} for {inert(report.target)}",
+        f"{passed} of {len(report.gates)} gates passed. {_headline(report)}",
+    ]
+    if report.reasons:
+        lines.append("\n".join(f"- {inert(reason)}" for reason in report.reasons))
+    return "\n\n".join(lines)
+
+
+def _name(report: ReportV1) -> str:
+    return str((report.teacher.model_extra or {}).get("name", "model"))
+
+
+def _headline(report: ReportV1) -> str:
+    teacher, student = report.teacher, report.student
+    text = (
+        f"{student.experts} of {teacher.experts} experts per layer are kept (top-{student.top_k}); "
+        f"{student.params_total / 1e6:.4g} M of {teacher.params_total / 1e6:.4g} M parameters."
+    )
+    quantized = [artifact for artifact in report.artifacts if artifact.format != "hf"]
+    if quantized and teacher.bytes:
+        smallest = min(quantized, key=lambda artifact: artifact.bytes)
+        text += (
+            f" The smallest file is {format_bytes(smallest.bytes)} ({teacher.bytes / smallest.bytes:.1f}x smaller than "
+            f"the teacher's {format_bytes(teacher.bytes)}), {number(smallest.quality.kl_nats)} nats from the teacher."
+        )
+    return text
+
+
+def _results(report: ReportV1) -> str:
+    models = [
+        *([report.baseline] if report.baseline else []),
+        *sorted(report.artifacts, key=lambda a: a.format != "hf"),
+    ]
+    if not models:
+        return ""
+    header = (
+        "model", "size", "bits/weight", "KL to teacher, nats [95 %]", "KL to student", "top-1", "perplexity",
+        "decode tok/s", "prefill tok/s", "TTFT ms", "peak MiB",
+    )  # fmt: skip
+    rows = [_result_row(report, model) for model in models]
+    reasons = [f"- {inert(name)}: {inert(reason)}" for name, reason in _reasons(report, models)]
+    return "\n\n".join(["## Results", table(header, rows), *(["\n".join(reasons)] if reasons else [])])
+
+
+def _result_row(report: ReportV1, model: Artifact) -> list[str]:
+    quality, speed = model.quality, model.speed
+    interval = quality.kl_nats_ci95
+    kl = number(quality.kl_nats) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
+    return [
+        _label(report, model), format_bytes(model.bytes), number(model.bits_per_weight), kl,
+        number(quality.kl_to_student_nats), number(quality.top1_agreement), number(quality.perplexity, 4),
+        number(speed.decode_tokens_per_s), number(speed.prefill_tokens_per_s), number(speed.ttft_ms_p50),
+        number(model.memory.peak_rss_mib),
+    ]  # fmt: skip
+
+
+def _label(report: ReportV1, model: Artifact) -> str:
+    if model is report.baseline:
+        return "teacher (transformers fp32)"
+    if model.format == "hf":
+        return "student (transformers fp32)"
+    return f"{model.format.upper()} {model.quantization or ''}".strip()
+
+
+def _reasons(report: ReportV1, models: Sequence[Artifact]) -> list[tuple[str, str]]:
+    found = []
+    for model in models:
+        parts = (model.quality.reason, model.quality.student_reason, model.speed.reason, model.memory.reason)
+        if text := "; ".join(dict.fromkeys(part for part in parts if part)):
+            found.append((_label(report, model), f"n/a because: {text}"))
+    return found
+
+
+def _gates(report: ReportV1) -> str:
+    rows = [
+        (gate.artifact, gate.name, f"{gate.direction} {number(gate.limit)} {gate.unit}",
+         number(gate.value) if gate.reason is None else f"n/a: {gate.reason}", "pass" if gate.passed else "FAIL")
+        for gate in report.gates
+    ]  # fmt: skip
+    return "## Gates\n\n" + (table(("artifact", "gate", "limit", "value", ""), rows) if rows else "None is configured.")
+
+
+def _plan(report: ReportV1) -> str:
+    plan = report.plan
+    if not plan:
+        return ""
+    rows = [
+        (f"**{c['criterion']}** (chosen)" if c["criterion"] == plan["criterion"] else c["criterion"],
+         number(c["kl_nats"]), _interval(c.get("kl_nats_ci95")), c["n_tokens"])
+        for c in plan["candidates"]
+    ]  # fmt: skip
+    share = plan["estimate"]["routed_expert_share_kept"]
+    lines = [
+        f"{plan['action']}: {plan['experts_kept']} of {plan['experts_total']} experts per layer "
+        f"({share:.1%} of the routed-expert parameters), chosen by {inert(plan['criterion'])}; "
+        f"GGUF {inert(plan['quantization'])}, ONNX {inert(plan['onnx_precision'])}.",
+        _prediction(report, plan),
+    ]
+    if rows:
+        lines.append(table(("criterion", "masked KL, nats", "95 %", "tokens"), rows))
+    if plan.get("competitor"):
+        lines.append(inert(plan["competitor"]))
+    lines += [f"- {inert(note)}" for note in plan["notes"]]
+    return "## Plan\n\n" + "\n\n".join(lines)
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return f"[{number(interval[0])}, {number(interval[1])}]" if interval else NOT_MEASURED
+
+
+def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
+    student = next((artifact for artifact in report.artifacts if artifact.format == "hf"), None)
+    before = (report.distillation or {}).get("heldout_kl_nats_before")
+    measured = student.quality.kl_nats if student else None
+    estimate = plan["estimate"]
+    memory = format_bytes(estimate["peak_memory_bytes"])
+    return (
+        f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])}, "
+        f"held-out before training {number(before)}, held-out after training {number(measured)}. "
+        f"Predicted file {format_bytes(estimate['file_bytes'])}, peak memory {memory}, "
+        f"decode {number(estimate['decode_tokens_per_s'])} tokens/s (roofline of the target)."
+    )
+
+
+def _distillation(report: ReportV1) -> str:
+    summary = report.distillation
+    if not summary:
+        return ""
+    pairs = (
+        ("loss (first, last)", "loss_first", "loss_last"),
+        ("held-out KL to the teacher, nats", "heldout_kl_nats_before", "heldout_kl_nats_after"),
+        ("teacher-student CKA", "cka_before", "cka_after"),
+    )
+    rows = [(label, number(summary.get(first)), number(summary.get(last))) for label, first, last in pairs]
+    return "## Distillation\n\n" + table(("", "before", "after"), rows)
+
+
+def _parity(report: ReportV1) -> str:
+    outcome = {None: "not limited", True: "pass", False: "FAIL"}
+    rows = [
+        (row["artifact"], number(row["kl_nats"]), number(row["max_abs_logit"]), number(row["top1_agreement"]),
+         f"{row['greedy_equal']}/{row['greedy_compared']}", outcome[row["passed"]])
+        for row in report.parity
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    header = ("reopened file against the HF student", "KL, nats", "max logit difference", "top-1", "greedy tokens", "")
+    return "## Parity\n\n" + table(header, rows)
+
+
+def _stages(report: ReportV1) -> str:
+    rows = [(s.name, number(s.seconds), number(s.peak_rss_mib), "yes" if s.cached else "no") for s in report.stages]
+    return "## Stages\n\n" + table(("stage", "seconds", "peak MiB", "reused"), rows) if rows else ""
+
+
+def _machine(report: ReportV1) -> str:
+    facts = "; ".join(f"{name} {inert(value)}" for name, value in report.machine.items() if value is not None)
+    versions = "; ".join(f"{name} {inert(value)}" for name, value in report.versions.items())
+    return f"## Machine and versions\n\n{facts}\n\n{versions}" if facts or versions else ""
+
+
+def _definitions(report: ReportV1) -> str:
+    return "## Definitions\n\n" + "\n".join(f"- `{name}`: {text}" for name, text in report.definitions.items())
+
+
+def _notes(report: ReportV1) -> str:
+    return "## Notes\n\n" + "\n".join(f"- {inert(note)}" for note in report.notes) if report.notes else ""
+
+
+def _next(report: ReportV1) -> str:
+    return "## Next\n\n```\n" + "\n".join(report.next_commands) + "\n```" if report.next_commands else ""

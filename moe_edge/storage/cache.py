@@ -1,0 +1,79 @@
+"""Profiles that other builds of the same teacher reuse.
+
+A profile is the expensive part of a build and depends on neither target nor plan, so it is shared between output folders
+through a cache (`$MOE_EDGE_CACHE`, default ~/.cache/moe-edge); everything else lives in the build's own folder.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_edge.contracts.manifest import Manifest, read_manifest
+from moe_edge.storage.folders import changed_files, mirror
+
+log = logging.getLogger(__name__)
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("MOE_EDGE_CACHE") or Path.home() / ".cache" / "moe-edge")
+
+
+def _profile_home(key: str) -> Path:
+    return cache_root() / "profiles" / key.removeprefix("sha256:")
+
+
+def reuse_profile(folder: Path, key: str) -> None:
+    """Bring the profile with this key from the cache into `folder`, unless the folder already has it."""
+    here, home = read_manifest(folder), _profile_home(key)
+    kept = read_manifest(home)
+    if (here is not None and here.key == key) or kept is None:
+        return
+    if changed := changed_files(home, kept.files):
+        log.warning("the cached profile is damaged and is ignored: %s", ", ".join(changed))
+        return
+    mirror(home, folder)
+    os.utime(home)
+    log.info("profile: taken from the cache")
+
+
+def publish_profile(folder: Path, key: str) -> None:
+    """Put a finished profile into the cache; a full cache disk costs the reuse, not the build."""
+    try:
+        _profile_home(key).parent.mkdir(parents=True, exist_ok=True)
+        mirror(folder, _profile_home(key))
+    except OSError as error:
+        log.warning("the profile was not put into the cache: %s", error)
+
+
+def cached_profiles() -> Iterator[tuple[Path, Manifest]]:
+    """Every finished profile in the cache, oldest use first."""
+    homes = sorted((cache_root() / "profiles").glob("*/"), key=lambda home: home.stat().st_mtime)
+    for home in homes:
+        if (manifest := read_manifest(home)) is not None:
+            yield home, manifest
+
+
+def cached_profile_of(teacher_digest: str) -> tuple[Path, Manifest] | None:
+    """The last used profile of this very checkpoint, for exports of a plain folder."""
+    fitting = [row for row in cached_profiles() if row[1].inputs.get("teacher") == teacher_digest]
+    return fitting[-1] if fitting else None
+
+
+def collect_garbage(keep_bytes: int) -> list[str]:
+    """Delete unfinished entries, then the longest unused, until at most `keep_bytes` remain; names of what went."""
+    gone = []
+    for home in (cache_root() / "profiles").glob("*/"):
+        if read_manifest(home) is None:
+            shutil.rmtree(home)
+            gone.append(home.name)
+    rows = list(cached_profiles())
+    total = sum(entry.bytes for _, manifest in rows for entry in manifest.files.values())
+    for home, manifest in rows:
+        if total <= keep_bytes:
+            break
+        shutil.rmtree(home)
+        total -= sum(entry.bytes for entry in manifest.files.values())
+        gone.append(home.name)
+    return gone

@@ -1,0 +1,179 @@
+"""Checkpoint folders: checked from their headers alone, read one tensor at a time, and identified by a digest.
+
+A folder may come from anywhere. Nothing is unpickled, no path leaves the folder, and every number of a safetensors
+header is checked against the file before a tensor is read (safetensors_header.py).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.storage.digests import remembered_sha256
+from moe_edge.storage.files import read_json, refuse_lfs_pointer
+from moe_edge.storage.safetensors_header import TensorInfo, read_header
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_BACKEND_KEYS = ("attn_implementation", "experts_implementation")
+_OWN_BACKENDS = (None, "eager", "sdpa", "grouped_mm", "batched_mm", "flash_attention_2", "flex_attention")
+
+
+@dataclass(frozen=True)
+class CheckpointHeaders:
+    """What a checkpoint folder says about itself; no weight has been read."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    total_bytes: int  # of all tensors, without headers
+
+
+def inspect_checkpoint(folder: Path, require_tokenizer: bool = True) -> CheckpointHeaders:
+    """Check a Hugging Face checkpoint folder from its headers alone.
+
+    Raises:
+        ConfigError: there is no such folder.
+        InputRejected: anything in it is missing, corrupt, unsafe or contradictory; the message names the file.
+    """
+    if not folder.is_dir():
+        raise ConfigError("the checkpoint folder does not exist", where=str(folder))
+    config = read_json(folder / "config.json")
+    _refuse_foreign_code(config, folder / "config.json")
+    tensors = _read_tensors(folder)
+    if require_tokenizer:
+        _check_tokenizer(folder)
+    return CheckpointHeaders(folder, config, tensors, sum(info.bytes for info in tensors.values()))
+
+
+def _refuse_foreign_code(config: dict[str, Any], path: Path) -> None:
+    """Raises InputRejected when a config names code to run: `auto_map`, or a kernel of the hub as its backend."""
+    for level in _objects(config):
+        if "auto_map" in level:
+            raise InputRejected("the model asks for its own code", where=f"{path}: auto_map", why="never executed")
+        for key, value in level.items():
+            names_backend = key.endswith("_implementation_internal") or (
+                key.lstrip("_") in _BACKEND_KEYS and value not in _OWN_BACKENDS
+            )
+            if names_backend:
+                why = f"{value!r} could be a kernel downloaded from the hub"
+                raise InputRejected("the config names a foreign backend", where=f"{path}: {key}", why=why)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """`value` and everything inside it that is a JSON object."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            yield item
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _read_shards(folder, _weight_map(folder / INDEX))
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        why = f"found only {pickles[0]}; pickle files can run code and are never opened"
+        command = "save the model with save_pretrained(..., safe_serialization=True)"
+        raise InputRejected("no safetensors weights", where=str(folder), why=why, next_command=command)
+    raise InputRejected("no weights", where=str(folder), why=f"expected {SINGLE} or {INDEX}")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, with every file name checked to lie directly in the folder."""
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise InputRejected("the index has no weight_map", where=str(path))
+    for name, shard in found.items():
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
+        if not plain or shard.startswith("."):
+            why = f"tensor {name} lies in {shard!r}; expected a plain *.safetensors name"
+            raise InputRejected("the index points outside the folder", where=str(path), why=why)
+    return found
+
+
+def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise InputRejected("a shard is missing", where=str(folder / shard), why=f"{INDEX} lists it")
+        tensors |= {
+            name: info for name, info in read_header(folder / shard).items() if weight_map.get(name, shard) == shard
+        }
+    wrong = sorted(set(weight_map) ^ set(tensors))
+    if wrong:
+        why = f"{len(wrong)} tensors are in only one of them, first: {wrong[0]}"
+        raise InputRejected("index and shards disagree", where=str(folder / INDEX), why=why)
+    return tensors
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        why = "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        raise InputRejected("the tokenizer is missing", where=str(folder), why=why)
+    for path in tokenizer_files(folder):
+        refuse_lfs_pointer(path)
+        if path.suffix == ".json":
+            _refuse_foreign_code(read_json(path) if path.name == "tokenizer_config.json" else {}, path)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer and chat-template files that are present, in a fixed order."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+class TensorReader:
+    """Reads tensors of a checked folder one at a time through memory-mapped safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises what `inspect_checkpoint` raises; tokenizer files are not required."""
+        self.headers = inspect_checkpoint(folder, require_tokenizer=False)
+        self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.headers.tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers.tensors)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor in its stored dtype. Raises InputRejected when there is none of this name."""
+        info = self.headers.tensors.get(name)
+        if info is None:
+            raise InputRejected("no such tensor", where=f"{self.headers.folder}: {name}")
+        if info.file not in self._open:
+            self._open[info.file] = safe_open(str(self.headers.folder / info.file), framework="pt")
+        tensor: torch.Tensor = self._open[info.file].get_tensor(name)
+        return tensor
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """The identity of a checkpoint: SHA-256 over the sorted (name, SHA-256) of all files that matter to its behaviour.
+
+    Hashes of large files are remembered (see digests.py), so that only the first call reads them.
+    """
+    headers = inspect_checkpoint(folder, require_tokenizer=False)
+    names = {info.file for info in headers.tensors.values()} | {"config.json"}
+    names |= {path.name for path in tokenizer_files(folder)}
+    names |= {name for name in (INDEX, "generation_config.json") if (folder / name).is_file()}
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0{remembered_sha256(folder / name)}\n".encode())
+    return digest.hexdigest()

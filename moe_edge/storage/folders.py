@@ -1,0 +1,63 @@
+"""Folders as values: hash every file of one, tell which files changed, copy one by hard links where the disk allows it."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_edge.contracts.manifest import MANIFEST_NAME, FileEntry
+from moe_edge.storage.files import sha256_file
+
+LINK_FROM_BYTES = 1 << 20  # smaller files are copied, so that editing one never edits its twin
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every delivered file below `folder`, sorted by name; dot-files and the folder's own manifest are not among them."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Hash and size of one file."""
+    return FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
+
+
+def hash_folder(folder: Path) -> dict[str, FileEntry]:
+    """{relative name: hash and size} of every file below `folder`."""
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files_of(folder)}
+
+
+def changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    """Names that are missing, have another size, or another hash than recorded."""
+    changed = []
+    for name, entry in files.items():
+        path = folder / name
+        same = path.is_file() and path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
+        if not same:
+            changed.append(name)
+    return changed
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """A hard link for large files on the same disk, else a copy with the same modification time."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if source.stat().st_size >= LINK_FROM_BYTES:
+        try:
+            os.link(source, destination)
+            return
+        except OSError:
+            pass  # another disk, or one without hard links
+    shutil.copy2(source, destination)
+
+
+def mirror(source: Path, destination: Path) -> None:
+    """Make `destination` a twin of the folder `source`, complete or not at all; an earlier destination is replaced."""
+    beside = destination.with_name(destination.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    for path in files_of(source):
+        link_or_copy(path, beside / path.relative_to(source))
+    beside.mkdir(parents=True, exist_ok=True)
+    if (source / MANIFEST_NAME).exists():
+        link_or_copy(source / MANIFEST_NAME, beside / MANIFEST_NAME)
+    shutil.rmtree(destination, ignore_errors=True)
+    beside.rename(destination)

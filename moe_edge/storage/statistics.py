@@ -1,0 +1,106 @@
+"""statistics.safetensors: everything that one calibration pass learnt, in one file that every later decision is a function of.
+
+Sums are float64 over all calibration tokens; means are left to the reader (`sum / counts`), so that a zero count stays visible
+as "no evidence". The file's header holds one JSON entry: two entries would be written in an arbitrary order.
+
+Shape suffixes: L MoE layers, E experts, D model width, F expert width, V vocabulary.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_edge.contracts.errors import InputRejected
+
+STATISTICS_SCHEMA = "moe-edge/statistics@1"
+HEADER_KEY = "moe-edge"
+IMATRIX_PREFIX = "imatrix."
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the teacher did on the calibration set. "Routed" means: over the tokens that the router sent to the expert."""
+
+    counts_LE: Tensor  # int64, routed tokens
+    gate_sum_LE: Tensor  # sum of g, the weight that the model multiplies the output with
+    norm_sum_LE: Tensor  # sum of ||f||, f the expert's raw output
+    norm_sq_sum_LE: Tensor  # sum of ||f||^2
+    gated_norm_sum_LE: Tensor  # sum of g ||f||
+    norm_max_LE: Tensor  # largest ||f||
+    out_sum_LED: Tensor  # sum of f
+    out_sq_sum_LED: Tensor  # sum of f^2 per component
+    router_entropy_L: Tensor  # mean entropy of the softmax over all experts, nats
+    coroute_LEE: Tensor  # int64, tokens routed to both; the diagonal is counts_LE
+    gate_mass_L: Tensor  # mean over tokens of the sum of the chosen weights
+    hsic_LEE: Tensor  # debiased HSIC between experts' outputs, summed over blocks
+    gated_hsic_LEE: Tensor  # the same, rows scaled by the softmax gate
+    layer_hsic_LL: Tensor  # debiased HSIC between the layers' residual outputs
+    sink_share_L: Tensor  # dropped share of the CKA tokens
+    cka_tokens: int  # tokens that ran through every expert
+    tokens: int  # calibration tokens
+    # Sums of squares per input column: attention_in [L,D], attention_o [L,heads*head_dim], ffn_in [L,D], expert_in [L,E,D],
+    # expert_down [L,E,F], shared_down [L,FS] (if any), head_in [D]; counts: expert_count [L,E], dense_count [].
+    imatrix: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)  # teacher digest, calibration digest, ...
+
+    def save(self, path: Path) -> None:
+        """Write the file beside and rename it."""
+        tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        tensors |= {IMATRIX_PREFIX + name: tensor for name, tensor in self.imatrix.items()}
+        header = {"schema": STATISTICS_SCHEMA, "cka_tokens": self.cka_tokens, "tokens": self.tokens, "meta": self.meta}
+        save_tensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read a file that `save` wrote.
+
+        Raises:
+            InputRejected: the file is unreadable or not of this schema.
+        """
+        tensors, header = load_tensors(path)
+        if header.get("schema") != STATISTICS_SCHEMA:
+            raise InputRejected(
+                "not a statistics file of this version",
+                where=str(path),
+                why=f"expected schema {STATISTICS_SCHEMA}, found {header.get('schema')}",
+                next_command="moe-edge profile TEACHER --fresh",
+            )
+        imatrix = {
+            name.removeprefix(IMATRIX_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(IMATRIX_PREFIX)
+        }
+        plain = {name: tensors[name] for name in TENSOR_FIELDS}
+        return cls(**plain, imatrix=imatrix, cka_tokens=header["cka_tokens"], tokens=header["tokens"], meta=header["meta"])
+
+
+TENSOR_FIELDS = tuple(entry.name for entry in fields(Statistics) if entry.type in (Tensor, "Tensor"))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """A safetensors file with a JSON header, atomically: written as `path.tmp`, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and the JSON header of a file that `save_tensors` wrote.
+
+    Raises:
+        InputRejected: missing, truncated or foreign file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # clone: the file may be replaced while its tensors are in use
+            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(metadata[HEADER_KEY])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputRejected("cannot read a moe-edge tensor file", where=str(path), why=str(error)) from error

@@ -1,0 +1,1 @@
+"""The tests mirror the rooms of moe_edge; `tests.tiny` builds the models they share."""

@@ -1,0 +1,75 @@
+"""Configuration: layers merge in the documented order, and a wrong key is answered with its line and the nearest known one."""
+
+import pytest
+
+from moe_edge.contracts.config_io import merge, parse_setting, read_yaml, resolve_config
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.targets_io import read_target
+
+
+def resolve(tmp_path, text="", settings=(), flags=None, target="cpu"):
+    file = None
+    if text:
+        (tmp_path / "build.yaml").write_text(text)
+        file = read_yaml(tmp_path / "build.yaml")
+    return resolve_config(read_target(target), file, list(settings), flags)
+
+
+def test_defaults_come_with_a_target(tmp_path):
+    config = resolve(tmp_path)
+    assert config.target.name == "cpu" and config.target.budget.experts == pytest.approx(0.625)
+    assert config.calibration.tokens == 65536 and config.plan.criterion == "auto"
+
+
+def test_precedence_file_then_set_then_flags(tmp_path):
+    text = "plan: {experts: 9, seed: 3}\nteacher: {path: a}\n"
+    config = resolve(tmp_path, text, ["plan.experts=7", "teacher.path=b"], {"teacher": {"path": "c"}})
+    assert (config.plan.experts, config.plan.seed, config.teacher.path) == (7, 3, "c")
+
+
+def test_units_are_parsed(tmp_path):
+    config = resolve(tmp_path, settings=["target.budget.weights=4GiB", "target.budget.ttft=250ms", "target.budget.experts=50%"])
+    budget = config.target.budget
+    assert (budget.weights, budget.ttft, budget.experts) == (4 << 30, 0.25, 0.5)
+
+
+def test_unknown_key_names_line_and_nearest(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        resolve(tmp_path, "calibration:\n  seed: 1\n  tokns: 5\n")
+    assert "line 3" in str(caught.value) and "did you mean 'tokens'" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_wrong_value_names_its_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"plan\.seed.*line 2"):
+        resolve(tmp_path, "plan:\n  seed: many\n")
+
+
+def test_a_config_cannot_name_a_target_as_text(tmp_path):
+    with pytest.raises(ConfigError, match="target"):
+        resolve(tmp_path, settings=["target=cpu"])
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: 1\na: 2\n", "- 1\n- 2\n", "\tplan: 1\n"])
+def test_bad_yaml_is_one_clear_error(tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="YAML|mapping"):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+def test_missing_and_huge_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "huge.yaml").write_text("a: " + "x" * (1 << 20))
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        read_yaml(tmp_path / "huge.yaml")
+
+
+@pytest.mark.parametrize("text", ["plan.experts", "=5", "plan..x=1", "plan.experts=[1"])
+def test_bad_settings_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_setting(text)
+
+
+def test_merge_replaces_lists_and_joins_mappings():
+    assert merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}}

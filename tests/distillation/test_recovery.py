@@ -1,0 +1,121 @@
+"""Stages in sequence, and resuming after a kill: the same bits as without one."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
+from moe_edge.contracts.errors import MoeEdgeError
+from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights
+from moe_edge.distillation.recovery import Recovery
+from moe_edge.distillation.schedule import schedule_stages, split_rows
+from moe_edge.distillation.signal import CachedSignal
+from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cache
+
+EXPERTS = [LrMultiplier(pattern=r"\.experts\.|mlp\.gate", lr_multiplier=1.0), LrMultiplier(pattern=".*", lr_multiplier=0.0)]
+CONFIG = DistillConfig(
+    batch_rows=2,
+    stages=[
+        StageConfig(stage_name="experts", steps=3, parameter_lr_multipliers=EXPERTS, learning_rate=0.01),
+        StageConfig(stage_name="all", steps=4, learning_rate=0.003),
+    ],
+)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it and nothing is cleaned up."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, stage_steps: int, step: int) -> None:
+        self.stage_steps, self.step = stage_steps, step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        if state.max_steps == self.stage_steps and state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    model = tiny_teacher()
+    model.save_pretrained(folder / "teacher")
+    write_cache(folder / "logits.h5", model, rows())
+    return folder / "teacher"
+
+
+@pytest.fixture(scope="module")
+def straight(teacher: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """What an uninterrupted run ends with; its checkpoints stay in `straight`."""
+    return train(recovery(teacher, "straight", interval_s=1e9))
+
+
+def recovery(teacher: Path, name: str, interval_s: float = 0.0) -> Recovery:
+    signal = CachedSignal(teacher.parent / "logits.h5", {})
+    return Recovery(CONFIG, rows(), signal, 96, teacher, teacher.parent / name, interval_s)
+
+
+def train(work: Recovery) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    student = tiny_student()
+    records = work.train(student, schedule_stages(CONFIG, split_rows(len(rows()))[0], 16))
+    return student.state_dict(), [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_stages_train_what_they_say(teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]]) -> None:
+    before, (after, records) = tiny_student().state_dict(), straight
+    assert [record["steps"] for record in records] == [3, 4]
+    assert [record["tokens"] for record in records] == [96, 128]
+    assert all({"total_loss", "ce_loss", "kl_loss", "cka_loss"} <= set(entry) for r in records for entry in r["log"])
+    assert all(bool((after[name] != before[name]).any()) for name in before)
+    finished = tiny_student()
+    load_weights(finished, latest_checkpoint(teacher.parent / "straight" / "0-experts"))
+    for name, tensor in finished.state_dict().items():
+        frozen = ".experts." not in name and "mlp.gate" not in name
+        assert torch.equal(tensor, before[name]) == frozen, name
+
+
+def test_without_the_clock_only_the_last_step_is_saved(teacher: Path, straight: object) -> None:
+    for stage, steps in (("0-experts", 3), ("1-all", 4)):
+        names = [path.name for path in (teacher.parent / "straight" / stage).iterdir()]
+        assert names == [f"checkpoint-{steps}"]
+
+
+@pytest.mark.parametrize(("stage_steps", "step"), ((3, 2), (4, 0), (4, 3)))
+def test_a_kill_changes_no_bit(
+    teacher: Path,
+    straight: tuple[dict[str, torch.Tensor], list[dict]],
+    monkeypatch: pytest.MonkeyPatch,
+    stage_steps: int,
+    step: int,
+) -> None:
+    plain, name = Recovery.trainer, f"killed-{stage_steps}-{step}"
+
+    def with_kill(self: Recovery, *args: object) -> object:
+        trainer = plain(self, *args)
+        trainer.add_callback(KillAt(stage_steps, step))
+        return trainer
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Recovery, "trainer", with_kill)
+        train(recovery(teacher, name))
+    resumed, records = train(recovery(teacher, name))
+    assert records == straight[1]
+    for key, tensor in straight[0].items():
+        assert torch.equal(resumed[key], tensor), key
+
+
+def test_a_checkpoint_without_its_marker_does_not_count(
+    teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]], tmp_path: Path
+) -> None:
+    shutil.copytree(teacher.parent / "straight", teacher.parent / "torn")
+    (latest_checkpoint(teacher.parent / "torn" / "1-all") / "complete").unlink()
+    resumed, _ = train(recovery(teacher, "torn"))
+    assert all(torch.equal(resumed[name], straight[0][name]) for name in resumed)
+
+
+def test_a_foreign_checkpoint_is_refused(teacher: Path, straight: object) -> None:
+    with pytest.raises(MoeEdgeError, match="does not fit"):
+        load_weights(tiny_student("qwen2_moe"), latest_checkpoint(teacher.parent / "straight" / "1-all"))

@@ -1,0 +1,80 @@
+"""Rows, steps and learning rates, decided before the first step."""
+
+import logging
+
+import pytest
+
+from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.schedule import micro_rows, multipliers_of, schedule_stages, split_rows
+
+NAMES = ["embed.weight", "layers.0.mlp.experts.down_proj", "layers.0.mlp.gate.weight", "norm.weight"]
+
+
+def config(*stages: StageConfig, **values: object) -> DistillConfig:
+    return DistillConfig(stages=list(stages), **values)
+
+
+def test_the_last_rows_are_held_out() -> None:
+    train, held_out = split_rows(128)
+    assert held_out == list(range(122, 128)) and train == list(range(122))
+    assert split_rows(2) == ([0], [1])
+    with pytest.raises(ConfigError, match="too little"):
+        split_rows(1)
+
+
+def test_shares_of_the_token_budget() -> None:
+    first, second = schedule_stages(DistillConfig(), range(122), 512)
+    assert first.steps + second.steps == 65536 // (4 * 512)
+    assert first.warmup_steps == 2
+    seen = first.rows + second.rows
+    assert sorted(seen[:122]) == list(range(122)), "no row twice before every row once"
+
+
+def test_steps_epochs_and_seeds() -> None:
+    stages = (StageConfig(stage_name="a", steps=3), StageConfig(stage_name="b", num_epochs=2))
+    a, b = schedule_stages(config(*stages, batch_rows=2), range(9), 64)
+    assert a.steps == 3 and b.steps == 9
+    again = schedule_stages(config(*stages, batch_rows=2), range(9), 64)
+    assert [s.rows for s in again] == [a.rows, b.rows]
+    other = schedule_stages(config(*stages, batch_rows=2, seed=1), range(9), 64)
+    assert other[0].rows + other[1].rows != a.rows + b.rows
+
+
+def test_a_length_must_be_given_once() -> None:
+    for stage in (StageConfig(stage_name="a"), StageConfig(stage_name="a", share=0.5, steps=2)):
+        with pytest.raises(ConfigError, match="how long"):
+            schedule_stages(config(stage), range(9), 64)
+    twins = [StageConfig(stage_name="a", steps=1)] * 2
+    with pytest.raises(ConfigError, match="same name"):
+        schedule_stages(config(*twins), range(9), 64)
+
+
+def test_micro_batches() -> None:
+    assert [micro_rows(*case) for case in ((4, 512), (4, 1024), (3, 128), (2, 64))] == [2, 1, 1, 2]
+
+
+def test_the_first_pattern_wins(caplog: pytest.LogCaptureFixture) -> None:
+    patterns = [LrMultiplier(pattern=r"experts|gate", lr_multiplier=1), LrMultiplier(pattern="mlp|embed", lr_multiplier=0.1)]
+    with caplog.at_level(logging.INFO):
+        rates = multipliers_of(NAMES, patterns)
+    assert list(rates.values()) == [0.1, 1, 1, 1]
+    assert "norm.weight" in caplog.text and "full rate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    (
+        (["expert", "router"], "matches no parameter"),
+        ([".*", "expert"], "earlier patterns take all 1"),
+        (["(", ".*"], "regular expression"),
+    ),
+)
+def test_dead_patterns_are_errors(patterns: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        multipliers_of(NAMES, [LrMultiplier(pattern=pattern, lr_multiplier=1) for pattern in patterns])
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        multipliers_of(NAMES, [LrMultiplier(pattern=".*", lr_multiplier=0)])

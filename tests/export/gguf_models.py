@@ -1,0 +1,32 @@
+"""Tiny checkpoints that llama.cpp's architectures can represent, and their reference logits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_edge.families.loading import load_model
+from tests.tiny import tiny_checkpoint
+
+# llama.cpp's olmoe ignores clip_qkv and needs one key-value head per head
+REPRESENTABLE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {},
+    "qwen2_moe": {},
+    "mixtral": {},
+    "olmoe": {"clip_qkv": None, "num_key_value_heads": 4},
+}
+
+
+def representable(tmp_path: Path, family: str, **kwargs: Any) -> Path:
+    return tiny_checkpoint(tmp_path, family, **(REPRESENTABLE[family] | kwargs))
+
+
+@torch.no_grad()
+def reference_logits(checkpoint: Path, ids_S: np.ndarray) -> np.ndarray:
+    model = load_model(checkpoint)
+    return model(torch.as_tensor(ids_S)[None]).logits[0].float().numpy()
+
+
+def some_ids(tokens: int = 48, vocab: int = 300, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, vocab, tokens)

@@ -1,0 +1,155 @@
+"""The GGUF writer: every family against transformers, its metadata, its bytes and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.export.gguf import SMALLEST_GATE, interleave_rope, write_gguf
+from moe_edge.export.gguf_layout import TENSOR_NAMES, class_of, gguf_name, writes_output_twice
+from moe_edge.families import family_of
+from moe_edge.families.loading import load_model
+from moe_edge.runtimes.base import generate
+from moe_edge.runtimes.gguf_header import check_gguf_header
+from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
+from tests.export.gguf_models import REPRESENTABLE, reference_logits, representable, some_ids
+
+
+def export(checkpoint: Path, **kwargs) -> Path:
+    out = checkpoint.with_suffix(".gguf")
+    write_gguf(checkpoint, out, name="tiny", **kwargs)
+    return out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", REPRESENTABLE)
+def test_logits_and_greedy_tokens_equal_transformers(tmp_path, family, tied):
+    checkpoint, ids = representable(tmp_path, family, tied=tied), some_ids()
+    expected = reference_logits(checkpoint, ids)
+    with LlamaCppRuntime(export(checkpoint), threads=1, context_length=128, kv_float32=True) as runtime:
+        actual = runtime.logits(ids)
+        tokens = generate(runtime, ids[:16], 8)
+    assert actual.shape == expected.shape
+    assert np.quantile(np.abs(actual - expected), 0.99) <= 5e-3
+    model = load_model(checkpoint)
+    greedy = model.generate(torch.as_tensor(ids[:16])[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert tokens == greedy[0, 16:].tolist()
+
+
+@pytest.mark.parametrize(("family", "stored"), [("qwen2_moe", True), ("olmoe", True), ("qwen3_moe", False), ("mixtral", False)])
+def test_a_tied_head_is_stored_only_where_the_architecture_demands_it(tmp_path, family, stored):
+    checkpoint = representable(tmp_path, family, tied=True)
+    assert ("output.weight" in check_gguf_header(export(checkpoint)).tensors) == stored
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert writes_output_twice(family_of(config).spec(config)) == stored
+
+
+def test_metadata_says_what_the_model_is(tmp_path):
+    out = export(representable(tmp_path, "qwen3_moe"), provenance={"base_model": "T", "criterion": "reap", "license": "x"})
+    metadata = check_gguf_header(out).metadata
+    assert metadata["general.name"] == "tiny"
+    assert metadata["general.base_model.0.name"] == "T"
+    assert metadata["moe_edge.criterion"] == "reap"
+    assert metadata["general.license"] == "x"
+    assert metadata["qwen3moe.expert_count"] == 6
+    assert metadata["qwen3moe.expert_used_count"] == 2
+    assert metadata["qwen3moe.expert_gating_func"] == 1
+    assert metadata["qwen3moe.expert_feed_forward_length"] == 32
+    assert metadata["qwen3moe.attention.key_length"] == 32
+    assert metadata["qwen3moe.context_length"] == 256
+
+
+def test_norms_and_routers_are_float32_and_weights_float16(tmp_path):
+    for tensor in check_gguf_header(export(representable(tmp_path, "qwen2_moe"))).tensors.values():
+        exact = class_of(tensor.name) in ("norm", "router", "shared_router", "attention_bias")
+        assert tensor.kind == ("F32" if exact else "F16"), tensor.name
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(tmp_path):
+    checkpoint = representable(tmp_path, "qwen3_moe")
+    first = export(checkpoint).read_bytes()
+    assert export(checkpoint).read_bytes() == first
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_bfloat16_checkpoints_are_exported(tmp_path):
+    checkpoint, ids = representable(tmp_path, "qwen3_moe", dtype=torch.bfloat16), some_ids()
+    with LlamaCppRuntime(export(checkpoint), threads=1, context_length=64, kv_float32=True) as runtime:
+        assert np.quantile(np.abs(runtime.logits(ids) - reference_logits(checkpoint, ids)), 0.99) <= 5e-3
+
+
+def test_a_zero_shared_gate_does_not_become_nan(tmp_path):
+    """llama.cpp divides by the gate's logit."""
+    checkpoint, ids = representable(tmp_path, "qwen2_moe"), some_ids()
+    weights = load_file(checkpoint / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("shared_expert_gate.weight"):
+            tensor.zero_()
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with LlamaCppRuntime(export(checkpoint), threads=1, context_length=64, kv_float32=True) as runtime:
+        actual = runtime.logits(ids)
+    assert SMALLEST_GATE > 0
+    assert np.quantile(np.abs(actual - reference_logits(checkpoint, ids)), 0.99) <= 5e-3
+
+
+REFUSED = [
+    ("qwen3_moe", {"norm_topk_prob": False}, "renormalise"),
+    ("qwen2_moe", {"norm_topk_prob": True}, "renormalise"),
+    ("olmoe", {"clip_qkv": 4.0}, "clip_qkv"),
+    ("olmoe", {"num_key_value_heads": 2}, "key-value heads"),
+    ("mixtral", {"sliding_window": 16}, "sliding window"),
+]
+
+
+@pytest.mark.parametrize(("family", "overrides", "reason"), REFUSED)
+def test_a_model_that_llama_cpp_would_compute_differently_is_refused(tmp_path, family, overrides, reason):
+    checkpoint = representable(tmp_path, family, **overrides)
+    with pytest.raises(InputRejected, match=reason):
+        export(checkpoint)
+    assert not checkpoint.with_suffix(".gguf").exists()
+
+
+@pytest.mark.parametrize(("value", "reason"), [(float("nan"), "not finite"), (1e6, "65504")])
+def test_a_weight_beyond_float16_is_refused(tmp_path, value, reason):
+    checkpoint = representable(tmp_path, "mixtral")
+    weights = load_file(checkpoint / "model.safetensors")
+    next(tensor for name, tensor in weights.items() if "o_proj" in name)[0, 0] = value
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputRejected, match=reason):
+        export(checkpoint)
+
+
+def test_a_missing_folder_is_a_usage_error(tmp_path):
+    with pytest.raises(ConfigError):
+        export(tmp_path / "nowhere")
+
+
+def test_names_and_classes_are_inverse():
+    for tensor_class, part in TENSOR_NAMES:
+        assert class_of(gguf_name(tensor_class, part, 7)) == tensor_class
+    with pytest.raises(InputRejected, match=r"blk\.0\.unknown"):
+        class_of("blk.0.unknown.weight")
+
+
+def test_rope_rows_become_neighbours():
+    assert interleave_rope(np.arange(8)[:, None], heads=2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_an_entry_of_a_fused_checkpoint_is_exported(tmp_path):
+    """Checkpoints may hold gate and up fused; the file is the same."""
+    checkpoint = representable(tmp_path, "qwen3_moe", layers=1)
+    expected = export(checkpoint).read_bytes()
+    weights = load_file(checkpoint / "model.safetensors")
+    experts = "model.layers.0.mlp.experts."
+
+    def stacked(part: str) -> torch.Tensor:
+        return torch.stack([weights.pop(f"{experts}{e}.{part}.weight") for e in range(6)])
+
+    fused = torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
+    weights |= {experts + "gate_up_proj": fused, experts + "down_proj": stacked("down_proj")}
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert export(checkpoint).read_bytes() == expected

@@ -1,0 +1,125 @@
+"""Quantization: every tensor has the type that the recipe pins, deterministically, with and without an imatrix."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
+from moe_edge.contracts.quantization import pinned_type, tensor_bytes
+from moe_edge.export import gguf_quantize
+from moe_edge.export.gguf import write_gguf
+from moe_edge.export.gguf_layout import class_of
+from moe_edge.export.gguf_quantize import FILE_TYPES, quantize_gguf
+from moe_edge.runtimes.gguf_header import check_gguf_header
+from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
+from tests.export.gguf_models import REPRESENTABLE, reference_logits, representable, some_ids
+
+
+def source(tmp_path: Path, family: str = "qwen2_moe", **kwargs) -> Path:
+    path = tmp_path / f"{family}-F16.gguf"
+    write_gguf(representable(tmp_path, family, **kwargs), path, name="x")
+    return path
+
+
+@pytest.mark.parametrize("family", REPRESENTABLE)
+def test_every_tensor_has_its_pinned_type(tmp_path, family):
+    src = source(tmp_path, family, hidden=256, width=48)  # 48: not even 32-blocks fit the down projection
+    kinds = quantize_gguf(src, tmp_path / "q.gguf", "Q4_K_M", None, 1)
+    tensors = check_gguf_header(tmp_path / "q.gguf").tensors
+    assert kinds == {name: tensor.kind for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        expected = pinned_type("Q4_K_M", class_of(tensor.name), tensor.shape[-1])
+        assert tensor.kind == expected, tensor.name
+        assert tensor.bytes == tensor_bytes(expected, tensor.shape)
+    assert kinds["blk.0.ffn_gate_exps.weight"] == "Q4_K"
+    assert kinds["blk.0.ffn_down_exps.weight"] == "F16"
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+@pytest.mark.parametrize("recipe", [*FILE_TYPES, "F16"])
+def test_every_recipe_gives_a_model_that_loads(tmp_path, recipe):
+    src, ids = source(tmp_path, hidden=256, width=32), some_ids()
+    quantize_gguf(src, tmp_path / "q.gguf", recipe, None, 1)
+    header = check_gguf_header(tmp_path / "q.gguf")
+    assert header.metadata["general.file_type"] == FILE_TYPES.get(recipe, 1)
+    with LlamaCppRuntime(tmp_path / "q.gguf", threads=1, context_length=64) as runtime:
+        assert np.isfinite(runtime.logits(ids)).all()
+
+
+def test_fallbacks_follow_the_row_length(tmp_path):
+    kinds = quantize_gguf(source(tmp_path), tmp_path / "q.gguf", "Q4_K_M", None, 1)  # hidden 64, width 32, shared 48
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_gate_exps.weight"] == "Q5_0"
+    assert kinds["blk.0.ffn_down_exps.weight"] == "Q5_1"
+    assert kinds["blk.0.ffn_down_shexp.weight"] == "F16"
+
+
+def test_bytes_do_not_depend_on_threads_or_on_the_run(tmp_path):
+    src = source(tmp_path)
+    for name, threads in (("a", 1), ("b", 2)):
+        quantize_gguf(src, tmp_path / f"{name}.gguf", "Q4_K_M", None, threads)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_an_imatrix_changes_the_weights_and_keeps_the_types(tmp_path):
+    src = source(tmp_path)
+    shapes = {name: t.shape for name, t in check_gguf_header(src).tensors.items()}
+    generator = np.random.default_rng(0)
+    imatrix = {
+        name: generator.uniform(0.01, 10, (shape[0] if len(shape) == 3 else 1) * shape[-1]).astype(np.float32)
+        for name, shape in shapes.items()
+        if len(shape) > 1
+    }
+    plain = quantize_gguf(src, tmp_path / "plain.gguf", "Q4_K_M", None, 1)
+    assert quantize_gguf(src, tmp_path / "weighted.gguf", "Q4_K_M", imatrix, 1) == plain
+    assert (tmp_path / "plain.gguf").read_bytes() != (tmp_path / "weighted.gguf").read_bytes()
+
+
+def test_q8_stays_close_to_transformers(tmp_path):
+    checkpoint, ids = representable(tmp_path, "qwen3_moe"), some_ids()
+    write_gguf(checkpoint, tmp_path / "f.gguf", name="x")
+    quantize_gguf(tmp_path / "f.gguf", tmp_path / "q.gguf", "Q8_0", None, 1)
+    expected = reference_logits(checkpoint, ids)
+    with LlamaCppRuntime(tmp_path / "q.gguf", threads=1, context_length=64) as runtime:
+        error = np.abs(runtime.logits(ids) - expected)
+    assert np.quantile(error, 0.9) < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("values", [np.ones(7), np.full(6 * 64, np.nan)])
+def test_an_imatrix_that_does_not_fit_is_refused(tmp_path, values):
+    with pytest.raises(InputRejected, match="importance matrix"):
+        quantize_gguf(source(tmp_path), tmp_path / "q.gguf", "Q4_K_M", {"blk.0.ffn_gate_exps.weight": values}, 1)
+
+
+def test_unknown_recipes_and_quantized_sources_are_refused(tmp_path):
+    src = source(tmp_path)
+    with pytest.raises(ConfigError, match="Q9"):
+        quantize_gguf(src, tmp_path / "q.gguf", "Q9", None, 1)
+    quantize_gguf(src, tmp_path / "q8.gguf", "Q8_0", None, 1)
+    with pytest.raises(InputRejected, match="requantizing"):
+        quantize_gguf(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "Q4_K_M", None, 1)
+    assert not (tmp_path / "q4.gguf").exists()
+
+
+def test_types_that_differ_from_the_recipe_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_quantize, "_overrides", lambda wanted: gguf_quantize._imatrix({}))
+    monkeypatch.setattr(gguf_quantize, "_overrides", lambda wanted: (gguf_quantize.lib.llama_model_tensor_override * 1)())
+    with pytest.raises(InputRejected, match="other types"):
+        quantize_gguf(source(tmp_path), tmp_path / "q.gguf", "Q4_K_M", None, 1)
+
+
+def test_a_full_disk_is_reported_before_writing(tmp_path, monkeypatch):
+    src = source(tmp_path)
+    monkeypatch.setattr(gguf_quantize.shutil, "disk_usage", lambda _: (10, 10, 0))
+    with pytest.raises(ResourceProblem, match="disk"):
+        quantize_gguf(src, tmp_path / "q.gguf", "Q8_0", None, 1)
+
+
+def test_nothing_is_printed(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.DEBUG, logger="moe_edge"):
+        quantize_gguf(source(tmp_path), tmp_path / "q.gguf", "Q4_K_M", None, 1)
+    printed = capfd.readouterr()
+    assert "llama" not in printed.out + printed.err
+    assert "converting" in caplog.text or "quant" in caplog.text

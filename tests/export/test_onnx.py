@@ -1,0 +1,216 @@
+"""ONNX folders of the four families: exact in float32, close in four bits, readable by onnxruntime-genai, same bytes twice."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
+from moe_edge.export import onnx_graph
+from moe_edge.export.onnx import export_onnx
+from moe_edge.export.onnx_precision import PRECISIONS, fitting_block
+from moe_edge.families.loading import load_model
+from moe_edge.runtimes.base import generate
+from moe_edge.runtimes.hf import HfRuntime
+from moe_edge.runtimes.ort import OrtRuntime
+from moe_edge.storage.files import sha256_file
+from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids
+
+PROMPT = tiny_ids(tokens=20, rows=1)[0].numpy()
+MAX_DIFFERENCE = 1e-4
+
+
+def hf_logits(checkpoint: Path, ids_S: np.ndarray = PROMPT) -> np.ndarray:
+    with HfRuntime(checkpoint, threads=1, context_length=256) as runtime:
+        return runtime.logits(ids_S)
+
+
+def ort_logits(folder: Path) -> np.ndarray:
+    with OrtRuntime(folder, threads=1, context_length=256) as runtime:
+        return runtime.logits(PROMPT)
+
+
+def kl_nats(reference_SV: np.ndarray, other_SV: np.ndarray) -> float:
+    p, q = (torch.log_softmax(torch.from_numpy(a).double(), -1) for a in (reference_SV, other_SV))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def initializers(folder: Path) -> dict[str, np.ndarray]:
+    model = onnx.load(folder / "model.onnx")
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_float32_is_exact_and_decodes_the_same_tokens(family: str, tmp_path: Path) -> None:
+    import onnxruntime_genai as og
+
+    checkpoint = tiny_checkpoint(tmp_path, family, tied=family == "olmoe")
+    summary = export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
+    assert np.abs(ort_logits(tmp_path / "onnx") - hf_logits(checkpoint)).max() <= MAX_DIFFERENCE
+    assert summary["nodes"]["MoE"] == 2 and "QMoE" not in summary["nodes"]
+
+    with HfRuntime(checkpoint, 1, 256) as hf, OrtRuntime(tmp_path / "onnx", 1, 256) as ort:
+        expected = generate(hf, PROMPT, 16)
+        assert generate(ort, PROMPT, 16) == expected
+    model = og.Model(str(tmp_path / "onnx"))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(PROMPT) + 16, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(PROMPT.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    answer = list(generator.get_sequence(0))[len(PROMPT) :]
+    assert answer == expected[: len(answer)] and answer
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_quantized_precision_is_close(family: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, family)
+    reference = hf_logits(checkpoint)
+    sizes = {}
+    for precision, bound in {"fp16": 1e-4, "int8": 0.01, "int4": 0.02}.items():
+        summary = export_onnx(checkpoint, tmp_path / precision, precision=precision)
+        assert kl_nats(reference, ort_logits(tmp_path / precision)) <= bound, precision
+        sizes[precision] = summary["bytes"]
+        classes = set(summary["bits"]) - {"router"}
+        assert {name: summary["bits"][name] for name in classes} == {n: PRECISIONS[precision][n] for n in classes}
+    assert sizes["fp16"] > sizes["int8"] > sizes["int4"]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_weight_matrix_of_the_int4_graph_is_quantized(family: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, family)
+    export_onnx(checkpoint, tmp_path / "onnx", precision="int4")
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    nodes = Counter(node.op_type for node in model.graph.node)
+    assert nodes["QMoE"] == 2 and nodes["MoE"] == 0 and nodes["GatherBlockQuantized"] == 1
+    floats = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+    assert all("router" in name or "shared_expert_gate" in name for name in floats)
+    assert nodes["MatMulNBits"] == (11 if family == "qwen2_moe" else 5)
+    for node in model.graph.node:
+        if node.op_type in ("QMoE", "MatMulNBits"):
+            assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
+        if node.op_type == "QMoE":
+            assert node.input[11] and node.input[12]
+            renormalises = family in ("qwen3_moe", "mixtral")
+            assert bool(len(node.input) > 14 and node.input[14]) is not renormalises
+    wide = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
+    assert not [t.name for t in wide if "router" not in t.name and "gate" not in t.name and "_cache" not in t.name]
+
+
+def _dequantized(weights: dict[str, np.ndarray], name: str, bits: int) -> torch.Tensor:
+    """The numbers that codes, scales and zero points of a weight stand for, [..., rows, columns]."""
+    codes, scale, zero = (weights[f"{name}_{part}"] for part in (f"Q{bits}", "scale", "zp"))
+    flat = codes.reshape(*scale.shape[:-1], -1)
+    if bits == 4:
+        flat, zero = (np.stack([a & 15, a >> 4], -1).reshape(*a.shape[:-1], -1) for a in (flat, zero))
+    blocks = flat.reshape(*scale.shape, -1).astype(np.float32)
+    zero = zero[..., : scale.shape[-1], None].astype(np.float32)
+    return torch.from_numpy(((blocks - zero) * scale[..., None].astype(np.float32)).reshape(flat.shape))
+
+
+def _with_stored_weights(model: Any, weights: dict[str, np.ndarray]) -> Any:
+    """Put what the int4 artifact stores back into the Hugging Face model."""
+    for index, layer in enumerate(model.model.layers):
+        base, attention, experts = f"model.layers.{index}", layer.self_attn, layer.mlp.experts
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        rows = [part.weight.shape[0] for part in parts]
+        packed = _dequantized(weights, f"{base}.attn.qkv_proj.MatMul.weight", 8).split(rows)
+        for part, stored in zip(parts, packed, strict=True):
+            part.weight.copy_(stored)
+        attention.o_proj.weight.copy_(_dequantized(weights, f"{base}.attn.o_proj.MatMul.weight", 8))
+        gate_up = _dequantized(weights, f"{base}.moe.gate_up.weight", 4)
+        experts.gate_up_proj.copy_(torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], 1))
+        experts.down_proj.copy_(_dequantized(weights, f"{base}.moe.down.weight", 4))
+        for name in ("gate", "up", "down") if hasattr(layer.mlp, "shared_expert") else ():
+            stored = _dequantized(weights, f"{base}.mlp.{name}_proj.MatMul.weight", 8)
+            getattr(layer.mlp.shared_expert, f"{name}_proj").weight.copy_(stored)
+    model.lm_head.weight.copy_(_dequantized(weights, "lm_head.MatMul.weight", 8))
+    model.model.embed_tokens.weight.copy_(_dequantized(weights, "model.embed_tokens.weight", 8))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@torch.no_grad()
+def test_quantized_operators_compute_what_is_stored(family: str, tmp_path: Path) -> None:
+    """With float32 activations the int4 graph equals the model with dequantized weights: layout and routing are exact."""
+    checkpoint = tiny_checkpoint(tmp_path, family)
+    export_onnx(checkpoint, tmp_path / "onnx", precision="int4", accuracy_level=0)
+    model = _with_stored_weights(load_model(checkpoint), initializers(tmp_path / "onnx"))
+    expected = model(torch.from_numpy(PROMPT)[None]).logits[0].numpy()
+    assert np.abs(ort_logits(tmp_path / "onnx") - expected).max() <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_tied_head_is_stored_once(precision: str, tmp_path: Path) -> None:
+    sizes = {}
+    for tied in (True, False):
+        checkpoint = tiny_checkpoint(tmp_path, "qwen3_moe", tied=tied, name=f"model-{tied}")
+        sizes[tied] = export_onnx(checkpoint, tmp_path / f"onnx-{tied}", precision=precision)["bytes"]
+        assert kl_nats(hf_logits(checkpoint), ort_logits(tmp_path / f"onnx-{tied}")) < 0.02
+    table = 320 * 64 * {"fp16": 2, "int4": 1}[precision]
+    assert sizes[False] - sizes[True] > 0.9 * table
+
+
+def test_the_same_input_gives_the_same_bytes_and_nothing_else(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, "qwen2_moe", dtype=torch.bfloat16)
+    digests = []
+    for name in ("a", "b"):
+        export_onnx(checkpoint, tmp_path / name, precision="int4")
+        digests.append({path.name: sha256_file(path) for path in sorted((tmp_path / name).iterdir())})
+    assert digests[0] == digests[1]
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "config.json"} <= digests[0].keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", checkpoint.name]
+    assert str(tmp_path).encode() not in (tmp_path / "a" / "model.onnx").read_bytes()
+    assert str(tmp_path) not in (tmp_path / "a" / "genai_config.json").read_text()
+
+
+def test_an_old_folder_is_replaced_and_stdout_stays_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, "mixtral", name="model")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "stale").touch()
+    summary = export_onnx(checkpoint, tmp_path / "onnx", precision="int8")
+    assert not (tmp_path / "onnx" / "stale").exists() and capsys.readouterr().out == ""
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_importance_of_kept_experts_changes_only_the_experts(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, "qwen3_moe", experts=4)
+    generator = torch.Generator().manual_seed(1)
+    imatrix = {
+        "expert_in": torch.rand(2, 6, 64, generator=generator) ** 4 * 100,
+        "expert_down": torch.rand(2, 6, 32, generator=generator) ** 4 * 100,
+        "expert_count": torch.full((2, 6), 100),
+    }
+    export_onnx(checkpoint, tmp_path / "plain", precision="int4")
+    export_onnx(checkpoint, tmp_path / "ours", precision="int4", imatrix=imatrix, kept={0: [0, 1, 2, 3], 1: [0, 2, 4, 5]})
+    plain, ours = initializers(tmp_path / "plain"), initializers(tmp_path / "ours")
+    changed = {name for name in plain if not np.array_equal(plain[name], ours[name])}
+    assert changed and all(".moe." in name for name in changed)
+
+
+def test_a_sliding_window_reaches_the_attention(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, "mixtral", sliding_window=5)
+    export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
+    assert np.abs(ort_logits(tmp_path / "onnx") - hf_logits(checkpoint)).max() <= MAX_DIFFERENCE
+
+
+def test_errors_name_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, "mixtral")
+    with pytest.raises(ConfigError, match="int3"):
+        export_onnx(checkpoint, tmp_path / "onnx", precision="int3")
+    assert fitting_block(128, 576, 64) == 64 and fitting_block(64, 48) == 16
+    with pytest.raises(ConfigError, match="precision=fp32"):
+        fitting_block(64, 40)
+    with pytest.raises(InputRejected):
+        export_onnx(tiny_checkpoint(tmp_path, "mixtral", with_tokenizer=False, name="mute"), tmp_path / "x", precision="fp32")
+    monkeypatch.setattr(onnx_graph, "BUILDER_VERSION", "0.1")
+    with pytest.raises(EnvironmentProblem, match="onnxruntime-genai"):
+        export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
+    assert not (tmp_path / "onnx").exists()

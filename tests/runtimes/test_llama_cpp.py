@@ -1,0 +1,111 @@
+"""The llama.cpp runtime: logits, prefill and step agree, errors carry llama.cpp's reason, everything is freed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
+from moe_edge.export.gguf import write_gguf
+from moe_edge.runtimes import RUNTIMES, open_runtime
+from moe_edge.runtimes.base import Runtime, generate
+from moe_edge.runtimes.llama_cpp import LOGITS_BATCH_TOKENS, LlamaCppRuntime
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    write_gguf(tiny_checkpoint(folder, "qwen3_moe"), folder / "x.gguf", name="x")
+    return folder / "x.gguf"
+
+
+def ids(tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 300, tokens)
+
+
+def test_it_is_a_runtime(gguf):
+    with open_runtime("llama_cpp", gguf, threads=1, context_length=64) as runtime:
+        assert isinstance(runtime, Runtime)
+        assert (runtime.name, runtime.vocab) == ("llama_cpp", 320)
+
+
+def test_rows_longer_than_a_batch_do_not_differ_from_single_steps(gguf):
+    prompt = ids(LOGITS_BATCH_TOKENS + 20)
+    with LlamaCppRuntime(gguf, threads=1, context_length=256, kv_float32=True) as runtime:
+        whole = runtime.logits(prompt)
+        last = runtime.prefill(prompt[:-1])
+        np.testing.assert_allclose(last, whole[-2], atol=2e-3)
+        np.testing.assert_allclose(runtime.step(int(prompt[-1])), whole[-1], atol=2e-3)
+    assert whole.dtype == np.float32
+
+
+def test_every_call_starts_from_an_empty_context(gguf):
+    with LlamaCppRuntime(gguf, threads=1, context_length=64) as runtime:
+        first = runtime.logits(ids(20))
+        runtime.logits(ids(40, seed=1))
+        np.testing.assert_array_equal(runtime.logits(ids(20)), first)
+
+
+def test_generate_stops_at_stop_ids(gguf):
+    with LlamaCppRuntime(gguf, threads=1, context_length=64) as runtime:
+        free = generate(runtime, ids(8), 6)
+        assert len(free) == 6
+        assert generate(runtime, ids(8), 6, stop_ids=[free[2]]) == free[: free.index(free[2])]
+        assert generate(runtime, ids(8), 0) == []
+
+
+@pytest.mark.parametrize("options", [{"use_mmap": False}, {"repack": False}, {"kv_float32": True}])
+def test_options_change_speed_and_memory_not_the_model(gguf, options):
+    with LlamaCppRuntime(gguf, threads=1, context_length=64) as plain, LlamaCppRuntime(
+        gguf, threads=1, context_length=64, **options
+    ) as other:
+        np.testing.assert_allclose(other.logits(ids(20)), plain.logits(ids(20)), atol=2e-2)
+
+
+def test_limits_are_usage_errors(gguf):
+    with LlamaCppRuntime(gguf, threads=1, context_length=64) as runtime:
+        with pytest.raises(ConfigError, match="do not fit"):
+            runtime.logits(ids(65))
+        with pytest.raises(ConfigError, match="empty prompt"):
+            runtime.prefill(ids(0))
+        with pytest.raises(ConfigError, match="outside the vocabulary"):
+            runtime.prefill(np.array([1, 320]))
+        runtime.prefill(ids(64))
+        with pytest.raises(ConfigError, match="65 tokens"):
+            runtime.step(5)
+
+
+def test_closing_twice_is_harmless(gguf):
+    runtime = LlamaCppRuntime(gguf, threads=1, context_length=64)
+    runtime.close()
+    runtime.close()
+    assert runtime._model is None
+
+
+def test_a_foreign_architecture_is_rejected_with_llama_cpps_words(tmp_path, capfd):
+    writer = GGUFWriter(tmp_path / "x.gguf", "no-such-arch")
+    writer.add_tensor("t", np.ones(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputRejected, match="unknown model architecture: 'no-such-arch'"):
+        LlamaCppRuntime(tmp_path / "x.gguf", threads=1, context_length=64)
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
+
+
+def test_a_crafted_file_never_reaches_llama_cpp(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\xff" * 60)
+    with pytest.raises(InputRejected, match="not a valid GGUF"):
+        LlamaCppRuntime(tmp_path / "x.gguf", threads=1, context_length=64)
+
+
+def test_unknown_and_missing_runtimes(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="known: hf, llama_cpp, ort"):
+        open_runtime("vllm", tmp_path, 1, 64)
+    monkeypatch.setitem(RUNTIMES, "absent", ("no_such_library", "X", "no-such-library"))
+    with pytest.raises(EnvironmentProblem, match="pip install no-such-library"):
+        open_runtime("absent", tmp_path, 1, 64)

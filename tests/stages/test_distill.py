@@ -1,0 +1,153 @@
+"""The distill stage: the better student goes on, nothing is trained where nothing was lost, the same bytes after a kill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.config import BuildConfig, DistillConfig, StageConfig
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.plan import Estimate, Plan
+from moe_edge.distillation.recovery import Recovery
+from moe_edge.families.loading import load_model, save_student
+from moe_edge.families.pruning import prune
+from moe_edge.stages import distill
+from moe_edge.storage.files import sha256_file
+from moe_edge.storage.rows import TokenRows
+from tests.distillation.parts import write_cache
+from tests.tiny import tiny_checkpoint, tiny_ids
+
+ROWS, TOKENS, VOCAB = 24, 32, 96
+KEPT = {0: [0, 2, 3], 1: [0, 1, 2]}
+SIZES: dict[str, Any] = {"experts": 4, "top_k": 2, "layers": 2, "hidden": 32, "width": 16, "vocab": VOCAB, "tied": True}
+
+
+def plan(kept: dict[int, list[int]]) -> Plan:
+    estimate = Estimate(
+        params_total=1, params_active=1, file_bytes=1, kv_cache_bytes=1, peak_memory_bytes=1,
+        decode_tokens_per_s=None, routed_expert_share_kept=0.75,
+    )  # fmt: skip
+    return Plan(
+        criterion="frequency", experts_total=4, experts_kept=len(kept[0]), top_k=2, kept=kept, quantization="F16",
+        onnx_precision="fp32", predicted_kl_nats=0.1, estimate=estimate,
+    )  # fmt: skip
+
+
+def inputs(tmp_path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """profile/, plan/ and compress/ of a tiny teacher; returns the teacher's folder."""
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe", name="teacher", dtype=dtype, **SIZES)
+    for stage in ("profile", "plan", "compress", "out"):
+        (tmp_path / stage).mkdir()
+    ids = tiny_ids(TOKENS, ROWS, VOCAB).numpy().astype(np.int32)
+    rows = TokenRows(ids, ids.size)
+    rows.save(tmp_path / "profile" / "rows.safetensors")
+    identity = {"teacher": "digest", "calibration": rows.digest}
+    write_cache(tmp_path / "profile" / "logits.h5", load_model(teacher), ids, identity)
+    (tmp_path / "plan" / "plan.json").write_text(plan(KEPT).to_json())
+    student = load_model(teacher, dtype)
+    prune(student, KEPT)
+    save_student(student, teacher, tmp_path / "compress" / "model")
+    return teacher
+
+
+def context(tmp_path: Path, teacher: Path, digest: str = "digest", **values: Any) -> StageContext:
+    stages = [StageConfig(stage_name="all", steps=8, learning_rate=0.003)]
+    config = BuildConfig.model_construct(distill=DistillConfig(**({"stages": stages, "batch_rows": 2} | values)))
+    folders = {name: tmp_path / name for name in ("profile", "plan", "compress")}
+    return StageContext(config, teacher, digest, tmp_path / "out", folders)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_training_lowers_the_held_out_kl(tmp_path: Path, dtype: torch.dtype) -> None:
+    run = context(tmp_path, inputs(tmp_path, dtype), alpha=1.0)
+    summary = distill.run(run)
+    assert summary["kept"] == "trained" and summary["trained"]
+    assert 0 < summary["after"]["kl_nats"] < summary["before"]["kl_nats"]
+    assert len(summary["before"]["cka_by_layer"]) == 2 and 0 < summary["before"]["cka_mean"] < 1
+    assert summary["tokens_trained"] == 8 * 2 * TOKENS and summary["held_out_tokens"] == TOKENS
+    assert set(summary["seconds_per_stage"]) == {"all"} and json.dumps(summary)
+    assert sorted(path.name for path in run.out.iterdir()) == ["metrics.json", "model", "train_log.jsonl"]
+    assert {tensor.dtype for tensor in load_file(run.out / "model" / "model.safetensors").values()} == {dtype}
+    log = [json.loads(line) for line in (run.out / "train_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 9)) and log[0]["stage"] == "all"
+    assert "seconds" not in (run.out / "metrics.json").read_text()
+    with torch.no_grad():
+        assert load_model(run.out / "model")(tiny_ids(vocab=VOCAB)).logits.isfinite().all()
+
+
+def test_the_same_bytes_also_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = context(tmp_path, inputs(tmp_path))
+    distill.run(run)
+    first = digests(run.out)
+    for path in ("model", "metrics.json", "train_log.jsonl"):
+        (run.out / path).rename(tmp_path / f"old-{path}")
+
+    class Killed(BaseException):
+        pass
+
+    plain = distill._save
+
+    def killed(*arguments: Any) -> None:
+        plain(*arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill, "_save", killed)
+        distill.run(run)
+    assert (run.out / "checkpoints").exists()
+    monkeypatch.setattr(Recovery, "trainer", lambda *_: pytest.fail("trained again"))
+    distill.run(run)
+    assert digests(run.out) == first
+
+
+def test_a_worse_student_is_not_kept(tmp_path: Path) -> None:
+    ruinous = [StageConfig(stage_name="all", steps=4, learning_rate=1.0, losses={"kl": 1.0})]
+    run = context(tmp_path, inputs(tmp_path), stages=ruinous)
+    summary = distill.run(run)
+    assert summary["kept"] == "untrained" and summary["after"]["kl_nats"] > summary["before"]["kl_nats"]
+    assert digests(run.out / "model") == digests(tmp_path / "compress" / "model")
+    assert summary["before"]["cka_by_layer"] is None and "teacher was not loaded" in summary["cka"]
+
+
+def test_nothing_pruned_or_no_stages_means_no_training(tmp_path: Path) -> None:
+    teacher = inputs(tmp_path)
+    run = context(tmp_path, teacher, stages=[])
+    assert "empty" in distill.run(run)["reason"]
+    assert digests(run.out / "model") == digests(tmp_path / "compress" / "model")
+    (tmp_path / "plan" / "plan.json").write_text(plan({0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}).to_json())
+    summary = distill.run(context(tmp_path, teacher))
+    assert summary["tokens_trained"] == 0 and "removes no expert" in summary["reason"]
+    assert (run.out / "train_log.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    (
+        ({"data": "text.jsonl"}, "distill.data is not supported"),
+        ({"temperature": 2.5}, "temperature 2.5"),
+        ({"alpha": 1.0, "stages": [StageConfig(stage_name="a", steps=1, losses={"ce": 1.0})]}, "no loss"),
+        ({"stages": [StageConfig(stage_name="a", steps=1, parameter_lr_multipliers=[
+            {"pattern": "absent", "lr_multiplier": 1.0}])]}, "no effect"),
+    ),
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
+) -> None:
+    teacher = inputs(tmp_path)
+    monkeypatch.setattr(Recovery, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match=message):
+        distill.run(context(tmp_path, teacher, **values))
+
+
+def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputRejected, match="found digest, expected other"):
+        distill.run(context(tmp_path, inputs(tmp_path), digest="other"))

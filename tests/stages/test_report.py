@@ -1,0 +1,274 @@
+"""The report: its schema refuses unexplained nulls, the page leads with the verdict and stays inert."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.plan import Candidate, Estimate, Plan
+from moe_edge.contracts.report import GateResult, Memory, Quality, ReportV1, Speed
+from moe_edge.contracts.targets_io import load_target
+from moe_edge.stages.report import write_report
+from moe_edge.stages.report_markdown import inert, number, table
+
+QUALITY = {
+    "kl_nats": 0.0512,
+    "kl_nats_ci95": [0.04, 0.06],
+    "kl_to_student_nats": 0.01,
+    "top1_agreement": 0.91,
+    "perplexity": 12.0,
+    "teacher_perplexity": 11.0,
+    "n_tokens": 4088,
+}
+SPEED = {
+    "ttft_ms_p50": 12.5,
+    "prefill_tokens_per_s": 900.0,
+    "decode_tokens_per_s": 123.4,
+    "decode_p95_ms": 9.0,
+    "n_runs": 5,
+    "cov": 0.02,
+    "n_intervals": 315,
+}
+DEAD = {"reason": "failed:oom: the process was killed"}
+
+
+def _artifact(kind: str = "gguf", **changes: Any) -> dict[str, Any]:
+    runtime = {"gguf": "llama_cpp", "onnx": "ort", "hf": "hf"}[kind]
+    quantization = {"gguf": "Q4_K_M", "onnx": "int4", "hf": None}[kind]
+    return {
+        "format": kind,
+        "runtime": runtime,
+        "quantization": quantization,
+        "path": f"artifacts/{kind}/x",
+        "bytes": 5_000_000,
+        "bits_per_weight": None if kind == "hf" else 4.8,
+        "quality": QUALITY,
+        "speed": SPEED,
+        "memory": {"peak_rss_mib": 210.0},
+        "device": {"label": "host"},
+    } | changes
+
+
+def _summaries(**validate: Any) -> dict[str, dict[str, Any]]:
+    gate = {
+        "name": "kl_to_teacher_nats",
+        "artifact": "artifacts/gguf/x",
+        "limit": 0.15,
+        "value": 0.0512,
+        "unit": "nats/token",
+        "direction": "at most",
+        "passed": True,
+    }
+    student = {"params_total": 8_000_000, "params_active": 3_000_000, "experts": 10, "top_k": 4, "bytes": 16_000_000}
+    return {
+        "compress": student | {"teacher": student | {"params_total": 11_000_000, "experts": 16, "bytes": 22_000_000}},
+        "distill": {
+            "loss_first": 2.5,
+            "loss_last": 2.1,
+            "heldout_kl_nats_before": 0.3,
+            "heldout_kl_nats_after": 0.05,
+            "cka_before": 0.9,
+            "cka_after": 0.97,
+            "notes": ["a note of distill"],
+        },
+        "export": {
+            "artifacts": [],
+            "parity": [
+                {
+                    "artifact": "gguf F16",
+                    "max_abs_logit": 0.01,
+                    "kl_nats": 1e-6,
+                    "top1_agreement": 1.0,
+                    "greedy_equal": 16,
+                    "greedy_compared": 16,
+                    "passed": True,
+                }
+            ],
+        },
+        "validate": {
+            "artifacts": [_artifact(), _artifact("onnx"), _artifact("hf")],
+            "baseline": _artifact("hf", path="teacher"),
+            "gates": [gate],
+            "verdict": "pass",
+            "reasons": [],
+            "notes": ["measured on this host"],
+            "machine": {"cpu": "Some CPU", "cores": 2, "governor": None},
+            "versions": {"torch": "2.13.0"},
+        }
+        | validate,
+    }
+
+
+def _plan(folder: Path) -> None:
+    estimate = Estimate(
+        params_total=8_000_000,
+        params_active=3_000_000,
+        file_bytes=5_100_000,
+        kv_cache_bytes=10,
+        peak_memory_bytes=9_000_000,
+        decode_tokens_per_s=None,
+        routed_expert_share_kept=0.625,
+    )
+    plan = Plan(
+        criterion="frequency",
+        experts_total=16,
+        experts_kept=1,
+        top_k=1,
+        kept={0: [3]},
+        quantization="Q4_K_M",
+        onnx_precision="int4",
+        predicted_kl_nats=0.31,
+        estimate=estimate,
+        competitor="quantizing harder lost by 0.1 nats",
+        candidates=[
+            Candidate(criterion=name, kl_nats=kl, n_tokens=4096) for name, kl in (("frequency", 0.31), ("random", 0.9))
+        ],
+    )
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(plan.to_json())
+
+
+def _write(
+    tmp_path: Path, summaries: dict[str, dict[str, Any]], teacher: str | None = None
+) -> tuple[dict[str, Any], str]:
+    config = BuildConfig.model_validate(
+        {"target": load_target("cpu").model_dump(by_alias=True), "teacher": {"path": teacher}}
+    )
+    stages = [{"name": "profile", "seconds": 12.34, "peak_rss_mib": 500.0, "cached": False}]
+    data = write_report(tmp_path, stages, config, summaries)
+    assert json.loads((tmp_path / "report.json").read_text()) == data
+    ReportV1.model_validate(data)
+    return data, (tmp_path / "report.md").read_text()
+
+
+def test_the_json_has_what_the_contract_names(tmp_path: Path) -> None:
+    _plan(tmp_path / "plan")
+    data, _ = _write(tmp_path, _summaries())
+    assert data["schema"] == "moe-edge/report@1"
+    for model in ("teacher", "student"):
+        assert {"params_total", "params_active", "experts", "top_k", "bytes"} <= data[model].keys()
+    assert data["stages"] == [{"name": "profile", "seconds": 12.34, "peak_rss_mib": 500.0, "cached": False}]
+    artifact = data["artifacts"][0]
+    assert {
+        "format",
+        "runtime",
+        "path",
+        "bytes",
+        "bits_per_weight",
+        "quality",
+        "speed",
+        "memory",
+        "device",
+    } <= artifact.keys()
+    assert {"kl_nats", "top1_agreement", "perplexity", "teacher_perplexity", "n_tokens"} <= artifact["quality"].keys()
+    assert {"ttft_ms_p50", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_p95_ms", "n_runs", "cov"} <= artifact[
+        "speed"
+    ].keys()
+    assert {"name", "limit", "value", "unit", "passed"} <= data["gates"][0].keys()
+    assert data["verdict"] == "pass"
+    assert "kept" not in data["plan"]
+    assert data["artifacts"][2]["bits_per_weight"] == 5.0  # 8 * 5e6 bytes / 8e6 parameters
+
+
+def test_the_page_says_everything_and_the_verdict_first(tmp_path: Path) -> None:
+    _plan(tmp_path / "plan")
+    _, page = _write(tmp_path, _summaries())
+    assert page.startswith("# PASS: demo teacher for cpu\n\n1 of 1 gates passed. 10 of 16 experts per layer")
+    for text in (
+        "| teacher (transformers fp32) |",
+        "| student (transformers fp32) |",
+        "| GGUF Q4_K_M |",
+        "| ONNX int4 |",
+        "0.0512 [0.0400, 0.0600]",
+        "**frequency** (chosen)",
+        "| random |",
+        "quantizing harder lost",
+        "predicted before any change 0.3100, held-out before training 0.3000, held-out after training 0.0512",
+        "| teacher-student CKA | 0.9000 | 0.9700 |",
+        "| gguf F16 |",
+        "16/16",
+        "Some CPU",
+        "torch 2.13.0",
+        "measured on this host",
+        "a note of distill",
+        "moe-edge bench",
+        "token ids handed to the runtime",
+    ):
+        assert text in page, text
+
+
+def test_a_failure_shows_its_reasons_on_top_and_nulls_as_not_measured(tmp_path: Path) -> None:
+    reasons = ["artifacts/gguf/x: no speed: failed:oom"]
+    gate = {
+        "name": "decode_tokens_per_s",
+        "artifact": "artifacts/gguf/x",
+        "limit": 1.0,
+        "value": None,
+        "unit": "tokens/s",
+        "direction": "at least",
+        "passed": False,
+        "reason": "failed:oom",
+    }
+    broken = _artifact(quality=DEAD | {"student_reason": "NaN"}, speed=DEAD, memory=DEAD)
+    data, page = _write(tmp_path, _summaries(artifacts=[broken], verdict="fail", reasons=reasons, gates=[gate]))
+    assert data["artifacts"][0]["speed"]["decode_tokens_per_s"] is None
+    assert page.startswith("# FAIL")
+    assert page.index("no speed: failed:oom") < page.index("## Results")
+    assert "GGUF Q4_K_M: n/a because: failed:oom: the process was killed; NaN" in page
+    assert "| n/a: failed:oom | FAIL |" in page
+
+
+def test_a_build_without_validation_is_not_a_pass(tmp_path: Path) -> None:
+    summaries = _summaries()
+    del summaries["validate"], summaries["distill"]
+    data, page = _write(tmp_path, summaries)
+    assert data["verdict"] == "fail"
+    assert "validate has not run" in page
+
+
+def test_hostile_names_stay_inert(tmp_path: Path) -> None:
+    _, page = _write(tmp_path, _summaries(notes=["<img src=x onerror=alert(1)>\n# heading"]), teacher="a/<script>|x")
+    assert "<script>" not in page and "<img" not in page
+    assert "\n# heading" not in page
+    assert inert("a|b\nc") == "a\\|b c"
+    assert table(("a", "b"), [("x|y", 1)]).count("\n") == 2
+
+
+@pytest.mark.parametrize("model", [Quality, Speed, Memory])
+def test_a_null_without_a_reason_is_refused(model: type) -> None:
+    with pytest.raises(ValidationError, match="null without a reason"):
+        model()
+    assert model(reason="because").reason == "because"
+
+
+def test_impossible_reports_are_refused(tmp_path: Path) -> None:
+    data, _ = _write(tmp_path, _summaries())
+    with pytest.raises(ValidationError, match="a pass needs gates"):
+        ReportV1.model_validate(data | {"gates": []})
+    with pytest.raises(ValidationError, match="a fail needs a reason"):
+        ReportV1.model_validate(data | {"verdict": "fail"})
+    with pytest.raises(ValidationError):
+        ReportV1.model_validate(data | {"surprise": 1})
+    with pytest.raises(ValidationError, match="cannot pass"):
+        GateResult.model_validate(data["gates"][0] | {"value": None})
+    with pytest.raises(ValidationError):
+        Quality.model_validate(QUALITY | {"kl_nats": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "n/a"),
+        (0.0, "0.0000"),
+        (0.05123, "0.0512"),
+        (12.345, "12.3"),
+        (1234.5, "1234"),
+        (1e-6, "1.00e-06"),
+        (-0.5, "-0.5000"),
+    ],
+)
+def test_numbers_are_readable(value: float | None, text: str) -> None:
+    assert number(value) == text

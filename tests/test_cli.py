@@ -1,0 +1,167 @@
+"""The command line: exit codes, one clear message per bad input, nothing lost; run as a user runs it, in a process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_edge import cli
+from moe_edge.contracts.errors import GateFailed
+from tests.tiny import tiny_checkpoint
+
+
+def run(*arguments, cwd=None, timeout=120, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "moe_edge", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "COLUMNS": "200"} | environment,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Run the CLI in this process: faster, for what needs no second process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moe-edge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        text = capsys.readouterr()
+        return stop.value.code, text.out, text.err
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_help_is_quick_to_load_nothing_heavy():
+    done = run("--help")
+    assert done.returncode == 0 and "build" in done.stdout
+    probe = "import moe_edge.cli, sys; print([m for m in ('torch', 'transformers', 'llama_cpp', 'onnxruntime') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_targets(called):
+    code, out, _ = called("targets", "list")
+    assert code == 0 and {"cpu", "mobile", "jetson", "raspberry-pi-5"} <= set(out.split())
+    code, out, _ = called("targets", "show", "jetson")
+    assert code == 0 and json.loads(out)["name"] == "jetson"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["build", "/no/such/folder"], 2, ["/no/such/folder"]),
+        (["build", "--target", "cpuu"], 2, ["did you mean 'cpu'"]),
+        (["build", "--set", "plan.critreion=ean"], 2, ["did you mean 'criterion'"]),
+        (["build", "--until", "distil"], 2, ["stages:", "distill"]),
+        (["build", "--config", "none.yaml"], 2, ["no such file"]),
+        (["build", "--nonsense"], 2, []),
+        (["verify", "."], 2, ["manifest.json"]),
+        (["cache", "gc", "--keep", "lots"], 2, ["--keep"]),
+        (["targets", "check", "none.yaml"], 2, ["none.yaml"]),
+    ],
+)
+def test_usage_errors_are_two(called, arguments, code, words):
+    got, out, err = called(*arguments)
+    assert got == code and out == ""
+    assert all(word in err for word in words) and "Traceback" not in err
+
+
+def test_config_errors_name_the_line(called, tmp_path):
+    (tmp_path / "b.yaml").write_text("plan:\n  criterion: auto\n  topk: 2\n")
+    code, _, err = called("build", "--config", tmp_path / "b.yaml")
+    assert code == 2 and "line 3" in err and "did you mean 'top_k'" in err
+
+
+def test_rejected_inputs_are_four(called, tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text('{"model_type": "llama"}')
+    code, _, err = called("build", dense, "--out", tmp_path / "o")
+    assert code == 4 and "Traceback" not in err
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    (pickled / "pytorch_model.bin").write_bytes(b"x")
+    code, _, err = called("build", pickled, "--out", tmp_path / "o")
+    assert code == 4 and "safetensors" in err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("settings", "code", "word"), [("plan.experts=1", 2, "top"), ("target.budget.weights=1KiB", 3, "KiB")])
+def test_impossible_budgets_are_refused_before_any_work(called, tmp_path, settings, code, word):
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
+    got, _, err = called("build", teacher, "--out", tmp_path / "o", "--set", settings)
+    assert got == code and word in err and "Traceback" not in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_dry_run_reads_headers_only(called, tmp_path):
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
+    code, out, _ = called("build", teacher, "--dry-run", "--json", "--out", tmp_path / "o")
+    assert code == 0 and isinstance(json.loads(out), dict)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_held_folder_is_five(tmp_path):
+    from moe_edge.pipeline import locked
+
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
+    with locked(tmp_path / "o"):
+        done = run("build", teacher, "--out", tmp_path / "o")
+    assert done.returncode == 5 and "in use by another build" in done.stderr and str(os.getpid()) in done.stderr
+
+
+def test_a_full_disk_is_six(called, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "x.bin")
+
+    monkeypatch.setattr("moe_edge.build.resolve", full)
+    code, _, err = called("build")
+    assert code == 6 and "disk is full" in err and "resumes" in err
+
+
+def test_missed_gates_are_ten_and_bugs_are_one(called, monkeypatch):
+    def missed(*_):
+        raise GateFailed("missed", why="KL")
+
+    monkeypatch.setattr("moe_edge.build.resolve", missed)
+    assert called("build")[0] == 10
+    monkeypatch.setattr("moe_edge.build.resolve", lambda *_: 1 / 0)
+    code, _, err = called("build")
+    assert code == 1 and "bug in moe-edge" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_with_their_code_and_free_the_lock(tmp_path, number, code):
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_edge", "build", str(teacher), "--out", str(tmp_path / "o")],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd(), "MOE_EDGE_CACHE": str(tmp_path / "c")},
+    )  # fmt: skip
+    for _ in range(600):
+        if (tmp_path / "o/profile/.key").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "resumes" in err
+    assert not (tmp_path / "o/.lock.json").exists()
+
+
+def test_doctor_finds_this_machine_ready(called):
+    code, out, _ = called("doctor")
+    assert code in (0, 5) and "llama-cpp-python" in out and "BAD" not in out.replace("BAD disk", "").replace("BAD memory", "")
+
+
+def test_cache_commands(called, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path))
+    assert called("cache", "ls")[0] == 0
+    assert called("cache", "verify")[0] == 0
+    (tmp_path / "profiles/unfinished").mkdir(parents=True)
+    code, out, _ = called("cache", "gc", "--keep", "1GiB")
+    assert code == 0 and "deleted 1" in out

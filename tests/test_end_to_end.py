@@ -1,0 +1,153 @@
+"""The main job on a tiny random teacher: every stage for real, both formats, resumable to the same bytes.
+
+A random teacher has no knowledge to keep, so these builds need not pass quality gates; they must finish, be complete, honest and
+reproducible. What a good teacher gives is measured by the demo build (README) and tests/benchmarks.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_edge.contracts.manifest import read_manifest
+from moe_edge.contracts.plan import Plan
+from moe_edge.pipeline import STAGE_NAMES
+from tests.tiny import tiny_checkpoint
+
+SETTINGS = [
+    "calibration.tokens=1024", "calibration.sequence_length=64", "profile.cka_tokens=256", "plan.tokens=256", "distill.tokens=512",
+    "validate.tokens=256", "validate.prompt_tokens=16", "validate.new_tokens=8", "validate.repetitions=2", "plan.experts=4",
+    "target.context_length=128",
+]  # fmt: skip
+
+
+def command(teacher: Path, out: Path, *more: str) -> list[str]:
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    return [sys.executable, "-m", "moe_edge", "build", str(teacher), "--target", "cpu", "--out", str(out), *settings, *more]
+
+
+def build(teacher, out, *more, cache, timeout=400):
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "MOE_EDGE_CACHE": str(cache)}
+    return subprocess.run(
+        command(teacher, out, *more), capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One complete build of a tiny qwen3_moe."""
+    top = tmp_path_factory.mktemp("build")
+    teacher = tiny_checkpoint(top, "qwen3_moe", tied=True)
+    done = build(teacher, top / "run", cache=top / "cache")
+    assert done.returncode in (0, 10), done.stderr[-4000:]
+    return top, teacher, done
+
+
+def artifact_digests(run: Path) -> dict[str, str]:
+    files = json.loads((run / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.startswith("artifacts/")}
+
+
+def test_every_stage_left_a_manifest_and_the_report_is_complete(finished):
+    top, _, done = finished
+    report = json.loads((top / "run/report.json").read_text())
+    assert report["schema"] == "moe-edge/report@1"
+    assert [row["name"] for row in report["stages"]] == list(STAGE_NAMES)
+    assert report["student"]["experts"] == 4 and report["teacher"]["experts"] == 6
+    assert {row["format"] for row in report["artifacts"]} >= {"gguf", "onnx"}
+    for row in report["artifacts"]:
+        assert row["bytes"] > 0 and row["quality"]["kl_nats"] > 0 and row["speed"]["decode_tokens_per_s"] > 0
+    assert (report["verdict"] == "pass") == (done.returncode == 0)
+    assert report["gates"] and (top / "run/report.md").read_text() in done.stdout
+
+
+def test_the_plan_is_readable_and_random_stands_beside(finished):
+    top, _, _ = finished
+    plan = Plan.read(top / "run/plan/plan.json")
+    assert plan.experts_kept == 4 and plan.prunes
+    names = {row.criterion for row in plan.candidates}
+    assert {"frequency", "ean", "msan", "reap", "cka-diverse", "random"} <= names
+    assert plan.predicted_kl_nats == min(row.kl_nats for row in plan.candidates)
+
+
+def test_full_precision_parity_was_required(finished):
+    top, _, _ = finished
+    rows = {row["artifact"]: row for row in json.loads((top / "run/export/parity.json").read_text())}
+    assert rows["gguf F16"]["passed"] is True and rows["onnx fp32"]["passed"] is True
+
+
+def test_the_delivered_student_loads_in_transformers(finished):
+    from transformers import AutoModelForCausalLM
+
+    top, _, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(top / "run/artifacts/hf")
+    assert model.config.num_experts == 4
+
+
+def test_the_manifest_covers_every_delivered_file_and_verify_checks_it(finished):
+    top, _, _ = finished
+    delivered = {path.relative_to(top / "run").as_posix() for path in (top / "run/artifacts").rglob("*") if path.is_file()}
+    assert delivered == set(artifact_digests(top / "run"))
+    done = subprocess.run([sys.executable, "-m", "moe_edge", "verify", str(top / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_build_does_no_work(finished):
+    top, teacher, first = finished
+    before = (top / "run/report.json").read_bytes()
+    done = build(teacher, top / "run", cache=top / "cache")
+    assert done.returncode == first.returncode and "nothing to do: every stage is up to date" in done.stderr
+    assert (top / "run/report.json").read_bytes() == before
+
+
+def test_another_folder_reuses_the_profile_and_gives_the_same_artifacts(finished):
+    top, teacher, _ = finished
+    done = build(teacher, top / "again", cache=top / "cache")
+    assert "taken from the cache" in done.stderr
+    assert artifact_digests(top / "again") == artifact_digests(top / "run")
+
+
+@pytest.mark.slow
+def test_kill_nine_in_every_stage_gives_the_same_artifacts(finished):
+    """One build killed six times, shortly after each stage begins, resumes to the same bytes."""
+    top, teacher, _ = finished
+    run, cache = top / "killed", top / "cache-killed"
+    for stage in STAGE_NAMES:
+        kill_in(stage, teacher, run, cache)
+        assert read_manifest(run) is None
+    done = build(teacher, run, cache=cache)
+    assert done.returncode in (0, 10), done.stderr[-4000:]
+    assert artifact_digests(run) == artifact_digests(top / "run")
+
+
+def kill_in(stage: str, teacher: Path, run: Path, cache: Path) -> None:
+    """Start the build, and kill -9 its process group half a second into `stage`."""
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "MOE_EDGE_CACHE": str(cache)}
+    process = subprocess.Popen(
+        command(teacher, run), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not (run / stage / ".key").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_plain_export_of_a_checkpoint(finished, tmp_path):
+    top, teacher, _ = finished
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_edge", "export", str(teacher), "--target", "cpu", "--set", "export.formats=[gguf]", "--out",
+         str(tmp_path / "out"), "--json"],
+        capture_output=True, text=True, env=os.environ | {"MOE_EDGE_CACHE": str(top / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    assert all((tmp_path / "out" / row["path"]).is_file() for row in summary["artifacts"])
+    assert not (tmp_path / "out/artifacts/onnx").exists()
