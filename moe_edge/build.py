@@ -153,18 +153,11 @@ def _write_results(state: pipeline.Build) -> dict[str, Any]:
     write_text_atomic(state.out / "config.yaml", _as_yaml(resolved))
     report = write_report(
         state.out, [_stage_row(name, manifest, state.cached[name]) for name, manifest in state.done.items()], state.config,
-        _describe(state.teacher), _describe(state.out / "artifacts" / "hf"),
         {name: manifest.summary for name, manifest in state.done.items()},
     )  # fmt: skip
     versions = {name: text for stage in pipeline.STAGES for name, text in state.versions(stage).items()}
     write_run_manifest(state.out, resolved, _digests(state), versions)
     return report
-
-
-def _describe(model: Path) -> dict[str, Any]:
-    from moe_edge.families.counting import describe_model
-
-    return describe_model(inspect_checkpoint(model))
 
 
 def _stage_row(name: str, manifest: Manifest, cached: bool) -> dict[str, Any]:
@@ -195,7 +188,9 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
     cached = cached_profile_of(digest)
     statistics = Statistics.load(cached[0] / "statistics.safetensors") if cached else None
     if cached is None:
-        log.warning("no profile of this model is cached: quantizing without an imatrix ('moe-edge profile MODEL' makes one)")
+        log.warning(
+            "no profile of this model is cached: quantizing without an imatrix ('moe-edge profile MODEL' makes one)"
+        )
     with pipeline.locked(out):
         job = plan_job(
             config, model, out / "export", main=types.gguf[0], precision=types.onnx, statistics=statistics, kept=None,
@@ -235,14 +230,16 @@ def rewrite_report(run: Path) -> dict[str, Any]:
     manifests = {name: read_manifest(run / name) for name in pipeline.STAGE_NAMES}
     if missing := [name for name, manifest in manifests.items() if manifest is None]:
         raise ConfigError(
-            "the run is not complete", where=str(run), why=f"no finished stage: {', '.join(missing)}", next_command="moe-edge build ..."
+            "the run is not complete",
+            where=str(run),
+            why=f"no finished stage: {', '.join(missing)}",
+            next_command="moe-edge build ...",
         )
     config = BuildConfig.model_validate(read_yaml(run / "config.yaml").data)
-    teacher = _describe(find_teacher(config))
     done = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     old = read_manifest(run)
     report = write_report(
-        run, [_stage_row(name, manifest, True) for name, manifest in done.items()], config, teacher, _describe(run / "artifacts" / "hf"),
+        run, [_stage_row(name, manifest, True) for name, manifest in done.items()], config,
         {name: manifest.summary for name, manifest in done.items()},
     )  # fmt: skip
     if old is not None:

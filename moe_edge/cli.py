@@ -16,7 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, GateFailed, InputRejected, MoeEdgeError, ResourceProblem
+from moe_edge.contracts.errors import (
+    ConfigError,
+    EnvironmentProblem,
+    GateFailed,
+    InputRejected,
+    MoeEdgeError,
+    ResourceProblem,
+)
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -34,6 +41,10 @@ OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Output fold
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one key, e.g. --set plan.experts=10.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="local (ssh:// and adb: are not supported yet).")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="Run from this stage on; earlier ones are used as they lie there.")
+]
+UntilOption = Annotated[str | None, typer.Option("--until", help="Stop after this stage.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Run every stage, reuse nothing.")]
 
 
@@ -73,7 +84,9 @@ def _run() -> int:
     except OSError as error:
         return _os_error(error)
     except Exception:
-        logging.getLogger(__name__).exception("internal error: this is a bug in moe-edge; please report it with these lines")
+        logging.getLogger(__name__).exception(
+            "internal error: this is a bug in moe-edge; please report it with these lines"
+        )
         return 1
     return 0
 
@@ -94,7 +107,9 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _request(teacher: str | None, target: str, config: Path | None, out: Path | None, device: str | None, settings: list[str] | None) -> Any:  # fmt: skip
+def _request(
+    teacher: str | None, target: str, config: Path | None, out: Path | None, device: str | None, settings: list[str] | None
+) -> Any:  # fmt: skip
     from moe_edge.build import Request
 
     return Request(target, teacher, config, out, device, settings or ())
@@ -108,8 +123,7 @@ def _print(data: Any) -> None:
 def build(
     teacher: Teacher = None, target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None,
     device: DeviceOption = None, settings: SetOption = None,
-    start: Annotated[str | None, typer.Option("--from", help="Run from this stage on; earlier ones are used as they lie there.")] = None,
-    until: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    start: FromOption = None, until: UntilOption = None,
     fresh: FreshOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what fits and what it costs.")] = False,
     as_json: JsonOption = False,
@@ -258,7 +272,8 @@ def doctor() -> None:
     for row in rows:
         print(f"{'ok ' if row.ok else 'BAD'} {row.name}: {row.finding}")
     if bad := [row for row in rows if not row.ok]:
-        raise EnvironmentProblem("this machine is not ready", why="; ".join(f"{row.name}: {row.finding}" for row in bad), next_command=bad[0].fix)  # fmt: skip
+        why = "; ".join(f"{row.name}: {row.finding}" for row in bad)
+        raise EnvironmentProblem("this machine is not ready", why=why, next_command=bad[0].fix)
 
 
 @app.command("config-schema")
@@ -325,7 +340,11 @@ def cache_verify() -> None:
     from moe_edge.storage.cache import cached_profiles
     from moe_edge.storage.folders import changed_files
 
-    bad = {home.name[:16]: changed for home, manifest in cached_profiles() if (changed := changed_files(home, manifest.files))}
+    bad = {
+        home.name[:16]: changed
+        for home, manifest in cached_profiles()
+        if (changed := changed_files(home, manifest.files))
+    }
     if bad:
         raise InputRejected("cached profiles are damaged", why=str(bad), next_command="moe-edge cache gc")
     print("every cached profile is intact")

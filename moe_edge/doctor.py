@@ -56,7 +56,12 @@ def _memory() -> Finding:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free
-    return Finding("disk", free >= LEAST_DISK_BYTES, f"{format_bytes(free)} free here", "free some space or build elsewhere with --out")
+    return Finding(
+        "disk",
+        free >= LEAST_DISK_BYTES,
+        f"{format_bytes(free)} free here",
+        "free some space or build elsewhere with --out",
+    )
 
 
 def _guarded(name: str, check: Callable[[], str]) -> Finding:

@@ -104,7 +104,9 @@ class Build:
         return stage_key(stage.name, stage.schema, stage.config_for_key(self.config), inputs, self.versions(stage))
 
     def versions(self, stage: Stage) -> dict[str, str]:
-        return {"moe-edge": __version__} | {name: installed(name) for name in ("torch", "transformers", *stage.packages)}
+        return {"moe-edge": __version__} | {
+            name: installed(name) for name in ("torch", "transformers", *stage.packages)
+        }
 
     def context(self, stage: Stage) -> StageContext:
         return StageContext(
@@ -135,7 +137,9 @@ def locked(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise EnvironmentProblem(
-            "the output folder is in use by another build", where=f"{out}, {_holder(out)}", next_command="wait, or choose another --out"
+            "the output folder is in use by another build",
+            where=f"{out}, {_holder(out)}",
+            next_command="wait, or choose another --out",
         ) from error
     except PermissionError as error:
         raise EnvironmentProblem("the output folder cannot be written", where=str(out), why=str(error)) from error
@@ -179,7 +183,9 @@ def _adopt(build: Build, stage: Stage) -> None:
     manifest = read_manifest(folder)
     if manifest is None:
         raise ConfigError(
-            f"--from needs a finished '{stage.name}' stage", where=str(folder), next_command="run the build without --from first"
+            f"--from needs a finished '{stage.name}' stage",
+            where=str(folder),
+            next_command="run the build without --from first",
         )
     if changed := changed_files(folder, manifest.files):
         log.warning("%s was edited by hand and is used as it is: %s", stage.name, ", ".join(changed))
@@ -216,7 +222,8 @@ def _reusable(folder: Path, key: str) -> Manifest | None:
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(folder, kept)
         log.warning(
-            "%s: %s changed since it was written; building it again (the changed folder is kept as %s; to build on your edit use --from)",
+            "%s: %s changed since it was written; building it again (the changed folder is kept as %s; "
+            "to build on your edit use --from)",
             folder.name, ", ".join(changed), kept.name,
         )  # fmt: skip
         return None

@@ -40,7 +40,8 @@ def called(monkeypatch, capsys):
 def test_help_is_quick_to_load_nothing_heavy():
     done = run("--help")
     assert done.returncode == 0 and "build" in done.stdout
-    probe = "import moe_edge.cli, sys; print([m for m in ('torch', 'transformers', 'llama_cpp', 'onnxruntime') if m in sys.modules])"
+    heavy = "('torch', 'transformers', 'llama_cpp', 'onnxruntime')"
+    probe = f"import moe_edge.cli, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -92,7 +93,9 @@ def test_rejected_inputs_are_four(called, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize(("settings", "code", "word"), [("plan.experts=1", 2, "top"), ("target.budget.weights=1KiB", 3, "KiB")])
+@pytest.mark.parametrize(
+    ("settings", "code", "word"), [("plan.experts=1", 2, "top"), ("target.budget.weights=1KiB", 3, "KiB")]
+)
 def test_impossible_budgets_are_refused_before_any_work(called, tmp_path, settings, code, word):
     teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
     got, _, err = called("build", teacher, "--out", tmp_path / "o", "--set", settings)
@@ -155,7 +158,11 @@ def test_signals_leave_with_their_code_and_free_the_lock(tmp_path, number, code)
 
 def test_doctor_finds_this_machine_ready(called):
     code, out, _ = called("doctor")
-    assert code in (0, 5) and "llama-cpp-python" in out and "BAD" not in out.replace("BAD disk", "").replace("BAD memory", "")
+    assert (
+        code in (0, 5)
+        and "llama-cpp-python" in out
+        and "BAD" not in out.replace("BAD disk", "").replace("BAD memory", "")
+    )
 
 
 def test_cache_commands(called, tmp_path, monkeypatch):

@@ -20,15 +20,28 @@ from moe_edge.pipeline import STAGE_NAMES
 from tests.tiny import tiny_checkpoint
 
 SETTINGS = [
-    "calibration.tokens=1024", "calibration.sequence_length=64", "profile.cka_tokens=256", "plan.tokens=256", "distill.tokens=512",
-    "validate.tokens=256", "validate.prompt_tokens=16", "validate.new_tokens=8", "validate.repetitions=2", "plan.experts=4",
+    "calibration.tokens=1024", "calibration.sequence_length=64", "profile.cka_tokens=256", "plan.tokens=256",
+    "distill.tokens=512", "validate.tokens=256", "validate.prompt_tokens=16",
+    "validate.new_tokens=8", "validate.repetitions=2", "plan.experts=4",
     "target.context_length=128",
 ]  # fmt: skip
 
 
 def command(teacher: Path, out: Path, *more: str) -> list[str]:
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return [sys.executable, "-m", "moe_edge", "build", str(teacher), "--target", "cpu", "--out", str(out), *settings, *more]
+    return [
+        sys.executable,
+        "-m",
+        "moe_edge",
+        "build",
+        str(teacher),
+        "--target",
+        "cpu",
+        "--out",
+        str(out),
+        *settings,
+        *more,
+    ]
 
 
 def build(teacher, out, *more, cache, timeout=400):
@@ -91,9 +104,13 @@ def test_the_delivered_student_loads_in_transformers(finished):
 
 def test_the_manifest_covers_every_delivered_file_and_verify_checks_it(finished):
     top, _, _ = finished
-    delivered = {path.relative_to(top / "run").as_posix() for path in (top / "run/artifacts").rglob("*") if path.is_file()}
+    delivered = {
+        path.relative_to(top / "run").as_posix() for path in (top / "run/artifacts").rglob("*") if path.is_file()
+    }
     assert delivered == set(artifact_digests(top / "run"))
-    done = subprocess.run([sys.executable, "-m", "moe_edge", "verify", str(top / "run")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_edge", "verify", str(top / "run")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -129,7 +146,11 @@ def kill_in(stage: str, teacher: Path, run: Path, cache: Path) -> None:
     """Start the build, and kill -9 its process group half a second into `stage`."""
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "MOE_EDGE_CACHE": str(cache)}
     process = subprocess.Popen(
-        command(teacher, run), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(teacher, run),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 300
     while not (run / stage / ".key").exists() and process.poll() is None and time.monotonic() < deadline:

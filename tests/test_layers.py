@@ -54,12 +54,18 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_stages_do_not_import_stages(path):
     stage_names = {"profile", "plan", "compress", "distill", "export", "validate"}
-    wrong = [name for _, name in imported_rooms(path) if name.startswith("moe_edge.stages.") and name.split(".")[2] in stage_names - {path.stem}]
+    wrong = [
+        name
+        for _, name in imported_rooms(path)
+        if name.startswith("moe_edge.stages.") and name.split(".")[2] in stage_names - {path.stem}
+    ]
     assert not wrong
 
 
 def test_every_module_says_what_it_does():
-    silent = [path for path in modules() if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))]
+    silent = [
+        path for path in modules() if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
     assert not silent
 
 

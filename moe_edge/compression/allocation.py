@@ -121,7 +121,7 @@ def _rival(space: Space, demand: Demand, choice: Option) -> Option | None:
     if choice.experts == total or choice.packing.format != "gguf":
         return None
     ceiling = space.limits.weights_bytes or choice.estimate.file_bytes
-    recipes = [Packing("gguf", name) for name in HARDER_ORDER if name != choice.packing.name]
+    recipes = [Packing("gguf", name) for name in HARDER_ORDER if name in RECIPE_KL_NATS and name != choice.packing.name]
     options = [space.option(total, packing) for packing in recipes]
     return next((option for option in options if option.estimate.file_bytes <= ceiling), options[-1])
 
@@ -153,7 +153,7 @@ def settle(feasible: Feasible, masked_kl_nats: float) -> Feasible:
         notes = tuple(_notes(feasible.space, feasible.demand, rival))
         return replace(feasible, choice=rival, rival=choice, rival_lost=lost, notes=notes)
     if theirs < ours:
-        note = f"Quantizing all experts harder would lose less here ({numbers}), but: {feasible.rival_lost}."
+        note = f"{describe(rival, feasible.model)} would lose less here ({numbers}), but: {feasible.rival_lost}."
         return replace(feasible, rival_lost=f"{feasible.rival_lost} ({numbers})", notes=(*feasible.notes, note))
     reason = feasible.rival_lost if feasible.demand.why_fewer or not rival.fits else "loses more"
     return replace(feasible, rival_lost=f"{reason} ({numbers})")

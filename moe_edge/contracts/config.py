@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moe_edge.contracts.target import Target
 
-CONFIG_SCHEMA = "moe-edge/config@1"
 _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
 Loss = Literal["ce", "kl", "cka"]
@@ -25,7 +24,9 @@ class TeacherConfig(BaseModel):
 
 class CalibrationConfig(BaseModel):
     model_config = _CLOSED
-    recipe: str = Field("default", description="a recipe's name, or a path: .yaml a recipe, .jsonl rows, else UTF-8 text")
+    recipe: str = Field(
+        "default", description="a recipe's name, or a path: .yaml a recipe, .jsonl rows, else UTF-8 text"
+    )
     tokens: int = Field(65536, gt=0, description="tokens of the profile pass")
     sequence_length: int = Field(512, ge=8, description="tokens per row")
     seed: int = 0
@@ -133,7 +134,7 @@ class BuildConfig(BaseModel):
     """The resolved configuration of a build."""
 
     model_config = _CLOSED
-    schema_: Literal["moe-edge/config@1"] = Field(CONFIG_SCHEMA, alias="schema")
+    schema_: Literal["moe-edge/config@1"] = Field("moe-edge/config@1", alias="schema")
     teacher: TeacherConfig = TeacherConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -149,7 +150,3 @@ class BuildConfig(BaseModel):
         if isinstance(value, str):
             raise ValueError("target must be the merged target, use --target NAME")
         return value
-
-    def section(self, name: str) -> dict[str, Any]:
-        """One section as plain data, for manifests and keys."""
-        return self.model_dump(mode="json", by_alias=True)[name]

@@ -95,13 +95,17 @@ def parse_setting(text: str) -> dict[str, Any]:
         parsed = YAML(typ="safe").load(value)
     except YAMLError as error:
         raise ConfigError(f"--set {path}: not a YAML value", why=_one_line(error)) from error
-    for key in reversed(keys):
-        parsed = {key: parsed}
-    return parsed
+    setting: dict[str, Any] = {keys[-1]: parsed}
+    for key in reversed(keys[:-1]):
+        setting = {key: setting}
+    return setting
 
 
 def resolve_config(
-    target: Document, file: Document | None = None, settings: list[str] | None = None, flags: Mapping[str, Any] | None = None
+    target: Document,
+    file: Document | None = None,
+    settings: list[str] | None = None,
+    flags: Mapping[str, Any] | None = None,
 ) -> BuildConfig:
     """Merge the layers and validate.
 

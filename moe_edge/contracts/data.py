@@ -1,7 +1,8 @@
 """Where the data that ships with moe-edge lies (`targets/`, `calibration/`), in a checkout and in a wheel alike.
 
-In a checkout (or an editable install) the folders stand at the repository's top, beside the package; a wheel carries them as
-`moe_edge/_data/<name>`. Everyone who reads shipped data asks here, so that both installs find the same files.
+In a checkout (or an editable install) the folders stand at the repository's top, beside the package; a wheel
+carries them as `moe_edge/_data/<name>`. Everyone who reads shipped data asks here, so that both installs find the
+same files.
 """
 
 from pathlib import Path

@@ -64,7 +64,9 @@ def canonical_sha256(value: Any) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def stage_key(stage: str, schema: int, config: Mapping[str, Any], inputs: Mapping[str, str], versions: Mapping[str, str]) -> str:
+def stage_key(
+    stage: str, schema: int, config: Mapping[str, Any], inputs: Mapping[str, str], versions: Mapping[str, str]
+) -> str:
     """The key of a stage: equal keys mean that the same thing would be computed."""
     return canonical_sha256(
         {"stage": stage, "schema": schema, "config": config, "inputs": dict(inputs), "versions": dict(versions)}

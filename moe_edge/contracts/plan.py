@@ -29,7 +29,9 @@ class Estimate(BaseModel):
     file_bytes: int
     kv_cache_bytes: int
     peak_memory_bytes: int
-    decode_tokens_per_s: float | None = Field(None, description="roofline estimate; null when the target has no bandwidth")
+    decode_tokens_per_s: float | None = Field(
+        None, description="roofline estimate; null when the target has no bandwidth"
+    )
     routed_expert_share_kept: float
 
 
@@ -46,7 +48,9 @@ class Plan(BaseModel):
     kept: dict[int, list[int]] = Field(description="layer -> kept expert ids of the teacher, ascending")
     quantization: str = Field(description="name of the main GGUF recipe, e.g. Q4_K_M")
     onnx_precision: str
-    predicted_kl_nats: float | None = Field(description="masked KL of this choice; null when nothing is dropped and no profile ran")
+    predicted_kl_nats: float | None = Field(
+        description="masked KL of this choice; null when nothing is dropped and no profile ran"
+    )
     candidates: list[Candidate] = []
     estimate: Estimate
     competitor: str | None = Field(None, description="the other way to meet the budget, and why it lost")

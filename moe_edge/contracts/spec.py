@@ -55,12 +55,12 @@ class ModelSpec:
 class TensorEntry:
     """One weight as the back ends see it: a neutral name and where its numbers lie in the checkpoint.
 
-    `sources` has one checkpoint name for a plain tensor and E names (stacked on a new first axis) for an expert tensor.
-    `rows` selects `[start, stop)` of the source's rows when the checkpoint stores gate and up fused.
+    `sources` has one checkpoint name for a plain tensor, E names (stacked on a new first axis) for an expert tensor, or the one
+    name of a fused tensor that stores gate and up together.
     """
 
     tensor_class: TensorClass
     layer: int | None  # None: not in a layer
-    part: str  # "weight", "bias", "q_norm", "k_norm", "input_norm", "post_attention_norm", "final_norm"
+    part: str  # weight, q_bias, k_bias, v_bias, q_norm, k_norm, input_norm, post_attention_norm, final_norm
     sources: tuple[str, ...]
     shape: tuple[int, ...]  # of the assembled tensor: expert_gate is (E, F, D), expert_down is (E, D, F)

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe_edge.contracts.units import ByteSize, Seconds, Share
 
-TARGET_SCHEMA = "moe-edge/target@1"
 _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -64,7 +63,9 @@ class Gates(BaseModel):
     """Limits for what is measured on the artifact; null means not gated."""
 
     model_config = _CLOSED
-    kl_to_student_nats: float | None = Field(None, description="mean KL(HF student || artifact), nats per token, at most")
+    kl_to_student_nats: float | None = Field(
+        None, description="mean KL(HF student || artifact), nats per token, at most"
+    )
     kl_to_teacher_nats: float | None = Field(None, description="mean KL(teacher || artifact), nats per token, at most")
     top1_agreement_to_teacher: float | None = Field(None, description="share of tokens with the same argmax, at least")
     perplexity_ratio: float | None = Field(None, description="artifact perplexity / teacher perplexity, at most")
@@ -77,7 +78,7 @@ class Target(BaseModel):
     """One device class."""
 
     model_config = _CLOSED
-    schema_: Literal["moe-edge/target@1"] = Field(TARGET_SCHEMA, alias="schema")
+    schema_: Literal["moe-edge/target@1"] = Field("moe-edge/target@1", alias="schema")
     name: str
     description: str
     hardware: Hardware

@@ -1,9 +1,9 @@
-"""Alignment of the student's layers with the teacher's by debiased linear CKA: the loss, and the report before and after.
+"""Alignment of the student's layers with the teacher's by debiased linear CKA: the loss, and the report of both ends.
 
-CKA needs the teacher's hidden states, which the logit cache does not hold, so the live teacher runs, without gradients. It
-is made cheap and stays an unbiased sample: per optimizer step one micro-batch of the step is aligned, in the layers at one and
-two thirds of the depth, and the teacher's layers above the deeper one are dropped before it ever runs. That costs about 6 % of a
-step. The teacher is loaded only when a stage gives CKA a weight. Nothing is projected, so nothing is added to the student.
+CKA needs the teacher's hidden states, which the logit cache does not hold, so the live teacher runs, without
+gradients. It is made cheap and stays an unbiased sample: of every optimizer step one micro-batch is aligned, in the
+layers at one and two thirds of the depth, and the teacher's layers above the deeper one are dropped before it ever
+runs. The teacher is loaded only when a stage gives CKA a weight. Nothing is projected or added to the student.
 
 CKA sees features up to rotation and scale: it pulls the geometry of the layers together, not the numbers.
 

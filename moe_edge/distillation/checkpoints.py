@@ -1,7 +1,8 @@
 """Trainer checkpoints that survive kill -9: which one is whole, when to write the next, and the progress on the way.
 
-A checkpoint folder counts only with its marker, which is written after everything else; only then are older ones deleted.
-How often one is written depends on the clock, what is in it does not, so that a resumed run ends with the same bits.
+A checkpoint folder counts only with its marker, which is written after everything else; only then are older ones
+deleted. How often one is written depends on the clock, what is in it does not, so that a resumed run ends with the
+same bits.
 """
 
 import logging
@@ -91,13 +92,13 @@ class ShowProgress(TrainerCallback):
             next(self._bar, None)
             self._shown += 1
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for _ in self._bar:
             pass
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         shown = {name: logs[name] for name in ("total_loss", "ce_loss", "kl_loss", "cka_loss") if name in logs}
         if shown:

@@ -2,10 +2,10 @@
 
 total = (1 - alpha) w_ce CE + alpha w_kl T^2 KL(teacher_T || student_T) + w_cka (1 - CKA)
 
-The factor T^2 keeps the gradient of the KL at the size of the cross-entropy's when T rises (Hinton et al. 2015, section 2.1).
-A loss whose weight comes out as 0 is not computed at all, so that alpha = 0 is plain fine-tuning and alpha = 1 is pure
-distillation exactly, not up to round-off. CE and KL are means over all valid tokens of an optimizer step, however they are
-split into micro-batches.
+The factor T^2 keeps the gradient of the KL at the size of the cross-entropy's when T rises (Hinton et al. 2015,
+section 2.1). A loss whose weight comes out as 0 is not computed at all, so that alpha = 0 is plain fine-tuning and
+alpha = 1 is pure distillation exactly, not up to round-off. CE and KL are means over all valid tokens of an optimizer
+step, however they are split into micro-batches.
 
 Shape suffixes: T tokens, t tokens of a chunk, V vocabulary, D model.
 """

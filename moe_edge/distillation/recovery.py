@@ -5,6 +5,7 @@ A stage that has finished is recognised by the checkpoint of its last step; then
 Shape suffixes: N rows, S tokens of a row.
 """
 
+import copy
 import gc
 import logging
 import time
@@ -54,6 +55,7 @@ class Recovery:
 
     def train(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> list[dict[str, Any]]:
         """Train `student` in place through all stages; returns one record per stage with its log."""
+        config = copy.deepcopy(student.config)  # the Trainer writes into it; what is saved must not depend on that
         if not torch.cuda.is_available():
             student.set_experts_implementation(experts_loop.KERNEL_NAME)
         student.train()
@@ -68,6 +70,7 @@ class Recovery:
             )
             gc.collect()
         student.requires_grad_(True).eval()
+        student.config = config
         return records
 
     def check(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> None:
@@ -113,7 +116,7 @@ class Recovery:
 def training_arguments(
     config: DistillConfig, schedule: StageSchedule, folder: Path, row_tokens: int
 ) -> DistillationTrainingArguments:
-    """The Trainer's settings of one stage: one pass over the stage's rows, warm-up, cosine to zero, float32 on a CPU."""
+    """The Trainer's settings of one stage: one pass over its rows, warm-up, cosine to zero, float32 on a CPU."""
     rows = micro_rows(config.batch_rows, row_tokens)
     cuda = torch.cuda.is_available()
     return DistillationTrainingArguments(
@@ -123,7 +126,6 @@ def training_arguments(
         num_train_epochs=1,
         learning_rate=schedule.config.learning_rate,
         warmup_steps=schedule.warmup_steps,
-        lr_scheduler_type="cosine",
         weight_decay=0.0,
         logging_steps=1,
         save_strategy="no",

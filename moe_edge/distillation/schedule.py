@@ -1,8 +1,8 @@
-"""What is trained when: the rows held out, the rows of every stage in order, its steps, and each parameter's learning rate.
+"""What is trained when: the rows held out, the rows of every stage in order, its steps, and each parameter's rate.
 
-All of it is decided before the first step and depends on the configuration and the seed alone, so that a resumed run sees the
-rows that the uninterrupted one would have seen. The stages walk on through one endless, seeded order of the training rows: a
-later stage begins where the earlier one stopped.
+All of it is decided before the first step and depends on the configuration and the seed alone, so that a resumed run
+sees the rows that the uninterrupted one would have seen. The stages walk on through one endless, seeded order of the
+training rows: a later stage begins where the earlier one stopped.
 """
 
 import logging
@@ -93,6 +93,17 @@ def micro_rows(batch_rows: int, row_tokens: int) -> int:
     return 2 if batch_rows % 2 == 0 and 2 * row_tokens <= MICRO_BATCH_TOKENS else 1
 
 
+def rate_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the full learning rate at a step counted from 0: a linear rise, then a cosine towards 0.
+
+    No step is wasted at a rate of 0, which matters where a stage has a dozen steps.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
 def multipliers_of(names: Sequence[str], multipliers: Sequence[LrMultiplier]) -> dict[str, float]:
     """{parameter name: learning-rate multiplier}; the first pattern found in a name decides, without one it is 1.
 
@@ -132,4 +143,6 @@ def _dead(pattern: re.Pattern[str], names: Sequence[str]) -> ConfigError:
     why = f"earlier patterns take all {taken} parameters it matches" if taken else "it matches no parameter"
     where = "distill.stages: parameter_lr_multipliers"
     examples = ", ".join(list(names)[:3])
-    return ConfigError(f"the pattern '{pattern.pattern}' has no effect", where=where, why=f"{why}; names are like {examples}")
+    return ConfigError(
+        f"the pattern '{pattern.pattern}' has no effect", where=where, why=f"{why}; names are like {examples}"
+    )

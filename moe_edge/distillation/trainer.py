@@ -1,20 +1,23 @@
-"""`DistillationTrainer`: a transformers Trainer whose loss is the blend of losses.py, with per-parameter learning rates.
+"""`DistillationTrainer`: a transformers Trainer whose loss is the blend of losses.py, with rates per parameter.
 
-What differs from the plain Trainer: the loss (CE and KL on chunks of logits that are never held whole, CKA on the layers), the
-parameter groups (regex multipliers; a frozen parameter is not in the optimizer), the order of the rows (as given), checkpoints in
-the model's own weight names, and the log names total_loss, ce_loss, kl_loss (nats at the temperature, without T^2) and cka_loss.
+What differs from the plain Trainer: the loss (CE and KL on chunks of logits that are never held whole, CKA on the
+layers), the parameter groups (regex multipliers; a frozen parameter is not in the optimizer), the order of the rows (as
+given), checkpoints in the model's own weight names, and the log names total_loss, ce_loss, kl_loss (nats at the
+temperature, without T^2) and cka_loss.
 
 Shape suffixes: B rows of a micro-batch, S tokens of a row, T tokens, D model, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -24,7 +27,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.alignment import TeacherLayers, alignment_loss, listening
 from moe_edge.distillation.checkpoints import load_weights
 from moe_edge.distillation.losses import active_weights, token_losses
-from moe_edge.distillation.schedule import multipliers_of
+from moe_edge.distillation.schedule import multipliers_of, rate_factor
 from moe_edge.distillation.signal import SignalSource, TeacherSignal
 from moe_edge.families.taps import body, head
 
@@ -33,7 +36,7 @@ LOG_NAMES = {"ce": "ce_loss", "kl": "kl_loss", "cka": "cka_loss"}
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """TrainingArguments plus the blend; defaults suit a short local run: no reports, no network, no pickled arguments."""
+    """TrainingArguments plus the blend; suited to a short local run: no reports, no network."""
 
     distillation_alpha: float = field(default=0.5, metadata={"help": "0 = plain fine-tuning, 1 = pure distillation"})
     distillation_temperature: float = field(default=2.0, metadata={"help": "temperature of the KL term"})
@@ -115,6 +118,17 @@ class DistillationTrainer(Trainer):
             groups = [{"params": group, "lr": rate * multiplier} for multiplier, group in by_rate.items()]
             self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Warm-up and cosine without a step at rate 0; see `rate_factor`."""
+        if self.lr_scheduler is None:
+            factor = partial(
+                rate_factor, steps=num_training_steps, warmup_steps=self.args.get_warmup_steps(num_training_steps)
+            )
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)

@@ -2,7 +2,7 @@
 
 What: `write_gguf`. Weights become float16, norms, routers and biases float32; the tokenizer is checked against
 transformers before the file gets its name. Why our own: llama.cpp's converter is not on PyPI, writes no output.weight
-for tied Qwen2-MoE (the file does not load), and converts a config whose normalisation it hard-codes otherwise, silently.
+for tied Qwen2-MoE (that file does not load), and converts without a word a config whose normalisation it cannot express.
 The bytes depend on the checkpoint and the arguments only. Legend: E experts, F expert width, D model width.
 """
 
@@ -21,12 +21,11 @@ from moe_edge.contracts.progress import track
 from moe_edge.contracts.quantization import ALWAYS_F32
 from moe_edge.contracts.spec import ModelSpec, TensorEntry
 from moe_edge.export.gguf_layout import (
-    Architecture,
+    LAYOUTS,
     check_representable,
     gguf_name,
     stored_shape,
     write_hyperparameters,
-    writes_output_twice,
 )
 from moe_edge.export.gguf_tokenizer import gguf_vocabulary, verify_tokenizer, write_vocabulary
 from moe_edge.families import assemble, family_of
@@ -66,16 +65,16 @@ def write_gguf(
     headers = inspect_checkpoint(checkpoint)
     family = family_of(headers.config)
     spec = family.spec(headers.config)
-    arch = check_representable(spec)
-    entries = _planned(family.tensors(headers.config, headers.tensors), spec)
+    row = check_representable(spec)
+    entries = _planned(family.tensors(headers.config, headers.tensors), spec.tied_embeddings and not row.tied_head)
     partial = out.with_name(out.name + ".tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(partial, arch.name)
+    writer = GGUFWriter(partial, row.architecture)
     try:
         _write_metadata(writer, name, provenance or {})
-        write_hyperparameters(writer, spec, arch)
+        write_hyperparameters(writer, spec)
         write_vocabulary(writer, gguf_vocabulary(checkpoint, spec.vocab, pre_tokenizer))
-        _write_tensors(writer, checkpoint, entries, spec, arch)
+        _write_tensors(writer, checkpoint, entries, spec)
     finally:
         writer.close()
     check_gguf_header(partial)
@@ -83,9 +82,9 @@ def write_gguf(
     os.replace(partial, out)
 
 
-def _planned(entries: list[TensorEntry], spec: ModelSpec) -> list[TensorEntry]:
+def _planned(entries: list[TensorEntry], repeat_embedding: bool) -> list[TensorEntry]:
     """The entries in file order, with the embedding again as head where the architecture demands an output.weight."""
-    if writes_output_twice(spec):
+    if repeat_embedding:
         embedding = next(entry for entry in entries if entry.tensor_class == "embedding")
         return [*entries, replace(embedding, tensor_class="head")]
     return entries
@@ -102,9 +101,7 @@ def _write_metadata(writer: GGUFWriter, name: str, provenance: dict[str, str]) -
         writer.add_string(_STANDARD_KEYS.get(key, f"moe_edge.{key}"), provenance[key])
 
 
-def _write_tensors(
-    writer: GGUFWriter, checkpoint: Path, entries: list[TensorEntry], spec: ModelSpec, arch: Architecture
-) -> None:
+def _write_tensors(writer: GGUFWriter, checkpoint: Path, entries: list[TensorEntry], spec: ModelSpec) -> None:
     """The tensor table first, then the numbers, streamed."""
     for entry in entries:
         dtype, shape = _dtype(entry), stored_shape(entry)
@@ -118,19 +115,19 @@ def _write_tensors(
         mapped_bytes += sum(reader.headers.tensors[source].bytes for source in entry.sources)
         if mapped_bytes > MAPPED_BYTES:  # a fresh reader gives the pages of the mapped checkpoint back
             reader, mapped_bytes = TensorReader(checkpoint), 0
-        writer.write_tensor_data(_converted(entry, reader, spec, arch))
+        writer.write_tensor_data(_converted(entry, reader, spec))
 
 
 def _dtype(entry: TensorEntry) -> np.dtype:
     return np.dtype(np.float32 if entry.tensor_class in ALWAYS_F32 else np.float16)
 
 
-def _converted(entry: TensorEntry, reader: TensorReader, spec: ModelSpec, arch: Architecture) -> np.ndarray:
+def _converted(entry: TensorEntry, reader: TensorReader, spec: ModelSpec) -> np.ndarray:
     """One tensor as it lies in the file, shape `stored_shape(entry)`; experts are converted one by one."""
     out = np.empty(entry.shape, dtype=_dtype(entry))
     for expert, part in _parts(entry):
         _fill(out if expert is None else out[expert : expert + 1], assemble(part, reader), part)
-    if arch.permutes_rope and entry.tensor_class in ("attention_q", "attention_k"):
+    if LAYOUTS[spec.family].permutes_rope and entry.tensor_class in ("attention_q", "attention_k"):
         out = interleave_rope(out, spec.heads if entry.tensor_class == "attention_q" else spec.kv_heads)
     if entry.tensor_class == "shared_router" and not out.any():
         out[:] = SMALLEST_GATE

@@ -1,7 +1,7 @@
-"""How each family looks inside a GGUF file: architecture, tensor names and metadata, as data.
+"""How each family looks inside a GGUF file: tensor names, metadata and row orders, as data.
 
-What: `ARCHITECTURES` (family -> what llama.cpp hard-codes for it), `TENSOR_NAMES` (neutral tensor -> GGUF name) and the
-checks that refuse a model which the architecture would silently compute differently. A new family is one row.
+What: `LAYOUTS` (family -> how its file differs), `TENSOR_NAMES` (neutral tensor -> GGUF name), and the refusal of a model
+that llama.cpp would silently compute differently (contracts/capabilities.py). A new family is one row in each table.
 Facts: llama.cpp src/models/{llama,qwen2moe,qwen3moe,olmoe}.cpp. Legend: D model width, F expert width.
 """
 
@@ -10,28 +10,24 @@ from dataclasses import dataclass
 
 from gguf import ExpertGatingFuncType, GGUFWriter
 
+from moe_edge.contracts.capabilities import Capability, capability, refusals
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import ModelSpec, TensorClass, TensorEntry
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What a GGUF architecture of llama.cpp fixes in code, so that the file cannot change it."""
+class Layout:
+    """How the file of one family differs from its sisters'; what the graph computes is in contracts/capabilities.py."""
 
-    name: str
-    renormalises: bool  # its graph divides the top-k weights by their sum
-    needs_output: bool  # refuses a file without output.weight, even for tied embeddings
-    width_is_expert: bool  # reads F from expert_feed_forward_length; otherwise from feed_forward_length
+    width_is_expert: bool  # F is expert_feed_forward_length; otherwise feed_forward_length alone
     permutes_rope: bool  # rotates neighbouring pairs: rows of q and k must be interleaved
-    square_attention: bool  # heads * head_dim must be D
-    equal_heads: bool = False  # every head must have its own key and value
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "mixtral": Architecture("llama", True, False, False, permutes_rope=True, square_attention=False),
-    "qwen2_moe": Architecture("qwen2moe", False, True, True, permutes_rope=False, square_attention=True),
-    "qwen3_moe": Architecture("qwen3moe", True, False, True, permutes_rope=False, square_attention=False),
-    "olmoe": Architecture("olmoe", False, True, False, permutes_rope=False, square_attention=True, equal_heads=True),
+LAYOUTS: dict[str, Layout] = {
+    "mixtral": Layout(width_is_expert=False, permutes_rope=True),
+    "qwen2_moe": Layout(width_is_expert=True, permutes_rope=False),
+    "qwen3_moe": Layout(width_is_expert=True, permutes_rope=False),
+    "olmoe": Layout(width_is_expert=False, permutes_rope=False),
 }
 
 # (class, part) -> name; {} is the layer
@@ -79,60 +75,26 @@ def class_of(name: str) -> TensorClass:
     return _CLASSES[generic]
 
 
-def writes_output_twice(spec: ModelSpec) -> bool:
-    """Must the embedding be stored a second time as output.weight, because the architecture knows no tied head?"""
-    return spec.tied_embeddings and architecture_of(spec).needs_output
-
-
-def architecture_of(spec: ModelSpec) -> Architecture:
-    """The row of a family.
-
-    Raises:
-        InputRejected: GGUF export does not know the family.
-    """
-    if spec.family not in ARCHITECTURES:
-        raise InputRejected(f"no GGUF export for '{spec.family}'", why=f"supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[spec.family]
-
-
-def check_representable(spec: ModelSpec) -> Architecture:
-    """The architecture of a model that llama.cpp will compute exactly as transformers does.
+def check_representable(spec: ModelSpec) -> Capability:
+    """What llama.cpp's graph does with this family, once it is known to compute this very model.
 
     Raises:
         InputRejected: llama.cpp would load the file and compute something else, or not load it; says which and why.
     """
-    arch = architecture_of(spec)
-    reasons = [reason for wrong, reason in _mismatches(spec, arch) if wrong]
-    if reasons:
+    row = capability("llama_cpp", spec.family)
+    reasons = refusals("llama_cpp", spec)
+    if reasons or row is None or spec.family not in LAYOUTS:
         raise InputRejected(
-            f"llama.cpp's architecture '{arch.name}' cannot represent this model",
+            "GGUF cannot represent this model",
             where=f"{spec.family} config.json",
-            why="; ".join(reasons),
+            why="; ".join(reasons) or "no layout for this family",
             next_command="export ONNX instead: --set export.formats=[onnx]",
         )
-    return arch
+    return row
 
 
-def _mismatches(spec: ModelSpec, arch: Architecture) -> list[tuple[bool, str]]:
-    moe = spec.moe
-    does, wants = ("does", "does not") if arch.renormalises else ("does not", "does")
-    width = spec.heads * spec.head_dim
-    return [
-        (moe.renormalise != arch.renormalises, f"it {does} renormalise the top-k weights, the model {wants} (norm_topk_prob)"),
-        (spec.clip_qkv is not None, f"it ignores clip_qkv={spec.clip_qkv}"),
-        (
-            spec.sliding_window is not None and spec.sliding_window < spec.context_length,
-            f"it ignores the sliding window of {spec.sliding_window} (max_position_embeddings {spec.context_length})",
-        ),
-        (arch.square_attention and width != spec.hidden, f"it needs heads x head_dim = {width} to be {spec.hidden}"),
-        (arch.equal_heads and spec.kv_heads != spec.heads, f"it needs {spec.heads} key-value heads, found {spec.kv_heads}"),
-        (spec.family == "qwen2_moe" and not moe.shared_width, "it needs a shared expert"),
-        (moe.experts > 1024, f"it allows 1024 experts, found {moe.experts}"),
-    ]
-
-
-def write_hyperparameters(writer: GGUFWriter, spec: ModelSpec, arch: Architecture) -> None:
-    """The architecture's metadata; `expert_gating_func` always, because llama.cpp's default differs between families."""
+def write_hyperparameters(writer: GGUFWriter, spec: ModelSpec) -> None:
+    """The architecture's metadata; `expert_gating_func` always, because llama.cpp's defaults differ."""
     moe = spec.moe
     writer.add_block_count(spec.layers)
     writer.add_context_length(spec.context_length)
@@ -151,7 +113,7 @@ def write_hyperparameters(writer: GGUFWriter, spec: ModelSpec, arch: Architectur
     writer.add_expert_used_count(moe.top_k)
     writer.add_expert_gating_func(ExpertGatingFuncType.SOFTMAX)
     writer.add_expert_weights_norm(moe.renormalise)
-    if arch.width_is_expert:
+    if LAYOUTS[spec.family].width_is_expert:
         writer.add_expert_feed_forward_length(moe.expert_width)
     if moe.shared_width:
         writer.add_expert_shared_feed_forward_length(moe.shared_width)

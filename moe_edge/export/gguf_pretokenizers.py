@@ -14,8 +14,7 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 _QWEN35 = (
-    _CONTRACTION
-    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -58,7 +57,7 @@ def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str:
         "llama.cpp has no pre-tokenizer that is known to split like this tokenizer",
         where="tokenizer.json: pre_tokenizer",
         why=f"splits by {steps}, ignore_merges={key[1]}; known: {', '.join(PRE_TOKENIZERS.values())}",
-        next_command="if you know its name in llama.cpp: --set export.gguf.pre_tokenizer=NAME (checked by a round trip)",
+        next_command="name it yourself: --set export.gguf.pre_tokenizer=NAME (a round trip checks it)",
     )
 
 

@@ -1,12 +1,11 @@
 """Quantization by libllama with every tensor's type decided here, not by its heuristics.
 
-What: `quantize_gguf`. Why pin: llama.cpp's mixtures look at the number of experts (8 is special), so that "Q4_K_M before and
-after pruning" would not be the same thing; the planner predicts bytes from the same table. The result is read back and
-compared with the table. The bytes depend on source, recipe and imatrix only, not on the number of threads.
+What: `quantize_gguf`. Why pin: llama.cpp's mixtures look at the number of experts (8 is special), so "Q4_K_M" before and
+after pruning would not be the same thing; the planner predicts bytes from the same table. The finished file is read back
+and compared with the table. Its bytes depend on source, recipe and imatrix only, not on the number of threads.
 """
 
 import ctypes
-import logging
 import os
 import re
 import shutil
@@ -21,7 +20,6 @@ from moe_edge.export.gguf_layout import class_of
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, GgufHeader, check_gguf_header
 from moe_edge.runtimes.llama_log import last_errors, quiet_llama
 
-_LOGGER = logging.getLogger(__name__)
 MAX_BUFFER_BYTES = 512 << 20
 # recipe -> llama_ftype: what general.file_type will say
 FILE_TYPES = {

@@ -1,12 +1,11 @@
 """A Hugging Face tokenizer as GGUF metadata, and the proof that both give the same ids.
 
 What: `gguf_vocabulary` reads byte-level BPE (GPT-2, Qwen, Llama 3, OLMo) and SentencePiece-like BPE with byte fallback
-(Llama 2, Mixtral); `verify_tokenizer` encodes a multilingual text with transformers and with llama.cpp. Why so strict: a
+(Llama 2, Mixtral); `verify_tokenizer` encodes a multilingual text with transformers and with llama.cpp. Why strict: a
 tokenizer that is almost right gives a model that is almost sensible, and nothing reports it.
 """
 
 import json
-import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ from moe_edge.export.gguf_pretokenizers import pre_tokenizer_name
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes.llama_cpp import load_gguf, tokenize
 
-_LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = (
     "Hello world!  I've 3 or 33 or 3333 apples;\tit's 1.5 % more.\n\nDer Fluß hört's, «déjà vu» n'est-ce pas?\r\n"
-    "我想在apple工作1314151天～ нещо на Български العربية हिन्दी 한국어 កាន់តែ 🚀🦙👩‍👩‍👧 ===== '''``` x=f(a[1:], b)  # YES we'VE\n   end "
+    "我想在apple工作1314151天～ нещо на Български العربية हिन्दी 한국어 កាន់តែ 🚀🦙👩\u200d👧"
+    " ===== '''``` x=f(a[1:], b)  # YES we'VE\n   end "
 )
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "▁"
@@ -98,8 +97,8 @@ def _token_table(parsed: dict[str, Any], rows: int) -> tuple[list[str], list[int
 
 def _automatic_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids that transformers itself puts before and after every text."""
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    full = tokenizer.encode("a", add_special_tokens=True)
+    plain = tokenizer.encode("a", add_special_tokens=False, verbose=False)
+    full = tokenizer.encode("a", add_special_tokens=True, verbose=False)
     start = next(i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain)
     prefix, suffix = full[:start], full[start + len(plain) :]
     if len(prefix) > 1 or len(suffix) > 1:
@@ -152,7 +151,11 @@ def _scores(model: dict[str, Any], tokens: list[str]) -> list[float]:
 
 def _prepends_space(parsed: dict[str, Any]) -> bool:
     described = json.dumps([parsed.get("normalizer"), parsed.get("pre_tokenizer")])
-    return '"Prepend"' in described or '"prepend_scheme": "first"' in described or '"prepend_scheme": "always"' in described
+    return (
+        '"Prepend"' in described
+        or '"prepend_scheme": "first"' in described
+        or '"prepend_scheme": "always"' in described
+    )
 
 
 def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
@@ -187,7 +190,7 @@ def verify_tokenizer(gguf: Path, checkpoint: Path) -> None:
     try:
         vocab = lib.llama_model_get_vocab(model)
         for special in (False, True):
-            expected = tokenizer.encode(PROBE_TEXT, add_special_tokens=special)
+            expected = tokenizer.encode(PROBE_TEXT, add_special_tokens=special, verbose=False)
             actual = tokenize(vocab, PROBE_TEXT, add_special=special, parse_special=True)
             if expected != actual:
                 raise InputRejected(
@@ -201,6 +204,8 @@ def verify_tokenizer(gguf: Path, checkpoint: Path) -> None:
 
 
 def _first_difference(tokenizer: Any, expected: list[int], actual: list[int]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), min(len(expected), len(actual)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b), min(len(expected), len(actual))
+    )
     shown = tokenizer.decode(expected[max(0, at - 3) : at + 3])
     return f"at token {at}, near {shown!r}: transformers {expected[at : at + 4]}, llama.cpp {actual[at : at + 4]}"

@@ -1,4 +1,4 @@
-"""The importance matrix: from the profile's neutral sums to what llama.cpp's quantizer reads, and to its own file format.
+"""The importance matrix: from the profile's neutral sums to what llama.cpp's quantizer reads, and to its file format.
 
 What: `imatrix_arrays` (mean square of every input column, per expert) and `write_imatrix_gguf` (the sums, for other
 tools). An expert that saw few tokens is blended with the layer's mean, because its own mean is noise; llama.cpp's
@@ -73,9 +73,7 @@ def write_imatrix_gguf(path: Path, statistics: Statistics, spec: ModelSpec) -> N
     os.replace(temporary, path)
 
 
-def _entries(
-    imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, list[int]] | None
-) -> Iterator[_Sums]:
+def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, list[int]] | None) -> Iterator[_Sums]:
     numbers = {key: np.asarray(value, dtype=np.float64) for key, value in imatrix.items()}
     dense = numbers["dense_count"].reshape(1)
     for key, classes in _DENSE.items():

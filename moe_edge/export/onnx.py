@@ -1,8 +1,8 @@
 """Exports a Hugging Face MoE checkpoint as an onnxruntime-genai folder: graph, external weights, config and tokenizer.
 
-fp32 is the parity graph (operator MoE), fp16 halves the file and computes in float32, int8 and int4 use QMoE for the experts
-and MatMulNBits for the rest (see PRECISIONS). The same checkpoint and arguments give the same bytes; the folder appears
-under its name only when it is complete.
+fp32 is the parity graph (operator MoE), fp16 halves the file and computes in float32, int8 and int4 use QMoE for the
+experts and MatMulNBits for the rest (see PRECISIONS). The same checkpoint and arguments give the same bytes; the folder
+appears under its name only when it is complete.
 """
 
 import logging
@@ -54,7 +54,7 @@ def export_onnx(
         accuracy_level: of MatMulNBits and QMoE; 4 computes with int8 activations, 0 in float32.
 
     Returns:
-        JSON-able summary: precision, block_size, bits / bytes / bits_per_weight by class, nodes (operator counts), bytes.
+        JSON-able summary: precision, block_size, bits, bytes_by_class, bits_per_weight, nodes (operator counts), bytes.
 
     Raises:
         ConfigError: unknown precision, or rows that no block divides.

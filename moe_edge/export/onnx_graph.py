@@ -1,8 +1,9 @@
 """The one adapter on onnxruntime-genai's model builder: a Hugging Face MoE model in, its float32 ONNX graph out.
 
-The builder knows attention, rotary embeddings, norms, the KV cache and genai_config.json, but none of our four families.
+The builder knows attention, rotary embeddings, norms, the KV cache and genai_config.json, but none of our families.
 One mixin adds the mixture of experts (router, MoE operator, gated shared expert) to its attention classes. We only ever
-ask it for a float graph; quantization is our own pass (onnx_pack), so that little of the builder's unstable interface is used.
+ask it for a float graph; quantization is our own pass (onnx_pack), so that little of the builder's unstable interface
+is used.
 
 Legend: E experts, F expert width, D model width.
 """
@@ -82,7 +83,6 @@ class MoEGraph:
 
     hf_model: Any
     spec: ModelSpec
-    windows: list[int]
 
     def load_weights(self, input_path: str) -> Any:
         return self.hf_model
@@ -93,9 +93,8 @@ class MoEGraph:
     def get_moe_module(self, layer_id: int, layer: Any) -> Any:
         return layer.mlp
 
-    def make_attention(self: Any, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
-        self.window_size = self.windows[layer_id]
-        super().make_attention(layer_id, attention, root_input, **kwargs)  # type: ignore[misc]
+    def is_local(self, layer_id: int) -> bool:
+        return self.spec.sliding_window is not None  # the families refuse windows that differ between layers
 
     def make_moe(self: Any, layer_id: int, moe: Any, root_input: str) -> None:
         output = self._make_experts(layer_id, moe, root_input)
@@ -188,12 +187,6 @@ def _interleave(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.stack([gate, up], dim=2).reshape(gate_up.shape)
 
 
-def _windows(config: Any, spec: ModelSpec) -> list[int]:
-    """Each layer's sliding attention window in tokens, -1 for full attention."""
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * spec.layers
-    return [spec.sliding_window or -1 if kind == "sliding_attention" else -1 for kind in kinds]
-
-
 def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> Any:
     """Build the float32 graph of a Hugging Face MoE model.
 
@@ -220,7 +213,7 @@ def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> An
     with silenced():
         kind = type(f"MoE{name}", (*mixins, _builder_class(module, name)), {"spec": spec})
         builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work), options)
-        builder.hf_model, builder.windows = model, _windows(config, spec)
+        builder.hf_model = model
         builder.make_model("")
     builder.model.producer_name = "moe-edge"
     return builder

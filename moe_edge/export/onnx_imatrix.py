@@ -2,8 +2,8 @@
 
 Keys are the neutral ones of the profile: attention_in [L, D], attention_o, ffn_in, shared_down, head_in, and per expert
 expert_in [L, E, D] and expert_down [L, E, F] with expert_count [L, E]. An expert that saw few tokens borrows from its
-layer: (sum_e + a m) / (n_e + a) with m the layer's mean square and a = 32 tokens, so that a never-routed expert is weighted
-by the layer's mean and not by noise.
+layer: (sum_e + a m) / (n_e + a) with m the layer's mean square and a = 32 tokens, so that a never-routed expert is
+weighted by the layer's mean and not by noise.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,10 @@
-"""Rewrites a float32 MoE graph into its quantized form: MoE -> QMoE, MatMul -> MatMulNBits, Gather -> GatherBlockQuantized.
+"""Rewrites a float32 MoE graph: MoE -> QMoE, MatMul -> MatMulNBits, Gather -> GatherBlockQuantized.
 
 What is quantized, and to how many bits, is the table in onnx_precision; how, is onnx_quantize. Scales are stored as
 float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same kernels). QMoE on
-CPU always renormalises the top-k weights unless it is handed them, so models that do not renormalise compute their softmax
-in the graph and pass it as input 14 (router_weights), which is exact. accuracy_level 4 (int8 activations) is what makes decoding fast.
+CPU always renormalises the top-k weights unless it is handed them, so models that do not renormalise compute their
+softmax in the graph and pass it as input 14 (router_weights), which is exact. accuracy_level 4 (int8 activations) is
+what makes decoding fast.
 
 Legend: E experts, N output rows, K input columns.
 """

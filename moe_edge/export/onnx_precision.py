@@ -2,7 +2,8 @@
 
 The routed experts are most of a Mixture-of-Experts model's bytes, so "int4" spends four bits there; attention, shared
 experts, head and embedding are read for every token, are a few per cent of a large model and cost most quality per byte
-saved, so they keep eight. The router and the norms always stay in float32: a flipped routing decision is not a rounding error.
+saved, so they keep eight. The router and the norms always stay in float32: a flipped routing decision is no rounding
+error.
 """
 
 import re

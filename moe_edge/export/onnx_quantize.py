@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 Scheme = Literal["search", "rtn"]
-# Shares of a block's range from which the search starts; the first is round-to-nearest, each other leads to another optimum.
+# Shares of a block's range from which the search starts: the first is round-to-nearest, the others find other optima.
 RANGES: dict[int, tuple[float, ...]] = {4: (1.0, 0.85, 1.1, 1.2), 8: (1.0,)}
 REFINEMENTS = 2
 CHUNK_WEIGHTS = 1 << 16  # the working set of a chunk stays in the cache
@@ -26,7 +26,7 @@ Trial = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes [B, N], scale [
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantized matrix: codes_RC uint8 (one code per byte), scale_RB float16 and zero_RB uint8 with B blocks per row."""
+    """A quantized matrix: codes_RC uint8 (one per byte), scale_RB float16 and zero_RB uint8 with B blocks per row."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -137,7 +137,7 @@ def _search(x_BN: torch.Tensor, w_BN: torch.Tensor | None, bits: int) -> Trial:
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> np.ndarray:
-    """Codes along the last axis to bytes: 8 bits as they are, 4 bits two per byte with the even index in the low nibble."""
+    """Codes along the last axis to bytes; 4 bits go two to a byte, the even index in the low nibble."""
     array = codes.to(torch.uint8).numpy()
     if bits == 8:
         return np.ascontiguousarray(array)

@@ -17,7 +17,7 @@ NEAR_TIE_LOGITS = 0.05  # the student's best two logits closer than this: either
 GREEDY_TOKENS = 16
 TEXT = (
     "The lighthouse keeper counted the ships every evening and wrote their names in a long blue book. On the third of May, "
-    "12 of them came back; the other 7 had sailed north, where the herring were. \"Will they return?\" asked his daughter. "
+    '12 of them came back; the other 7 had sailed north, where the herring were. "Will they return?" asked his daughter. '
     "He did not know. In Zürich and in São Paulo people read about it in the newspaper, and a professor of mathematics "
     "computed the odds: 0.35, or 1 in 3. What should a captain do when the wind turns? First, reef the sails. Second, "
     "keep the bow to the waves. Third, wait for the morning. def steer(angle): return angle * 0.5  # half of what you think"
@@ -122,7 +122,9 @@ def require(kind: str, parity: Parity) -> dict[str, Any]:
         return row | {"limits": None, "passed": None}
     faults = []
     if not parity.p99_relative <= limits.p99_relative:
-        faults.append(f"99th percentile of |d logit| / max |logit| is {parity.p99_relative:.2e} > {limits.p99_relative:.0e}")
+        faults.append(
+            f"99th percentile of |d logit| / max |logit| is {parity.p99_relative:.2e} > {limits.p99_relative:.0e}"
+        )
     if not parity.kl_nats <= limits.kl_nats:
         faults.append(f"KL is {parity.kl_nats:.2e} > {limits.kl_nats:.0e} nats")
     if parity.greedy_equal < parity.greedy_compared:

@@ -34,6 +34,8 @@ def tensor_entries(family: "Family", spec: ModelSpec, names: Collection[str]) ->
         InputRejected: a tensor is missing, unknown, or has another shape than the config says.
     """
     present = set(names)
+    if not present:
+        raise InputRejected("the checkpoint lacks tensors", why="it holds none")
     _refuse_absurd("layers", spec.layers, present)
     entries = list(_entries(family, spec, present))
     used = {source for entry in entries for source in entry.sources}
@@ -115,7 +117,7 @@ def _shared(at: str, layer: int, dim: int, width: int) -> Iterator[TensorEntry]:
 
 
 def _refuse_absurd(what: str, count: int, present: set[str]) -> None:
-    """A count above the number of tensors is refused before names are made up for it; `present` may be empty: unknown."""
+    """Refuse a count above the number of tensors before names are made up for it; an empty `present` means unknown."""
     if present and count > len(present):
         why = f"config.json declares {count} {what}, there are {len(present)} tensors"
         raise InputRejected("the checkpoint lacks tensors", why=why)
@@ -144,11 +146,7 @@ def _check_shapes(entry: TensorEntry, infos: Mapping[str, Any]) -> None:
 
 def is_fused(entry: TensorEntry) -> bool:
     """Does the checkpoint hold this expert tensor as one fused 3-D tensor?"""
-    return _names_fused(entry.sources[0])
-
-
-def _names_fused(name: str) -> bool:
-    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return entry.sources[0].endswith(("experts.gate_up_proj", "experts.down_proj"))
 
 
 def fused_shape(entry: TensorEntry) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Where an observer listens in a loaded model: the inputs of the dense matrix products, the decoder layers, the head.
 
-views.py shows the MoE blocks; here is the rest of what a calibration pass needs, so that no other room names a Hugging Face
-attribute.
+views.py shows the MoE blocks; here is the rest of what a calibration pass needs, so that no other room names a
+Hugging Face attribute.
 
 Legend: E experts, T tokens, D model, F expert width.
 """

@@ -1,12 +1,13 @@
 """Debiased minibatch CKA between all experts of a layer at once, and the mask that keeps attention sinks out of it.
 
-Linear CKA says whether two feature maps of the same tokens are equal up to rotation and scale. The plug-in estimate is useless
-here: with d features and n tokens it reports about d/(d+n) for independent experts. So HSIC is estimated without bias per
-block of tokens, summed over blocks, and divided once at the end. Rows are L2-normalised (cosine kernel) and sink tokens are
-dropped first, because two tokens with a shared massive activation alone lift the CKA of independent experts to 0.99.
+Linear CKA says whether two feature maps of the same tokens are equal up to rotation and scale. The plug-in estimate
+is useless here: with d features and n tokens it reports about d/(d+n) for independent experts. So HSIC is estimated
+without bias per block of tokens, summed over blocks, and divided once at the end. Rows are L2-normalised (cosine
+kernel) and sink tokens are dropped first, because two tokens with a shared massive activation alone lift the CKA of
+independent experts to 0.99.
 
-Sources: Song et al. 2012 (JMLR 13, eq. 5, the unbiased HSIC); Nguyen et al. 2021 (arXiv 2010.15327, eq. 3, sums over minibatches);
-Kornblith et al. 2019 (arXiv 1905.00414, CKA).
+Sources: Song et al. 2012 (JMLR 13, eq. 5, the unbiased HSIC); Nguyen et al. 2021 (arXiv 2010.15327, eq. 3, sums
+over minibatches); Kornblith et al. 2019 (arXiv 1905.00414, CKA).
 
 Shape suffixes: E experts (or any set of feature maps), N tokens of a block, T tokens, D features.
 """
@@ -33,11 +34,13 @@ def sink_mask(hidden_TD: Tensor, position_T: Tensor, factor: float = SINK_FACTOR
         position_T: each token's position in its row.
     """
     norm_T = torch.linalg.vector_norm(hidden_TD.float(), dim=-1)
-    return (position_T == 0) | (norm_T > factor * norm_T.median())
+    sink_T: Tensor = (position_T == 0) | (norm_T > factor * norm_T.median())
+    return sink_T
 
 
 def gram(features_ND: Tensor) -> Tensor:
-    """K with a zero diagonal: `features features^T`, the K-tilde of Song'12. Shape [N, N], or [E, N, N] from [E, N, D]."""
+    """K with a zero diagonal: `features features^T`, the K-tilde of Song'12. Shape [N, N], or [E, N, N] from [E, N,
+    D]."""
     kernel_NN = features_ND @ features_ND.mT
     kernel_NN.diagonal(dim1=-2, dim2=-1).zero_()
     return kernel_NN
@@ -51,9 +54,9 @@ def gate_gram(gram_ENN: Tensor, gate_EN: Tensor) -> Tensor:
 def hsic_from_grams(gram_ENN: Tensor) -> Tensor:
     """HSIC1 of every pair of zero-diagonal Gram matrices (Song'12 eq. 5; may be negative).
 
-    `HSIC1(K, L) = [tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) (K1)'(L1)] / (n (n-3))`, computed as the inner product of the
-    U-centred matrices (Szekely & Rizzo 2014, prop. 1): the same number, but the common part of all similarities is taken away
-    before it is squared, so that float32 Grams suffice.
+    `HSIC1(K, L) = [tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) (K1)'(L1)] / (n (n-3))`, computed as the inner
+    product of the U-centred matrices (Szekely & Rizzo 2014, prop. 1): the same number, but the common part of all
+    similarities is taken away before it is squared, so that float32 Grams suffice.
 
     Returns:
         [E, E] float64, all zero when the block has fewer than four tokens (no evidence).
@@ -84,8 +87,8 @@ def hsic_all_pairs(features_END: Tensor) -> Tensor:
 def cka_from_hsic(hsic_EE: Tensor) -> Tensor:
     """CKA from summed HSIC1: `H_ij / sqrt(H_ii H_jj)`, the ratio of sums (Nguyen'21 eq. 2), shape as given.
 
-    Where an expert has no evidence (a diagonal that is not positive) its row and column are NaN: unknown, not dissimilar.
-    The debiased estimate may leave [0, 1] slightly; clip it before using it as a similarity.
+    Where an expert has no evidence (a diagonal that is not positive) its row and column are NaN: unknown, not
+    dissimilar. The debiased estimate may leave [0, 1] slightly; clip it before using it as a similarity.
     """
     hsic_EE = hsic_EE.double()
     variance_E = hsic_EE.diagonal(dim1=-2, dim2=-1)

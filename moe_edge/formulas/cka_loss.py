@@ -53,7 +53,8 @@ def cka_pair(x_TD: Tensor, y_TE: Tensor) -> Tensor:
     """
     cross, own_x, own_y = hsic_triple(x_TD, y_TE)
     floor = (FLAT * x_TD.shape[0]) ** 2
-    return cross / torch.sqrt(own_x.clamp_min(floor) * own_y.clamp_min(floor))
+    value: Tensor = cross / torch.sqrt(own_x.clamp_min(floor) * own_y.clamp_min(floor))
+    return value
 
 
 def kept_tokens(hidden_TD: Tensor) -> Tensor:
@@ -61,4 +62,5 @@ def kept_tokens(hidden_TD: Tensor) -> Tensor:
     norm_T = torch.linalg.vector_norm(hidden_TD.float(), dim=-1)
     keep_T = norm_T <= SINK_FACTOR * norm_T.median()
     keep_T[0] = False
-    return keep_T.nonzero().squeeze(-1)
+    kept: Tensor = keep_T.nonzero().squeeze(-1)
+    return kept

@@ -33,9 +33,7 @@ class TopK(NamedTuple):
     tail_logmass_TH: Tensor  # float32, nats; log of the mass outside K at each temperature
 
 
-def teacher_topk(
-    logits_TV: Tensor, k: int, temperatures: Sequence[float], vocab: int | None = None
-) -> TopK:
+def teacher_topk(logits_TV: Tensor, k: int, temperatures: Sequence[float], vocab: int | None = None) -> TopK:
     """The k likeliest ids of every token and the exact mass of all others at each temperature.
 
     Args:
@@ -45,8 +43,7 @@ def teacher_topk(
         vocab: true vocabulary; columns beyond it are padding and are dropped. None: all are real.
     """
     parts = [
-        _topk_chunk(chunk_tV[:, :vocab].float(), k, temperatures)
-        for chunk_tV in logits_TV.split(CHUNK_TOKENS)
+        _topk_chunk(chunk_tV[:, :vocab].float(), k, temperatures) for chunk_tV in torch.split(logits_TV, CHUNK_TOKENS)
     ]
     return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -56,8 +53,7 @@ def _topk_chunk(logits_tV: Tensor, k: int, temperatures: Sequence[float]) -> Top
     tail_tV = logits_tV.scatter(-1, indices_tK, -torch.inf)
     tail_tH = torch.stack(
         [
-            torch.logsumexp(tail_tV / temperature, -1)
-            - torch.logsumexp(logits_tV / temperature, -1)
+            torch.logsumexp(tail_tV / temperature, -1) - torch.logsumexp(logits_tV / temperature, -1)
             for temperature in temperatures
         ],
         dim=-1,
@@ -134,9 +130,7 @@ def _not_negative(kl_T: Tensor) -> Tensor:
     return kl_T + (kl_T.clamp_min(0) - kl_T).detach()
 
 
-def kl_dense(
-    teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0, vocab: int | None = None
-) -> Tensor:
+def kl_dense(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0, vocab: int | None = None) -> Tensor:
     """KL(teacher || student) in nats per token over the whole vocabulary, [T] float32 (or float64).
 
     Works through CHUNK_TOKENS tokens at a time, so that without gradients only a chunk of each
@@ -146,7 +140,7 @@ def kl_dense(
     width = vocab or min(teacher_TV.shape[-1], student_TV.shape[-1])
     parts = []
     for teacher_tV, student_tV in zip(
-        teacher_TV.split(CHUNK_TOKENS), student_TV.split(CHUNK_TOKENS), strict=True
+        torch.split(teacher_TV, CHUNK_TOKENS), torch.split(student_TV, CHUNK_TOKENS), strict=True
     ):
         teacher_tV = _logprobs(teacher_tV[:, :width], temperature)
         student_tV = _logprobs(student_tV[:, :width], temperature)
@@ -161,6 +155,4 @@ def _logprobs(logits_tV: Tensor, temperature: float) -> Tensor:
 
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """-log q(label) in nats per token, [T] float32; 0 where the label is IGNORED_LABEL."""
-    return functional.cross_entropy(
-        logits_TV.float(), labels_T, reduction="none", ignore_index=IGNORED_LABEL
-    )
+    return functional.cross_entropy(logits_TV.float(), labels_T, reduction="none", ignore_index=IGNORED_LABEL)

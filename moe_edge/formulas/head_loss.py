@@ -70,9 +70,7 @@ def _weighted(parts: dict[str, tuple[float, Tensor]], sums: dict[str, float]) ->
     return torch.stack(terms).sum()
 
 
-def head_loss(
-    hidden_TD: Tensor, weight_VD: Tensor, loss_of: ChunkLoss
-) -> tuple[Tensor, dict[str, float]]:
+def head_loss(hidden_TD: Tensor, weight_VD: Tensor, loss_of: ChunkLoss) -> tuple[Tensor, dict[str, float]]:
     """Sum over tokens of the weighted losses of `hidden_TD weight_VD'`, differentiable once.
 
     Args:
@@ -87,5 +85,5 @@ def head_loss(
     needs = (grad_on and hidden_TD.requires_grad, grad_on and weight_VD.requires_grad)
     sums: dict[str, float] = {}
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        total: Tensor = _HeadLoss.apply(hidden_TD, weight_VD, loss_of, sums, needs)
+        total: Tensor = _HeadLoss.apply(hidden_TD, weight_VD, loss_of, sums, needs)  # type: ignore[no-untyped-call]
     return total, sums

@@ -1,8 +1,8 @@
 """From text to packed token rows: the calibration set of the profile pass, and the held-out set that judges artifacts.
 
-Documents are drawn by seed, always from the source that is furthest behind its share, joined into one stream and cut into
-rows of full length: no padding, so that every row costs and counts the same. Too little text gives fewer rows and says so;
-nothing is repeated, because repeated tokens would count their experts twice.
+Documents are drawn by seed, always from the source that is furthest behind its share, joined into one stream and
+cut into rows of full length: no padding, so that every row costs and counts the same. Too little text gives fewer
+rows and says so; nothing is repeated, because repeated tokens would count their experts twice.
 
 Shape suffixes: N rows, S tokens of a row, W tokens of a window.
 """

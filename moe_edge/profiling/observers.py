@@ -1,8 +1,8 @@
 """What listens while the teacher reads: the experts' own work, the dense matrix products' inputs, the layers' outputs.
 
-The experts' forward is replaced by one that computes the same result expert by expert and takes the sums on the way, so that
-statistics cost a few passes over activations and no expert runs twice. On the few tokens of a CKA block every expert runs.
-Routing is what the experts module receives (hidden, index, weight), never recomputed.
+The experts' forward is replaced by one that computes the same result expert by expert and takes the sums on the
+way, so that statistics cost a few passes over activations and no expert runs twice. On the few tokens of a CKA
+block every expert runs. Routing is what the experts module receives (hidden, index, weight), never recomputed.
 
 Shape suffixes: T tokens of a batch, K top-k, E experts, D model width, N tokens of a block, L layers.
 """
@@ -187,7 +187,8 @@ class CkaBlock:
 
 
 def add_layer_similarity(batch: Batch, sums: Sums) -> None:
-    """HSIC between the layers' residual outputs, on the tokens that are a sink in no layer; call it after the forward."""
+    """HSIC between the layers' residual outputs, on the tokens that are a sink in no layer; call it after the
+    forward."""
     for block in batch.blocks:
         keep_N = ~block.any_sink_N if block.any_sink_N is not None else slice(None)
         gram_LNN = torch.stack(block.layer_grams)[:, keep_N][:, :, keep_N]

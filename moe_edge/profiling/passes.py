@@ -1,8 +1,8 @@
 """One pass of the teacher over the calibration rows, in shards that survive a kill.
 
-After every shard the running sums are saved; the next run goes on behind the last whole shard and ends with bit-identical
-statistics, because sums and batch borders are the same. Logits are handed out row by row while the pass runs; rows of the
-shard in which a run was killed are handed out again.
+After every shard the running sums are saved; the next run goes on behind the last whole shard and ends with
+bit-identical statistics, because sums and batch borders are the same. Logits are handed out row by row while the
+pass runs; rows of the shard in which a run was killed are handed out again.
 
 Shape suffixes: N rows, S tokens of a row, V vocabulary, D model width, B rows of a batch.
 """

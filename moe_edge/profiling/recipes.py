@@ -1,8 +1,8 @@
 """Calibration recipes and the documents they name: which text the teacher reads, from where, under which licence.
 
-A recipe is a YAML file beside its text files. A path to a .jsonl file or to any other text stands for a recipe with that one
-source. A `.jsonl` row is a chat (`messages`), an instruction (`instruction`, `input`, `output`) or plain `text`; everything else is
-UTF-8 text, cut at blank lines into pieces that can be shuffled.
+A recipe is a YAML file beside its text files. A path to a .jsonl file or to any other text stands for a recipe with
+that one source. A `.jsonl` row is a chat (`messages`), an instruction (`instruction`, `input`, `output`) or plain
+`text`; everything else is UTF-8 text, cut at blank lines into pieces that can be shuffled.
 """
 
 import json
@@ -27,7 +27,8 @@ Document = str | Messages  # plain text, or a chat
 
 # Stanford Alpaca's prompt, for tokenizers without a chat template.
 ALPACA = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task{paired}. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n{context}### Response:\n{output}"
 )
 

@@ -1,7 +1,7 @@
 """The running sums of a calibration pass: one dictionary of tensors whose size does not depend on the number of tokens.
 
-A flat dictionary, because it is saved after every shard of rows and read back after a kill; `to_statistics` turns it into the
-file that later stages read. Sums are float64, counts int64.
+A flat dictionary, because it is saved after every shard of rows and read back after a kill; `to_statistics` turns
+it into the file that later stages read. Sums are float64, counts int64.
 
 Shape suffixes: L layers, E experts, D model width, F expert width, V vocabulary.
 """
@@ -45,7 +45,11 @@ def new_sums(sizes: Sizes, device: torch.device | str = "cpu") -> Sums:
     layers, experts, hidden, width = sizes.layers, sizes.experts, sizes.hidden, sizes.width
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(EXPERT_SUMS, (layers, experts))
     shapes |= {"out_sum": (layers, experts, hidden), "out_sq_sum": (layers, experts, hidden)}
-    shapes |= {"hsic": (layers, experts, experts), "gated_hsic": (layers, experts, experts), "layer_hsic": (layers, layers)}
+    shapes |= {
+        "hsic": (layers, experts, experts),
+        "gated_hsic": (layers, experts, experts),
+        "layer_hsic": (layers, layers),
+    }
     shapes |= {"entropy": (layers,), "gate_mass": (layers,)}
     shapes |= {IMATRIX + "expert_in": (layers, experts, hidden), IMATRIX + "expert_down": (layers, experts, width)}
     shapes |= {IMATRIX + "ffn_in": (layers, hidden), IMATRIX + "head_in": (hidden,)}

@@ -30,7 +30,7 @@ _TYPE_NAMES = {number: name for name, number in GGML_TYPE_IDS.items()}
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One row of the tensor table; `shape` is in numpy order (row length last), `offset` counts from the data section."""
+    """One row of the tensor table; `shape` in numpy order (row length last), `offset` from the data section."""
 
     name: str
     kind: str

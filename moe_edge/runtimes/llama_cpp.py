@@ -145,7 +145,9 @@ class LlamaCppRuntime(ClosingRuntime):
         finally:
             lib.llama_batch_free(batch)
         if status != 0:
-            raise ResourceProblem(f"llama.cpp could not decode (status {status})", where=str(self.path), why=last_errors())
+            raise ResourceProblem(
+                f"llama.cpp could not decode (status {status})", where=str(self.path), why=last_errors()
+            )
         self._position += len(tokens)
 
     def _row(self, row: int) -> np.ndarray:

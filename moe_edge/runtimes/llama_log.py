@@ -12,7 +12,7 @@ from llama_cpp import llama_cpp as lib
 
 _LOGGER = logging.getLogger(__name__)
 _RECENT: deque[str] = deque(maxlen=40)
-_ERROR, _CONTINUED = 3, 5  # ggml_log_level
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level
 _last_level = 0
 
 

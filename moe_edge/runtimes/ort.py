@@ -1,7 +1,7 @@
-"""ONNX Runtime behind the runtime interface: plain InferenceSession on the CPU, no onnxruntime-genai needed on the device.
+"""ONNX Runtime behind the runtime interface: a plain InferenceSession on the CPU, no onnxruntime-genai needed.
 
-The key-value cache is one buffer per layer and side, as long as the context. Each call binds it as past and as present, so
-that GroupQueryAttention appends in place and a decoded token copies nothing but its logits.
+The key-value cache is one buffer per layer and side, as long as the context. Each call binds it as past and as present,
+so that GroupQueryAttention appends in place and a decoded token copies nothing but its logits.
 
 Legend: S sequence, C context length, V vocabulary.
 """

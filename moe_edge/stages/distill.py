@@ -1,8 +1,8 @@
 """distill: the pruned student recovers by learning from the teacher's cached word; writes model/ and train_log.jsonl.
 
 The student that leaves this stage is the better one on rows that were never trained on: if training did not lower the
-held-out KL, the student of `compress` goes on unchanged and the summary says so. Seconds are in the summary only, so that the
-stage's files depend on its inputs alone, however often it was killed and resumed.
+held-out KL, the student of `compress` goes on unchanged and the summary says so. Seconds are in the summary only, so
+that the stage's files depend on its inputs alone, however often it was killed and resumed.
 
 Shape suffixes: N rows, S tokens of a row.
 """
@@ -66,7 +66,9 @@ def run(context: StageContext) -> Record:
         return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
     if config.data != "calibration":
         why = f"'{config.data}': only the calibration rows have a cached teacher so far"
-        raise ConfigError("distill.data is not supported", where="distill.data", why=why, next_command="use calibration")
+        raise ConfigError(
+            "distill.data is not supported", where="distill.data", why=why, next_command="use calibration"
+        )
     rows = TokenRows.load(context.inputs["profile"] / "rows.safetensors")
     identity = {"teacher": context.teacher_digest, "calibration": rows.digest}
     signal = CachedSignal(context.inputs["profile"] / "logits.h5", identity)
@@ -105,7 +107,9 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     if better:
         _save(student.to("cpu", dtype), source, context.out / "model")
     else:
-        log.warning("distill: held-out KL %.4f is not below %.4f, the untrained student stays", after.kl_nats, before.kl_nats)
+        log.warning(
+            "distill: held-out KL %.4f is not below %.4f, the untrained student stays", after.kl_nats, before.kl_nats
+        )
         mirror(source, context.out / "model")
     shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
     summary = _summary(records, before, after, better, len(held_out_rows) * ids_NS.shape[1], signal.k)

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from moe_edge.compression.estimate import Packing, file_bytes
+from moe_edge.compression.headers import model_headers
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Plan
@@ -26,7 +28,7 @@ from moe_edge.families import family_of
 from moe_edge.families.counting import count_params
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes import open_runtime
-from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics
 
@@ -59,7 +61,8 @@ def run(context: StageContext) -> dict[str, Any]:
     statistics = Statistics.load(context.inputs["profile"] / "statistics.safetensors")
     return export_model(
         plan_job(
-            context.config, context.inputs["distill"] / "model", context.out, main=plan.quantization, precision=plan.onnx_precision,
+            context.config, context.inputs["distill"] / "model", context.out,
+            main=plan.quantization, precision=plan.onnx_precision,
             statistics=statistics, kept=plan.kept if plan.prunes else None,
             provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
         )
@@ -77,10 +80,22 @@ def plan_job(
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
     formats = config.target.formats if config.export.formats == "auto" else config.export.formats
     types = config.export.gguf.types
-    recipes = list(dict.fromkeys([main, *config.target.quantization.gguf])) if types == "auto" else list(types)
+    recipes = [main, *_others_that_fit(config, headers, main)] if types == "auto" else list(types)
     onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
     name = f"{model_name(config)}-{spec.moe.experts}e"
-    return Job(model, out, name, spec, counts.total, tuple(formats), tuple(recipes), onnx_precision, config, statistics, kept, provenance)  # fmt: skip
+    return Job(
+        model, out, name, spec, counts.total, tuple(formats), tuple(recipes), onnx_precision, config, statistics, kept, provenance
+    )  # fmt: skip
+
+
+def _others_that_fit(config: BuildConfig, headers: CheckpointHeaders, main: str) -> list[str]:
+    """The target's further recipes whose files meet the weights budget."""
+    others = [recipe for recipe in config.target.quantization.gguf if recipe != main]
+    limit = config.target.budget.weights
+    if limit is None:
+        return others
+    model = model_headers(headers)
+    return [recipe for recipe in others if file_bytes(model, model.spec.moe.experts, Packing("gguf", recipe)) <= limit]
 
 
 def model_name(config: BuildConfig) -> str:
@@ -100,7 +115,13 @@ def export_model(job: Job) -> dict[str, Any]:
         _export_onnx(job, artifacts, reopened, notes)
     rows = _parity(job, reopened)
     write_json_atomic(job.out / "parity.json", rows)
-    return {"name": job.name, "artifacts": artifacts, "parity": rows, "notes": notes, "imatrix": job.statistics is not None}
+    return {
+        "name": job.name,
+        "artifacts": artifacts,
+        "parity": rows,
+        "notes": notes,
+        "imatrix": job.statistics is not None,
+    }
 
 
 def _once(path: Path, write: Callable[[Path], Any]) -> Any:
@@ -126,19 +147,25 @@ def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple
         artifacts.append(_artifact(job, "gguf", "llama_cpp", f"artifacts/gguf/{path.name}", path, recipe))
 
 
-def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]], notes: list[str]) -> None:
+def _export_onnx(
+    job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]], notes: list[str]
+) -> None:
     options = job.config.export.onnx
 
     def write(path: Path, precision: str) -> Any:
         weights = job.statistics.imatrix if job.statistics else None
-        return export_onnx(job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept)
+        return export_onnx(
+            job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept
+        )
 
     full = job.out / "reference" / "onnx-fp32"
     if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
         _once(full, lambda path: write(path, "fp32"))
         reopened.append(("onnx fp32", "ort", full))
     else:
-        notes.append("the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF")
+        notes.append(
+            "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
+        )
     path = job.out / "onnx"
     _once(path, lambda path: write(path, job.precision))
     reopened.append((f"onnx {job.precision} delivered", "ort", path))
@@ -164,7 +191,13 @@ def _parity(job: Job, reopened: list[tuple[str, str, Path]]) -> list[dict[str, A
     for kind, runtime, path in reopened:
         with open_runtime(runtime, path, threads=threads, context_length=context_length) as artifact:
             rows.append(parity.require(kind, parity.compare(expected, artifact)))
-        log.info("parity %s: KL %.2e nats, greedy %d/%d", kind, rows[-1]["kl_nats"], rows[-1]["greedy_equal"], rows[-1]["greedy_compared"])
+        log.info(
+            "parity %s: KL %.2e nats, greedy %d/%d",
+            kind,
+            rows[-1]["kl_nats"],
+            rows[-1]["greedy_equal"],
+            rows[-1]["greedy_compared"],
+        )
     return rows
 
 

@@ -17,7 +17,8 @@ def options_text(plan: dict[str, Any]) -> str:
         f"GGUF {choice['quantization']}, ONNX {choice['onnx_precision']}: {expected['params_total'] / 1e6:.1f} M parameters "
         f"({expected['params_active'] / 1e6:.1f} M active)",
         f"         file {format_bytes(expected['file_bytes'])}, KV cache {format_bytes(expected['kv_cache_bytes'])}, "
-        f"peak memory {format_bytes(expected['peak_memory_bytes'])}, decode {_speed(expected['decode_tokens_per_s'])} (estimated)",
+        f"peak memory {format_bytes(expected['peak_memory_bytes'])}, "
+        f"decode {_speed(expected['decode_tokens_per_s'])} (estimated)",
     ]
     if plan["competitor"]:
         lines.append(f"rival    {plan['competitor']}")
@@ -29,7 +30,12 @@ def options_text(plan: dict[str, Any]) -> str:
 
 
 def _budget(budget: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in budget.items()) or "none"
+    return (
+        ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in budget.items()
+        )
+        or "none"
+    )
 
 
 def _speed(tokens_per_s: float | None) -> str:

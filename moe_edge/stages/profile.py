@@ -1,7 +1,8 @@
-"""Stage profile: one pass of the teacher over the calibration rows; everything later is a function of what is written here.
+"""Stage profile: one pass of the teacher over the calibration rows; all later decisions are functions of its results.
 
-Writes statistics.safetensors, logits.h5 (the teacher's top-k for distillation), imatrix.gguf, rows.safetensors (the very tokens)
-and calibration.json (where they came from). After a kill it goes on behind the last saved shard of rows.
+Writes statistics.safetensors, logits.h5 (the teacher's top-k for distillation), imatrix.gguf, rows.safetensors (the
+very tokens) and calibration.json (where they came from). After a kill it goes on behind the last saved shard of
+rows.
 
 Shape suffixes: L layers, E experts, N rows, S tokens of a row, V vocabulary.
 """
@@ -94,22 +95,20 @@ def _profile(context: StageContext, spec: ModelSpec, recipe: LoadedRecipe, rows:
     model = load_model(context.teacher, DTYPES[dtype])
     identity = _identity(context, spec, rows)
     temperatures = sorted({1.0, *profile.logits.temperatures})
-    with LogitCacheWriter(
-        context.out / "logits.h5", spec.vocab, profile.logits.k, temperatures, identity
-    ) as cache:
+    with LogitCacheWriter(context.out / "logits.h5", spec.vocab, profile.logits.k, temperatures, identity) as cache:
         sums = run_pass(
             model,
             rows.ids_NS,
             cka_tokens=profile.cka_tokens,
             partial=context.out / "partial",
             identity=identity | {"cka_tokens": profile.cka_tokens, "dtype": dtype},
-            on_logits=_caching(cache, spec.vocab),
+            on_logits=cache_logits(cache, spec.vocab),
         )
     meta = {"teacher_digest": context.teacher_digest, "calibration_digest": rows.digest, "recipe": recipe.name}
     return to_statistics(sums, meta | {"seed": asked.seed, "sequence_length": asked.sequence_length, "dtype": dtype})
 
 
-def _caching(cache: LogitCacheWriter, vocab: int) -> OnLogits:
+def cache_logits(cache: LogitCacheWriter, vocab: int) -> OnLogits:
     """Writes every row's top-k into the cache, unless an earlier run already did."""
 
     def on_logits(ids_S: np.ndarray, logits_SV: Tensor) -> None:

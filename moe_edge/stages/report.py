@@ -3,6 +3,7 @@
 It only reads what the stages returned; it measures nothing, so `moe-edge report RUN` may rebuild it at any time.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def build_report(
         baseline=_with_bits(Artifact(**baseline), teacher) if baseline else None,
         gates=[GateResult(**row) for row in measured["gates"]],
         plan=_plan(run_dir),
-        distillation=dict(summaries["distill"]) if "distill" in summaries else None,
-        parity=list(summaries.get("export", {}).get("parity", [])),
+        distillation=finite(dict(summaries["distill"])) if "distill" in summaries else None,
+        parity=finite(list(summaries.get("export", {}).get("parity", []))),
         machine=measured.get("machine", {}),
         versions=measured.get("versions", {}),
         definitions=DEFINITIONS,
@@ -98,6 +99,15 @@ def _with_bits(artifact: Artifact, model: ModelInfo) -> Artifact:
     if artifact.bits_per_weight is not None or not model.params_total:
         return artifact
     return artifact.model_copy(update={"bits_per_weight": round(8 * artifact.bytes / model.params_total, 3)})
+
+
+def finite(value: Any) -> Any:
+    """Plain data with null in place of NaN and infinities (a diverged training has them), which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plan(run_dir: Path) -> dict[str, Any] | None:

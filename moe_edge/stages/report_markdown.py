@@ -4,7 +4,6 @@ A number that was not measured is printed as `n/a` and its reason is listed belo
 messages) are made inert: no table breaks, no HTML.
 """
 
-import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ def number(value: float | None, digits: int = 3, unit: str = "") -> str:
 
 def inert(value: Any) -> str:
     """Text for a table cell or a list item: one line, no HTML, no column break."""
-    text = html.escape(str(value), quote=False)
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -151,7 +150,6 @@ def _plan(report: ReportV1) -> str:
         lines.append(table(("criterion", "masked KL, nats", "95 %", "tokens"), rows))
     if plan.get("competitor"):
         lines.append(inert(plan["competitor"]))
-    lines += [f"- {inert(note)}" for note in plan["notes"]]
     return "## Plan\n\n" + "\n\n".join(lines)
 
 
@@ -161,13 +159,13 @@ def _interval(interval: Sequence[float] | None) -> str:
 
 def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
     student = next((artifact for artifact in report.artifacts if artifact.format == "hf"), None)
-    before = (report.distillation or {}).get("heldout_kl_nats_before")
+    before = (report.distillation or {}).get("before", {}).get("kl_nats")
     measured = student.quality.kl_nats if student else None
     estimate = plan["estimate"]
     memory = format_bytes(estimate["peak_memory_bytes"])
     return (
         f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])}, "
-        f"held-out before training {number(before)}, held-out after training {number(measured)}. "
+        f"before training {number(before)} (held-out calibration rows), of the student {number(measured)} (held-out text). "
         f"Predicted file {format_bytes(estimate['file_bytes'])}, peak memory {memory}, "
         f"decode {number(estimate['decode_tokens_per_s'])} tokens/s (roofline of the target)."
     )
@@ -177,13 +175,26 @@ def _distillation(report: ReportV1) -> str:
     summary = report.distillation
     if not summary:
         return ""
-    pairs = (
-        ("loss (first, last)", "loss_first", "loss_last"),
-        ("held-out KL to the teacher, nats", "heldout_kl_nats_before", "heldout_kl_nats_after"),
-        ("teacher-student CKA", "cka_before", "cka_after"),
-    )
-    rows = [(label, number(summary.get(first)), number(summary.get(last))) for label, first, last in pairs]
-    return "## Distillation\n\n" + table(("", "before", "after"), rows)
+    lines = ["## Distillation", inert(summary.get("reason", ""))]
+    if summary.get("trained"):
+        lines.append(table(("", "first or before", "last or after"), _training_rows(summary)))
+        lines.append(
+            f"{summary['tokens_trained']} tokens trained; the {inert(summary['kept'])} student went on. "
+            f"Held-out KL here: {inert(summary['held_out_kl'])}, {summary['held_out_tokens']} calibration tokens that "
+            f"were not trained on. CKA: {inert(summary['cka'])}."
+        )
+    return "\n\n".join(lines)
+
+
+def _training_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The losses of every stage, then what they did to the judge's numbers."""
+    rows = [
+        (f"{stage['stage']}: {name.replace('_', ' ')}", number(first), number(last))
+        for stage in summary["stages"]
+        for name, (first, last) in stage["first_and_last"].items()
+    ]
+    pairs = (("held-out KL to the teacher, nats", "kl_nats"), ("teacher-student CKA, mean over layers", "cka_mean"))
+    return [*rows, *((label, number(summary["before"][key]), number(summary["after"][key])) for label, key in pairs)]
 
 
 def _parity(report: ReportV1) -> str:

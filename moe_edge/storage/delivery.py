@@ -32,7 +32,13 @@ def write_run_manifest(out: Path, config: dict[str, Any], inputs: dict[str, str]
     delivered |= {name: hash_file(out / name) for name in BESIDE_ARTIFACTS if (out / name).is_file()}
     key = canonical_sha256({"config": config, "inputs": inputs, "versions": versions})
     manifest = Manifest(
-        stage="run", key=key, digest=content_digest(delivered), inputs=inputs, config=config, versions=versions, files=delivered
+        stage="run",
+        key=key,
+        digest=content_digest(delivered),
+        inputs=inputs,
+        config=config,
+        versions=versions,
+        files=delivered,
     )
     write_text_atomic(out / "manifest.json", manifest.to_json())
     return manifest

@@ -82,9 +82,9 @@ class RowCodec:
         return b"".join(planes)
 
     def _check(self, logprobs_SK: Floats, indices_SK: Ints, tail_logmass_SH: Floats) -> None:
-        expected = ((self.sequence_length, self.k), (self.sequence_length, self.k))
-        expected += ((self.sequence_length, len(self.temperatures)),)
-        found = (logprobs_SK.shape, indices_SK.shape, tail_logmass_SH.shape)
+        tokens, temperatures = self.sequence_length, len(self.temperatures)
+        expected = [(tokens, self.k), (tokens, self.k), (tokens, temperatures)]
+        found = [logprobs_SK.shape, indices_SK.shape, tail_logmass_SH.shape]
         if found != expected:
             raise ValueError(f"expected arrays of shapes {expected}, got {found}")
         if indices_SK.min() < 0 or indices_SK.max() >= self.vocab:

@@ -210,13 +210,13 @@ class LogitCache:
             identity = json.loads(self._file.attrs["identity"])
             schema, rows = self._file.attrs["schema"], self._file["rows"]
             keys = self._file["keys"][...]
-            codec = RowCodec(
-                layout["sequence_length"], layout["k"], layout["vocab"], tuple(layout["temperatures"])
-            )
+            codec = RowCodec(layout["sequence_length"], layout["k"], layout["vocab"], tuple(layout["temperatures"]))
         except (KeyError, TypeError, ValueError) as error:
             raise InputRejected("not a logit cache", where=str(self.path), why=str(error)) from error
         if schema != LOGITS_SCHEMA or rows.shape != (len(keys), codec.row_bytes) or rows.chunks != (1, codec.row_bytes):
-            why = f"schema {schema}, rows {rows.shape} in chunks {rows.chunks}, expected rows of {codec.row_bytes} bytes"
+            why = (
+                f"schema {schema}, rows {rows.shape} in chunks {rows.chunks}, expected rows of {codec.row_bytes} bytes"
+            )
             raise InputRejected("not a logit cache of this version", where=str(self.path), why=why)
         self.codec, self.identity, self._rows = codec, identity, rows
         self.keys = [key.tobytes() for key in keys]
@@ -280,7 +280,7 @@ def _same(what: str, path: Path, found: Mapping[str, Any], expected: Mapping[str
     differing = [text for name, text in zip(expected, differing, strict=True) if found.get(name) != expected[name]]
     if differing:
         raise InputRejected(
-            f"the {what} belongs to another teacher, tokenizer or calibration", where=str(path), why="; ".join(differing),
+            f"the {what} belongs to another teacher or calibration", where=str(path), why="; ".join(differing),
             next_command="run the profile stage again: moe-edge profile --fresh",
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """rows.safetensors: the token rows that a stage ran on, kept so that later stages read exactly the same tokens.
 
-Rows are packed to full length (no padding). A row's digest is the SHA-256 of its ids as little-endian int32, the key under which
-the logit cache stores it.
+Rows are packed to full length (no padding). A row's digest is the SHA-256 of its ids as little-endian int32, the
+key under which the logit cache stores it.
 
 Shape suffixes: N rows, S tokens of a row.
 """
@@ -33,7 +33,7 @@ class TokenRows:
     @property
     def short(self) -> bool:
         """True when the text had fewer tokens than asked for, beyond the rest that fills no row."""
-        return len(self.ids_NS) < self.asked_tokens // self.ids_NS.shape[1]
+        return bool(len(self.ids_NS) < self.asked_tokens // self.ids_NS.shape[1])
 
     @property
     def digest(self) -> str:

@@ -1,7 +1,8 @@
-"""statistics.safetensors: everything that one calibration pass learnt, in one file that every later decision is a function of.
+"""statistics.safetensors: what one calibration pass learnt; every later decision is a function of this file.
 
-Sums are float64 over all calibration tokens; means are left to the reader (`sum / counts`), so that a zero count stays visible
-as "no evidence". The file's header holds one JSON entry: two entries would be written in an arbitrary order.
+Sums are float64 over all calibration tokens; means are left to the reader (`sum / counts`), so that a zero count
+stays visible as "no evidence". The file's header holds one JSON entry: two entries would be written in an arbitrary
+order.
 
 Shape suffixes: L MoE layers, E experts, D model width, F expert width, V vocabulary.
 """
@@ -26,7 +27,8 @@ IMATRIX_PREFIX = "imatrix."
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the teacher did on the calibration set. "Routed" means: over the tokens that the router sent to the expert."""
+    """What the teacher did on the calibration set. "Routed" means: over the tokens that the router sent to the
+    expert."""
 
     counts_LE: Tensor  # int64, routed tokens
     gate_sum_LE: Tensor  # sum of g, the weight that the model multiplies the output with
@@ -45,8 +47,9 @@ class Statistics:
     sink_share_L: Tensor  # dropped share of the CKA tokens
     cka_tokens: int  # tokens that ran through every expert
     tokens: int  # calibration tokens
-    # Sums of squares per input column: attention_in [L,D], attention_o [L,heads*head_dim], ffn_in [L,D], expert_in [L,E,D],
-    # expert_down [L,E,F], shared_down [L,FS] (if any), head_in [D]; counts: expert_count [L,E], dense_count [].
+    # Sums of squares per input column: attention_in [L,D], attention_o [L,heads*head_dim], ffn_in [L,D], expert_in
+    # [L,E,D], expert_down [L,E,F], shared_down [L,FS] (if any), head_in [D]; counts: expert_count [L,E],
+    # dense_count [].
     imatrix: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)  # teacher digest, calibration digest, ...
 
@@ -73,10 +76,14 @@ class Statistics:
                 next_command="moe-edge profile TEACHER --fresh",
             )
         imatrix = {
-            name.removeprefix(IMATRIX_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(IMATRIX_PREFIX)
+            name.removeprefix(IMATRIX_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(IMATRIX_PREFIX)
         }
         plain = {name: tensors[name] for name in TENSOR_FIELDS}
-        return cls(**plain, imatrix=imatrix, cka_tokens=header["cka_tokens"], tokens=header["tokens"], meta=header["meta"])
+        return cls(
+            **plain, imatrix=imatrix, cka_tokens=header["cka_tokens"], tokens=header["tokens"], meta=header["meta"]
+        )
 
 
 TENSOR_FIELDS = tuple(entry.name for entry in fields(Statistics) if entry.type in (Tensor, "Tensor"))
@@ -100,7 +107,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # clone: the file may be replaced while its tensors are in use
-            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}
         return tensors, json.loads(metadata[HEADER_KEY])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputRejected("cannot read a moe-edge tensor file", where=str(path), why=str(error)) from error

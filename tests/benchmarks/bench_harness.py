@@ -1,10 +1,11 @@
 """Does the harness tell llama.cpp's own speed? Decode tokens/s of our worker against a tight llama_decode loop.
 
-Usage: python tests/benchmarks/bench_harness.py MODEL.gguf [--rounds 10] [--threads N] [--prompt-tokens 128] [--new-tokens 64]
+Usage: python tests/benchmarks/bench_harness.py MODEL.gguf [--rounds 10] [--threads N]
 
-The reference does what llama-bench does for tg: one token per llama_decode, wait, nothing else; no logits are copied and no
-token is chosen. Both run in fresh processes on the same file, threads and shape (the same depth too), interleaved A B, B A, ...
-Prints one JSON line; the goal is a ratio of the medians within 3 %.
+The reference does what llama-bench does for tg: one token per llama_decode, wait, nothing else; no logits are copied
+and no token is chosen. Both run in fresh processes on the same file, threads and shape (the same depth too),
+interleaved A B, B A, ... Prints one JSON line; the goal is a ratio of the medians within 3 %.
+Run it on a quiet machine.
 """
 
 import argparse

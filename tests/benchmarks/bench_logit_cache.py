@@ -1,7 +1,7 @@
 """Prints the logit cache's ratios as JSON lines: bytes per token, gradient error against top-64, row read time.
 
-Run: `python tests/benchmarks/bench_logit_cache.py`. The teacher is synthetic (Zipf-like logits with noise, the student a
-perturbed copy), the cache file and its reading are the real ones.
+Run: `python -m tests.benchmarks.bench_logit_cache`. The teacher is synthetic (Zipf-like logits with noise, the student
+a perturbed copy), the cache file and its reading are the real ones.
 
 Shape suffixes: S tokens of a row, V vocabulary, K kept ids.
 """
@@ -87,7 +87,9 @@ def main() -> None:
         for temperature in (1.0, 2.0):
             ours, other = gradient_errors(first, teacher_SV, student_SV, temperature)
             values = {"temperature": temperature, "cache_k32": round(ours, 4), "renormalised_k64": round(other, 4)}
-            print(json.dumps({"name": "gradient_error_ratio", "value": round(ours / other, 4), "goal": "< 1", **values}))
+            print(
+                json.dumps({"name": "gradient_error_ratio", "value": round(ours / other, 4), "goal": "< 1", **values})
+            )
         print(json.dumps({"name": "row_read_ms", "value": round(statistics.median(times_ms), 4), "goal": "<= 0.3"}))
 
 

@@ -28,7 +28,9 @@ def test_precedence_file_then_set_then_flags(tmp_path):
 
 
 def test_units_are_parsed(tmp_path):
-    config = resolve(tmp_path, settings=["target.budget.weights=4GiB", "target.budget.ttft=250ms", "target.budget.experts=50%"])
+    config = resolve(
+        tmp_path, settings=["target.budget.weights=4GiB", "target.budget.ttft=250ms", "target.budget.experts=50%"]
+    )
     budget = config.target.budget
     assert (budget.weights, budget.ttft, budget.experts) == (4 << 30, 0.25, 0.5)
 

@@ -9,7 +9,14 @@ from moe_edge.contracts.quantization import ALWAYS_F32, GGML_TYPES, RECIPE_ORDER
 
 
 def plan(**changes):
-    estimate = dict(params_total=1, params_active=1, file_bytes=1, kv_cache_bytes=1, peak_memory_bytes=1, routed_expert_share_kept=0.5)
+    estimate = dict(
+        params_total=1,
+        params_active=1,
+        file_bytes=1,
+        kv_cache_bytes=1,
+        peak_memory_bytes=1,
+        routed_expert_share_kept=0.5,
+    )
     fields = dict(
         criterion="ean", experts_total=4, experts_kept=2, top_k=2, kept={0: [0, 3], 1: [1, 2]}, quantization="Q4_K_M",
         onnx_precision="int4", predicted_kl_nats=0.1, estimate=estimate,
@@ -22,7 +29,17 @@ def test_plan_round_trips(tmp_path):
     assert Plan.read(tmp_path / "plan.json") == plan() and plan().prunes
 
 
-@pytest.mark.parametrize("changes", [{"kept": {0: [0]}}, {"kept": {0: [3, 0]}}, {"kept": {0: [1, 1]}}, {"kept": {0: [0, 4]}}, {"top_k": 3}, {"experts": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kept": {0: [0]}},
+        {"kept": {0: [3, 0]}},
+        {"kept": {0: [1, 1]}},
+        {"kept": {0: [0, 4]}},
+        {"top_k": 3},
+        {"experts": 1},
+    ],
+)
 def test_contradictions_are_refused(changes):
     with pytest.raises(ValidationError):
         plan(**changes)

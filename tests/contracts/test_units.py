@@ -5,7 +5,9 @@ import pytest
 from moe_edge.contracts.units import format_bytes, parse_bytes, parse_seconds, parse_share
 
 
-@pytest.mark.parametrize(("text", "size"), [("4GiB", 4 << 30), ("1.5 MiB", 3 << 19), ("2GB", 2 * 10**9), (77, 77), ("12", 12)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GiB", 4 << 30), ("1.5 MiB", 3 << 19), ("2GB", 2 * 10**9), (77, 77), ("12", 12)]
+)
 def test_bytes(text, size):
     assert parse_bytes(text) == size
 

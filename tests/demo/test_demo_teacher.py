@@ -8,12 +8,14 @@ How: `pytest tests/demo`; needs nothing outside the repository.
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from moe_edge.demo import demo_teacher_path
@@ -86,8 +88,8 @@ def test_tokenizer_round_trips_any_language(teacher, text):
 
 def test_tokenizer_knows_every_byte_and_its_special_tokens(teacher):
     _, tokenizer = teacher
-    every_codepoint_byte = "".join(chr(code) for code in range(0x800))
-    assert tokenizer.decode(tokenizer(every_codepoint_byte)["input_ids"]) == every_codepoint_byte
+    assert set(ByteLevel.alphabet()) <= set(tokenizer.get_vocab())
+    assert len(ByteLevel.alphabet()) == 256
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"
     assert tokenizer.is_fast
@@ -111,7 +113,7 @@ def test_card_names_sources_licence_and_measurement():
     card = (demo_teacher_path() / "README.md").read_text(encoding="utf-8")
     for fact in ("databricks-dolly-15k", "WikiText-2", "CC BY-SA 3.0", "Bits per byte", "seed"):
         assert fact in card
-    assert "/work" not in card and "/home" not in card
+    assert not re.search(r"(?m)(^|[\s`(=])/\w", card), "the card names an absolute path"
 
 
 def test_teacher_predicts_plain_english_and_uses_many_experts(teacher):

@@ -29,7 +29,9 @@ def rows() -> np.ndarray:
     return tiny_ids(TOKENS, ROWS, VOCAB).numpy().astype(np.int32)
 
 
-def write_cache(path: Path, teacher: PreTrainedModel, ids_NS: np.ndarray, identity: dict[str, str] | None = None) -> None:
+def write_cache(
+    path: Path, teacher: PreTrainedModel, ids_NS: np.ndarray, identity: dict[str, str] | None = None
+) -> None:
     """The teacher's cache of the rows, k = 16."""
     with LogitCacheWriter(path, VOCAB, 16, TEMPERATURES, identity or {}) as writer, torch.no_grad():
         for ids_S in ids_NS:

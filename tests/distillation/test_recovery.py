@@ -15,7 +15,10 @@ from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
 from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cache
 
-EXPERTS = [LrMultiplier(pattern=r"\.experts\.|mlp\.gate", lr_multiplier=1.0), LrMultiplier(pattern=".*", lr_multiplier=0.0)]
+EXPERTS = [
+    LrMultiplier(pattern=r"\.experts\.|mlp\.gate", lr_multiplier=1.0),
+    LrMultiplier(pattern=".*", lr_multiplier=0.0),
+]
 CONFIG = DistillConfig(
     batch_rows=2,
     stages=[

@@ -6,7 +6,7 @@ import pytest
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.schedule import micro_rows, multipliers_of, schedule_stages, split_rows
+from moe_edge.distillation.schedule import micro_rows, multipliers_of, rate_factor, schedule_stages, split_rows
 
 NAMES = ["embed.weight", "layers.0.mlp.experts.down_proj", "layers.0.mlp.gate.weight", "norm.weight"]
 
@@ -54,8 +54,18 @@ def test_micro_batches() -> None:
     assert [micro_rows(*case) for case in ((4, 512), (4, 1024), (3, 128), (2, 64))] == [2, 1, 1, 2]
 
 
+def test_every_step_has_a_rate() -> None:
+    rates = [rate_factor(step, 10, 2) for step in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0.03
+    assert rate_factor(0, 1, 1) == 0.5 and rate_factor(0, 1, 0) == 1
+
+
 def test_the_first_pattern_wins(caplog: pytest.LogCaptureFixture) -> None:
-    patterns = [LrMultiplier(pattern=r"experts|gate", lr_multiplier=1), LrMultiplier(pattern="mlp|embed", lr_multiplier=0.1)]
+    patterns = [
+        LrMultiplier(pattern=r"experts|gate", lr_multiplier=1),
+        LrMultiplier(pattern="mlp|embed", lr_multiplier=0.1),
+    ]
     with caplog.at_level(logging.INFO):
         rates = multipliers_of(NAMES, patterns)
     assert list(rates.values()) == [0.1, 1, 1, 1]

@@ -16,7 +16,7 @@ from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cac
 def arguments(folder: Path, **values: Any) -> DistillationTrainingArguments:
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.1}
     settings |= {"optim": "sgd", "max_grad_norm": 0.0, "num_train_epochs": 1, "logging_steps": 1, "use_cpu": True}
-    settings |= {"save_strategy": "no", "lr_scheduler_type": "constant"}
+    settings |= {"save_strategy": "no"}
     return DistillationTrainingArguments(output_dir=str(folder), **(settings | values))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,15 +105,16 @@ def test_unknown_recipes_and_quantized_sources_are_refused(tmp_path):
 
 
 def test_types_that_differ_from_the_recipe_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_quantize, "_overrides", lambda wanted: gguf_quantize._imatrix({}))
-    monkeypatch.setattr(gguf_quantize, "_overrides", lambda wanted: (gguf_quantize.lib.llama_model_tensor_override * 1)())
+    monkeypatch.setattr(
+        gguf_quantize, "_overrides", lambda wanted: (gguf_quantize.lib.llama_model_tensor_override * 1)()
+    )
     with pytest.raises(InputRejected, match="other types"):
         quantize_gguf(source(tmp_path), tmp_path / "q.gguf", "Q4_K_M", None, 1)
 
 
 def test_a_full_disk_is_reported_before_writing(tmp_path, monkeypatch):
     src = source(tmp_path)
-    monkeypatch.setattr(gguf_quantize.shutil, "disk_usage", lambda _: (10, 10, 0))
+    monkeypatch.setattr(gguf_quantize.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(ResourceProblem, match="disk"):
         quantize_gguf(src, tmp_path / "q.gguf", "Q8_0", None, 1)
 

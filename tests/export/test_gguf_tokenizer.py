@@ -27,7 +27,8 @@ def byte_level(splitters: list, ignore_merges: bool = False, **special: str) -> 
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", **special)
 
@@ -40,7 +41,8 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     trained.pre_tokenizer = pre_tokenizers.Split(Regex("(?=▁)"), "isolated")
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     trained.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False),
     )
     state = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in state["merges"]]
@@ -150,13 +152,20 @@ def test_a_missing_end_token_comes_from_the_generation_config_or_is_refused(tmp_
 def test_the_structure_decides_the_name():
     def named(*parts: dict, ignore_merges: bool = False) -> str:
         return pre_tokenizer_name(
-            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(parts)}, "model": {"ignore_merges": ignore_merges}}
+            {
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(parts)},
+                "model": {"ignore_merges": ignore_merges},
+            }
         )
 
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     assert named(plain) == "gpt-2"
     assert named({"type": "Digits", "individual_digits": True}, plain) == "smollm"
-    for wrong in ({**plain, "add_prefix_space": True}, {"type": "Whitespace"}, {"type": "Digits", "individual_digits": False}):
+    for wrong in (
+        {**plain, "add_prefix_space": True},
+        {"type": "Whitespace"},
+        {"type": "Digits", "individual_digits": False},
+    ):
         with pytest.raises(InputRejected, match="pre-tokenizer"):
             named(wrong)
     with pytest.raises(InputRejected, match="ignore_merges=True"):

@@ -1,4 +1,4 @@
-"""ONNX folders of the four families: exact in float32, close in four bits, readable by onnxruntime-genai, same bytes twice."""
+"""ONNX folders of four families: exact in float32, close in four bits, run by onnxruntime-genai, same bytes twice."""
 
 import json
 from collections import Counter
@@ -139,7 +139,7 @@ def _with_stored_weights(model: Any, weights: dict[str, np.ndarray]) -> Any:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @torch.no_grad()
 def test_quantized_operators_compute_what_is_stored(family: str, tmp_path: Path) -> None:
-    """With float32 activations the int4 graph equals the model with dequantized weights: layout and routing are exact."""
+    """With float32 activations the int4 graph equals the dequantized model: layout and routing are exact."""
     checkpoint = tiny_checkpoint(tmp_path, family)
     export_onnx(checkpoint, tmp_path / "onnx", precision="int4", accuracy_level=0)
     model = _with_stored_weights(load_model(checkpoint), initializers(tmp_path / "onnx"))
@@ -189,7 +189,9 @@ def test_importance_of_kept_experts_changes_only_the_experts(tmp_path: Path) -> 
         "expert_count": torch.full((2, 6), 100),
     }
     export_onnx(checkpoint, tmp_path / "plain", precision="int4")
-    export_onnx(checkpoint, tmp_path / "ours", precision="int4", imatrix=imatrix, kept={0: [0, 1, 2, 3], 1: [0, 2, 4, 5]})
+    export_onnx(
+        checkpoint, tmp_path / "ours", precision="int4", imatrix=imatrix, kept={0: [0, 1, 2, 3], 1: [0, 2, 4, 5]}
+    )
     plain, ours = initializers(tmp_path / "plain"), initializers(tmp_path / "ours")
     changed = {name for name in plain if not np.array_equal(plain[name], ours[name])}
     assert changed and all(".moe." in name for name in changed)
@@ -209,7 +211,9 @@ def test_errors_name_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="precision=fp32"):
         fitting_block(64, 40)
     with pytest.raises(InputRejected):
-        export_onnx(tiny_checkpoint(tmp_path, "mixtral", with_tokenizer=False, name="mute"), tmp_path / "x", precision="fp32")
+        export_onnx(
+            tiny_checkpoint(tmp_path, "mixtral", with_tokenizer=False, name="mute"), tmp_path / "x", precision="fp32"
+        )
     monkeypatch.setattr(onnx_graph, "BUILDER_VERSION", "0.1")
     with pytest.raises(EnvironmentProblem, match="onnxruntime-genai"):
         export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")

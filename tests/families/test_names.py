@@ -92,6 +92,11 @@ def test_a_missing_tensor_is_named(headers: CheckpointHeaders) -> None:
         family_of(headers.config).tensors(headers.config, names)
 
 
+def test_an_empty_checkpoint_is_refused(headers: CheckpointHeaders) -> None:
+    with pytest.raises(InputRejected, match="holds none"):
+        family_of(headers.config).tensors(headers.config | {"num_hidden_layers": 10**12}, {})
+
+
 def test_an_unknown_tensor_is_named(headers: CheckpointHeaders) -> None:
     with pytest.raises(InputRejected, match=r"unknown.*\n.*extra\.weight"):
         family_of(headers.config).tensors(headers.config, [*headers.tensors, "model.extra.weight"])

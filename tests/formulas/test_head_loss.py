@@ -39,6 +39,8 @@ def test_equals_the_plain_computation(frozen_head: bool) -> None:
 def test_without_gradients() -> None:
     hidden, weight, labels = inputs()
     with torch.no_grad():
-        loss, _ = head_loss(hidden, weight, lambda logits, span: {"ce": (1.0, cross_entropy(logits, labels[span]).sum())})
+        loss, _ = head_loss(
+            hidden, weight, lambda logits, span: {"ce": (1.0, cross_entropy(logits, labels[span]).sum())}
+        )
     assert not loss.requires_grad
     torch.testing.assert_close(loss, cross_entropy(hidden @ weight.T, labels).sum())

@@ -82,7 +82,8 @@ def test_sums_equal_a_separate_computation(family: str, cka_tokens: int, tmp_pat
             expected = {
                 "counts_LE": len(token), "gate_sum_LE": g.sum(), "norm_sum_LE": norm.sum(),
                 "norm_sq_sum_LE": norm.square().sum(), "gated_norm_sum_LE": (g * norm).sum(),
-                "norm_max_LE": norm.max() if len(token) else 0, "out_sum_LED": f.sum(0), "out_sq_sum_LED": f.square().sum(0),
+                "norm_max_LE": norm.max() if len(token) else 0, "out_sum_LED": f.sum(0),
+                "out_sq_sum_LED": f.square().sum(0),
             }  # fmt: skip
             for name, value in expected.items():
                 actual = getattr(found, name)[layer, expert].double()
@@ -112,7 +113,8 @@ def test_dense_imatrix_sums(tmp_path: Path) -> None:
     layer = model.model.layers[1]
     modules = {
         "attention_in": layer.self_attn.k_proj, "attention_o": layer.self_attn.o_proj,
-        "shared_down": layer.mlp.shared_expert.down_proj, "ffn_in": layer.mlp.shared_expert.up_proj, "head_in": head(model),
+        "shared_down": layer.mlp.shared_expert.down_proj, "ffn_in": layer.mlp.shared_expert.up_proj,
+        "head_in": head(model),
     }  # fmt: skip
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs[0]))

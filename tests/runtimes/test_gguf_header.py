@@ -1,7 +1,6 @@
 """Crafted GGUF files are refused quickly, before any parser that trusts them sees them."""
 
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +66,8 @@ def test_many_empty_strings_are_bounded(tmp_path):
     """A file that is really full of array elements stops at a limit instead of filling the memory."""
     count = 5_000_000
     (tmp_path / "x.gguf").write_bytes(header(0, 1) + text(b"k") + struct.pack("<IIQ", 9, 8, count) + b"\0" * 8 * count)
-    started = time.monotonic()
     with pytest.raises(InputRejected, match="array elements"):
         check_gguf_header(tmp_path / "x.gguf")
-    assert started  # refused by the count, before reading: no wall-clock limit is asserted here
 
 
 def test_a_missing_file_is_refused(tmp_path):

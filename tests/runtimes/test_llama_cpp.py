@@ -13,11 +13,13 @@ from moe_edge.runtimes.base import Runtime, generate
 from moe_edge.runtimes.llama_cpp import LOGITS_BATCH_TOKENS, LlamaCppRuntime
 from tests.tiny import tiny_checkpoint
 
+VOCAB = 320
+
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
-    write_gguf(tiny_checkpoint(folder, "qwen3_moe"), folder / "x.gguf", name="x")
+    write_gguf(tiny_checkpoint(folder, "qwen3_moe", vocab=VOCAB), folder / "x.gguf", name="x")
     return folder / "x.gguf"
 
 
@@ -28,7 +30,7 @@ def ids(tokens: int, seed: int = 0) -> np.ndarray:
 def test_it_is_a_runtime(gguf):
     with open_runtime("llama_cpp", gguf, threads=1, context_length=64) as runtime:
         assert isinstance(runtime, Runtime)
-        assert (runtime.name, runtime.vocab) == ("llama_cpp", 320)
+        assert (runtime.name, runtime.vocab) == ("llama_cpp", VOCAB)
 
 
 def test_rows_longer_than_a_batch_do_not_differ_from_single_steps(gguf):
@@ -58,9 +60,10 @@ def test_generate_stops_at_stop_ids(gguf):
 
 @pytest.mark.parametrize("options", [{"use_mmap": False}, {"repack": False}, {"kv_float32": True}])
 def test_options_change_speed_and_memory_not_the_model(gguf, options):
-    with LlamaCppRuntime(gguf, threads=1, context_length=64) as plain, LlamaCppRuntime(
-        gguf, threads=1, context_length=64, **options
-    ) as other:
+    with (
+        LlamaCppRuntime(gguf, threads=1, context_length=64) as plain,
+        LlamaCppRuntime(gguf, threads=1, context_length=64, **options) as other,
+    ):
         np.testing.assert_allclose(other.logits(ids(20)), plain.logits(ids(20)), atol=2e-2)
 
 
@@ -71,7 +74,7 @@ def test_limits_are_usage_errors(gguf):
         with pytest.raises(ConfigError, match="empty prompt"):
             runtime.prefill(ids(0))
         with pytest.raises(ConfigError, match="outside the vocabulary"):
-            runtime.prefill(np.array([1, 320]))
+            runtime.prefill(np.array([1, VOCAB]))
         runtime.prefill(ids(64))
         with pytest.raises(ConfigError, match="65 tokens"):
             runtime.step(5)

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the runtime interface: the cache changes nothing, and hostile folders are refused before loading."""
+"""ONNX Runtime behind the runtime interface: the cache changes nothing, hostile folders are refused before loading."""
 
 import json
 import shutil

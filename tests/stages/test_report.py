@@ -66,12 +66,16 @@ def _summaries(**validate: Any) -> dict[str, dict[str, Any]]:
     return {
         "compress": student | {"teacher": student | {"params_total": 11_000_000, "experts": 16, "bytes": 22_000_000}},
         "distill": {
-            "loss_first": 2.5,
-            "loss_last": 2.1,
-            "heldout_kl_nats_before": 0.3,
-            "heldout_kl_nats_after": 0.05,
-            "cka_before": 0.9,
-            "cka_after": 0.97,
+            "trained": True,
+            "kept": "trained",
+            "reason": "held-out KL fell",
+            "tokens_trained": 65536,
+            "held_out_tokens": 4096,
+            "held_out_kl": "cached top-32",
+            "cka": "debiased linear CKA",
+            "before": {"kl_nats": 0.3, "cka_mean": 0.9, "cka_by_layer": [0.9]},
+            "after": {"kl_nats": 0.06, "cka_mean": 0.97, "cka_by_layer": [0.97]},
+            "stages": [{"stage": "experts", "steps": 8, "tokens": 9, "first_and_last": {"total_loss": [2.5, 2.1]}}],
             "notes": ["a note of distill"],
         },
         "export": {
@@ -186,8 +190,10 @@ def test_the_page_says_everything_and_the_verdict_first(tmp_path: Path) -> None:
         "**frequency** (chosen)",
         "| random |",
         "quantizing harder lost",
-        "predicted before any change 0.3100, held-out before training 0.3000, held-out after training 0.0512",
-        "| teacher-student CKA | 0.9000 | 0.9700 |",
+        "predicted before any change 0.3100, before training 0.3000 (held-out calibration rows), "
+        "of the student 0.0512 (held-out text)",
+        "| teacher-student CKA, mean over layers | 0.9000 | 0.9700 |",
+        "| experts: total loss | 2.50 | 2.10 |",
         "| gguf F16 |",
         "16/16",
         "Some CPU",
@@ -227,6 +233,21 @@ def test_a_build_without_validation_is_not_a_pass(tmp_path: Path) -> None:
     data, page = _write(tmp_path, summaries)
     assert data["verdict"] == "fail"
     assert "validate has not run" in page
+
+
+def test_a_diverged_or_absent_training_is_said(tmp_path: Path) -> None:
+    summaries = _summaries()
+    summaries["distill"]["after"] = {"kl_nats": float("nan"), "cka_mean": None, "cka_by_layer": None}
+    data, page = _write(tmp_path, summaries)
+    assert data["distillation"]["after"]["kl_nats"] is None
+    assert "| held-out KL to the teacher, nats | 0.3000 | n/a |" in page
+    summaries["distill"] = {
+        "trained": False,
+        "kept": "untrained",
+        "reason": "distill.stages is empty",
+        "tokens_trained": 0,
+    }
+    assert "distill.stages is empty" in _write(tmp_path, summaries)[1]
 
 
 def test_hostile_names_stay_inert(tmp_path: Path) -> None:

@@ -253,21 +253,33 @@ def test_held_out_text_that_is_too_short_is_said(tmp_path: Path) -> None:
     assert any("has only 60 tokens, 4096 were asked for" in note for note in summary["notes"])
 
 
-def test_a_real_checkpoint_against_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    teacher = tiny_checkpoint(tmp_path, "qwen3_moe", name="teacher")
-    student = tiny_checkpoint(tmp_path, "qwen3_moe", name="student", seed=1)
+def _real_text(tmp_path: Path) -> BuildConfig:
+    """A configuration whose held-out text is two rows of 32 tokens."""
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     config = _config({"kl_to_teacher_nats": 1e-6, "host_speed": True}, text=str(tmp_path / "text.txt"), tokens=64)
-    config = config.model_copy(update={"calibration": CalibrationConfig(sequence_length=32)})
-    same = validate.validate_artifact(teacher, teacher, config, tmp_path / "same")
-    assert same["artifacts"][0]["quality"]["kl_nats"] == pytest.approx(0, abs=1e-9)
-    assert same["artifacts"][0]["speed"]["decode_tokens_per_s"] > 0
-    assert same["artifacts"][0]["memory"]["peak_rss_mib"] > same["artifacts"][0]["memory"]["baseline_rss_mib"]
-    assert same["verdict"] == "pass"
-    other = validate.validate_artifact(student, teacher, config)
-    assert other["artifacts"][0]["quality"]["kl_nats"] > 0.01
-    assert other["verdict"] == "fail"
+    return config.model_copy(update={"calibration": CalibrationConfig(sequence_length=32)})
+
+
+def test_a_real_checkpoint_is_its_own_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe", name="teacher")
+    summary = validate.validate_artifact(teacher, teacher, _real_text(tmp_path))
+    artifact = Artifact(**summary["artifacts"][0])
+    assert artifact.quality.kl_nats == pytest.approx(0, abs=1e-9)
+    assert artifact.quality.n_tokens == 62
+    assert artifact.speed.n_runs == 2 and artifact.speed.decode_tokens_per_s > 0
+    assert artifact.memory.peak_rss_mib > artifact.memory.baseline_rss_mib
+    assert summary["verdict"] == "pass"
+
+
+def test_real_checkpoints_that_differ_fail_the_gate(tmp_path: Path) -> None:
+    teacher, other = (tiny_checkpoint(tmp_path, "qwen3_moe", name=f"m{seed}", seed=seed) for seed in (0, 1))
+    config = _real_text(tmp_path)
+    session = Session(config, validate.held_out(config, teacher), tmp_path / "out", InstantTransport())
+    candidates = validate.hf_candidate(teacher, tmp_path, "teacher"), validate.plain_candidate(other)
+    summary = validate.measure_and_gate(session, candidates[0], None, candidates[1:])
+    assert summary["artifacts"][0]["quality"]["kl_nats"] > 0.01
+    assert summary["verdict"] == "fail"
 
 
 def test_bench_raises_instead_of_returning_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +288,14 @@ def test_bench_raises_instead_of_returning_zeros(tmp_path: Path, monkeypatch: py
     broken.write_bytes(b"GGUF" + bytes(8))
     with pytest.raises(InputRejected, match="could not be measured"):
         validate.bench_artifact(broken, _config())
-    teacher = tiny_checkpoint(tmp_path, "qwen3_moe", with_tokenizer=False, name="teacher")
-    result = validate.bench_artifact(teacher, _config(), tmp_path / "bench")
-    assert result["speed"]["n_runs"] == 2
-    assert result["runtime"] == "hf"
+
+
+def test_bench_returns_speed_and_memory_and_always_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = InstantTransport()
+    monkeypatch.setattr(validate, "open_transport", lambda address: transport)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for _ in range(2):
+        result = validate.bench_artifact(tmp_path / "x.gguf", _config(), tmp_path / "bench")
+    assert transport.measured == ["x.gguf"] * 2
+    assert (result["speed"]["n_runs"], result["runtime"]) == (2, "llama_cpp")
     assert json.loads((tmp_path / "bench" / "results.json").read_text()) == result

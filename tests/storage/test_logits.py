@@ -21,7 +21,9 @@ TOKENS, VOCAB, K = 24, 5000, 32
 def logits(seed: int, tokens: int = TOKENS, vocab: int = VOCAB) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     zipf_V = -1.4 * torch.arange(1, vocab + 1, dtype=torch.float32).log()
-    return (zipf_V + 1.5 * torch.randn(tokens, vocab, generator=generator))[:, torch.randperm(vocab, generator=generator)]
+    return (zipf_V + 1.5 * torch.randn(tokens, vocab, generator=generator))[
+        :, torch.randperm(vocab, generator=generator)
+    ]
 
 
 def ids(seed: int, tokens: int = TOKENS) -> np.ndarray:
