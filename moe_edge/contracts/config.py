@@ -70,13 +70,13 @@ class StageConfig(BaseModel):
     model_config = _CLOSED
     stage_name: str
     losses: dict[Loss, float] = Field(
-        {"ce": 1.0, "kl": 1.0, "cka": 0.05},
+        {"ce": 1.0, "kl": 1.0, "cka": 0.5},
         description="weights: (1-alpha)*ce*CE + alpha*kl*T^2*KL + cka*(1-CKA); 0 or absent = off",
     )
     share: float | None = Field(None, gt=0, le=1, description="share of distill.tokens")
     steps: int | None = Field(None, gt=0)
     num_epochs: float | None = Field(None, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the stage's steps with rising learning rate")
     parameter_lr_multipliers: list[LrMultiplier] = [LrMultiplier(pattern=".*", lr_multiplier=1.0)]
 
@@ -91,12 +91,12 @@ class DistillConfig(BaseModel):
     model_config = _CLOSED
     data: str = Field("calibration", description="calibration | a path")
     tokens: int = Field(65536, gt=0, description="tokens over all stages")
-    alpha: float = Field(0.5, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")
-    temperature: float = Field(2, gt=0)
+    alpha: float = Field(0.9, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")
+    temperature: float = Field(1, gt=0)
     batch_rows: int = Field(4, ge=1, description="rows per optimizer step")
     stages: list[StageConfig] = [
         StageConfig(stage_name="experts", share=0.5, parameter_lr_multipliers=_EXPERTS_FIRST),
-        StageConfig(stage_name="all", share=0.5, learning_rate=1e-4),
+        StageConfig(stage_name="all", share=0.5, learning_rate=5e-4),
     ]
     seed: int = 0
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from moe_edge.contracts.errors import ConfigError
 
+CACHED_LOGITS = 1 << 17  # logits in one chunk of teacher_topk, which stay in the processor's cache
 CHUNK_TOKENS = 128
 IGNORED_LABEL = -100
 
@@ -42,24 +43,31 @@ def teacher_topk(logits_TV: Tensor, k: int, temperatures: Sequence[float], vocab
         temperatures: those at which the tail mass is wanted.
         vocab: true vocabulary; columns beyond it are padding and are dropped. None: all are real.
     """
-    parts = [
-        _topk_chunk(chunk_tV[:, :vocab].float(), k, temperatures) for chunk_tV in torch.split(logits_TV, CHUNK_TOKENS)
-    ]
-    return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    real_TV = logits_TV[:, :vocab]
+    rows = max(CACHED_LOGITS // max(real_TV.shape[-1], 1), 1)
+    parts = [_topk_chunk(chunk_tV.float(), k, (1.0, *temperatures)) for chunk_tV in torch.split(real_TV, rows)]
+    values_TK, indices_TK, tail_TH = (torch.cat(column) for column in zip(*parts, strict=True))
+    logprobs_TK = values_TK - values_TK[:, :1]
+    heat_H = torch.tensor([1.0, *temperatures], device=logits_TV.device)
+    top_TH = torch.logsumexp(logprobs_TK.unsqueeze(-1) / heat_H, dim=1)
+    tail_TH = tail_TH + logprobs_TK[:, -1:] / heat_H
+    log_all_TH = torch.logaddexp(tail_TH, top_TH)
+    return TopK(logprobs_TK - log_all_TH[:, :1], indices_TK, (tail_TH - log_all_TH)[:, 1:])
 
 
-def _topk_chunk(logits_tV: Tensor, k: int, temperatures: Sequence[float]) -> TopK:
+def _topk_chunk(logits_tV: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept logits and ids, and the log of the tail's sum of exp((z - least kept) / T).
+
+    One exponential per temperature at most: where 2T is there too, exp(z/T) is the square of exp(z/(2T)).
+    """
     values_tK, indices_tK = logits_tV.topk(min(k, logits_tV.shape[-1]), dim=-1)
-    tail_tV = logits_tV.scatter(-1, indices_tK, -torch.inf)
-    tail_tH = torch.stack(
-        [
-            torch.logsumexp(tail_tV / temperature, -1) - torch.logsumexp(logits_tV / temperature, -1)
-            for temperature in temperatures
-        ],
-        dim=-1,
-    )
-    logprobs_tK = values_tK - torch.logsumexp(logits_tV, -1, keepdim=True)
-    return TopK(logprobs_tK, indices_tK, tail_tH)
+    tail_tV = (logits_tV - values_tK[:, -1:]).scatter_(-1, indices_tK, -torch.inf)
+    powers: dict[float, Tensor] = {}
+    for temperature in sorted(set(temperatures), reverse=True):
+        half = powers.get(2 * temperature)
+        powers[temperature] = torch.exp(tail_tV / temperature) if half is None else half.square()
+    log_tail_tH = torch.stack([powers[temperature].sum(-1).log() for temperature in temperatures], dim=-1)
+    return values_tK, indices_tK, log_tail_tH
 
 
 def temperature_index(temperature: float, temperatures: Sequence[float]) -> int:

@@ -16,6 +16,7 @@ from moe_edge.runtimes.base import Runtime
 from tests.tiny import tiny_checkpoint, tiny_ids
 
 IDS = tiny_ids(tokens=24, rows=1)[0].numpy()
+VOCAB = 300  # of the tiny tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def point_to(location: str) -> Callable[[onnx.TensorProto, Path], None]:
 
 def test_prefill_and_steps_equal_the_full_pass(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_runtime("ort", exported, threads=1, context_length=64) as runtime:
-        assert isinstance(runtime, Runtime) and runtime.vocab == 320
+        assert isinstance(runtime, Runtime) and runtime.vocab == VOCAB
         full = runtime.logits(IDS)
-        assert full.shape == (len(IDS), 320) and full.dtype == np.float32
+        assert full.shape == (len(IDS), VOCAB) and full.dtype == np.float32
         for chunk in (512, 5):
             monkeypatch.setattr(ort, "CHUNK_TOKENS", chunk)
             rows = [runtime.prefill(IDS[:12]), *[runtime.step(int(token)) for token in IDS[12:]]]
@@ -59,18 +60,18 @@ def test_prefill_and_steps_equal_the_full_pass(exported: Path, monkeypatch: pyte
 
 def test_the_vocabulary_is_clipped_to_the_configured_one(folder: Path) -> None:
     config = json.loads((folder / "genai_config.json").read_text())
-    config["model"]["vocab_size"] = 300
+    config["model"]["vocab_size"] = VOCAB - 20
     (folder / "genai_config.json").write_text(json.dumps(config))
     with ort.OrtRuntime(folder, 1, 64) as runtime:
-        assert runtime.logits(IDS).shape == (len(IDS), 300)
-        assert runtime.prefill(IDS).shape == runtime.step(3).shape == (300,)
+        assert runtime.logits(IDS).shape == (len(IDS), VOCAB - 20)
+        assert runtime.prefill(IDS).shape == runtime.step(3).shape == (VOCAB - 20,)
 
 
 def test_misuse_is_a_usage_error(exported: Path) -> None:
     runtime = ort.OrtRuntime(exported, 1, 16)
     with pytest.raises(ConfigError, match="prefill"):
         runtime.step(1)
-    for ids in (IDS, IDS[:0], np.array([320]), np.array([-1])):
+    for ids in (IDS, IDS[:0], np.array([VOCAB]), np.array([-1])):
         with pytest.raises(ConfigError):
             runtime.prefill(ids)
     runtime.prefill(IDS[:16])
