@@ -21,7 +21,7 @@ from moe_edge.contracts.progress import track
 log = logging.getLogger(__name__)
 MARKER = "complete"
 WEIGHTS = "model.safetensors"
-SAVE_INTERVAL_S = 60.0
+SAVE_INTERVAL_S = 120.0
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
