@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,8 @@ def _run() -> int:
     try:
         app()
     except SystemExit as stop:
+        if stop.code == 130:  # typer turns Ctrl-C into an exit
+            return _say(f"interrupted; {resume}", 130)
         return stop.code if isinstance(stop.code, int) else 1
     except MoeEdgeError as error:
         return _say(str(error), error.exit_code)
@@ -84,10 +87,7 @@ def _run() -> int:
     except OSError as error:
         return _os_error(error)
     except Exception:
-        logging.getLogger(__name__).exception(
-            "internal error: this is a bug in moe-edge; please report it with these lines"
-        )
-        return 1
+        return _bug()
     return 0
 
 
@@ -98,8 +98,13 @@ def _os_error(error: OSError) -> int:
         return _say(str(ResourceProblem("the disk is full", where=where, next_command=again)), 6)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _say(str(EnvironmentProblem("no permission", where=where, why=str(error))), 5)
-    logging.getLogger(__name__).exception("unexpected operating-system error")
-    return 1
+    return _bug()
+
+
+def _bug() -> int:
+    """The traceback of the exception being handled, for whoever will mend it."""
+    traceback.print_exc()
+    return _say("internal error: this is a bug in moe-edge; please report it with the lines above", 1)
 
 
 def _say(text: str, code: int) -> int:

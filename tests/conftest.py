@@ -19,5 +19,6 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same random state, whatever ran before it."""
+    """Every test starts from the same random state and thread count, whatever ran before it."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -90,5 +90,7 @@ def test_quantized_files_are_reported_and_left_to_the_gates(expected):
 
 
 def test_greedy_stops_counting_at_the_first_near_tie(expected):
-    tied = parity.Reference(expected.ids_S, expected.logits_SV, expected.prompt_ids, expected.greedy, [1.0, 1.0, 0.01] + [1.0] * 13)
+    tied = parity.Reference(
+        expected.ids_S, expected.logits_SV, expected.prompt_ids, expected.greedy, [1.0, 1.0, 0.01] + [1.0] * 13
+    )
     assert parity.compare(tied, FakeRuntime()).greedy_compared == 2
