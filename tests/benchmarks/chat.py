@@ -88,7 +88,9 @@ def greedy_agreement(run: Path) -> dict[str, Any]:
         if len(gguf) == GREEDY_TOKENS:
             break
     ends = {int(end) for end in np.atleast_1d(model.generation_config.eos_token_id)}
-    stop = next((i + 1 for i, token in enumerate(expected) if token in ends), GREEDY_TOKENS)
+    stop = next(
+        (i for i, token in enumerate(expected) if token in ends), GREEDY_TOKENS
+    )  # genai leaves the end token out
     length = min(compared, stop)
     return {
         "hf": expected, "gguf_f16": gguf, "onnx_fp32": onnx, "compared": length, "smallest_margin_logits": min(margins),
