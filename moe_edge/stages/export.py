@@ -19,6 +19,7 @@ from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
+from moe_edge.devices.host import threads_for
 from moe_edge.export import parity
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
@@ -202,4 +203,4 @@ def _parity(job: Job, reopened: list[tuple[str, str, Path]]) -> list[dict[str, A
 
 
 def _threads(job: Job) -> int:
-    return job.config.target.runtime.threads or psutil.cpu_count(logical=True) or 1
+    return threads_for(job.config.target.runtime.threads)
