@@ -11,10 +11,10 @@ from math import floor
 
 from moe_edge.compression.estimate import ONNX_BITS, Packing
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.config_io import did_you_mean
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
 from moe_edge.contracts.spec import ModelSpec
-from moe_edge.contracts.targets_io import did_you_mean
 from moe_edge.formulas.selection import CRITERIA
 
 QUALITY_FLOOR = "Q4_K_M"  # below it, dropping experts competes with fewer bits

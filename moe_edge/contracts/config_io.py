@@ -167,10 +167,16 @@ def _where(path: Path_, target: Document | None, file: Document | None) -> str:
     return ""
 
 
+def did_you_mean(word: str, known: list[str]) -> str:
+    """'; did you mean X?' for the nearest known word, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
 def _did_you_mean(path: Path_, model: type[BaseModel]) -> str:
     known = _known_keys(path[:-1], model)
-    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else (f"; known here: {', '.join(known)}" if known else "")
+    listed = f"; known here: {', '.join(known)}" if known else ""
+    return did_you_mean(str(path[-1]), known) or listed
 
 
 def _known_keys(parents: Path_, model: type[BaseModel]) -> list[str]:

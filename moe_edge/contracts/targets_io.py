@@ -4,10 +4,9 @@ A target is data (targets/*.yaml); an unknown name is answered with the nearest 
 key with its file and line.
 """
 
-import difflib
 from pathlib import Path
 
-from moe_edge.contracts.config_io import Document, read_yaml, validate_document
+from moe_edge.contracts.config_io import Document, did_you_mean, read_yaml, validate_document
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.target import Target
@@ -39,12 +38,6 @@ def find_target(name_or_path: str) -> Path:
             next_command="moe-edge targets list",
         )
     return data_root("targets") / f"{name_or_path}.yaml"
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """'; did you mean X?' for the nearest known word, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def read_target(name_or_path: str) -> Document:
