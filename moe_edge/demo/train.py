@@ -41,9 +41,9 @@ from moe_edge.demo.corpus import (
     read_wikitext_sections,
     render,
 )
-from moe_edge.demo.experts_loop import KERNEL_NAME
 from moe_edge.demo.model import DemoShape, balance_loss, build_config, build_model
 from moe_edge.demo.tokenizer import build_tokenizer
+from moe_edge.families.kernels import SORTED_LOOP
 
 PROBE_STEPS = 3
 
@@ -63,7 +63,7 @@ class TrainSettings:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     balance_weight: float = 0.01
-    experts_kernel: str = KERNEL_NAME
+    experts_kernel: str = SORTED_LOOP
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
-import moe_edge.demo.experts_loop as experts_loop
 from moe_edge.contracts.config import DistillConfig
 from moe_edge.distillation.alignment import TeacherLayers, aligned_layers
 from moe_edge.distillation.checkpoints import (
@@ -33,7 +32,9 @@ from moe_edge.distillation.checkpoints import (
 from moe_edge.distillation.schedule import StageSchedule, micro_rows, multipliers_of
 from moe_edge.distillation.signal import SignalSource
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
+from moe_edge.families.kernels import fastest_kernel
 from moe_edge.families.taps import decoder_layers
+from moe_edge.families.views import moe_layers
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Recovery:
         """Train `student` in place through all stages; returns one record per stage with its log."""
         config = copy.deepcopy(student.config)  # the Trainer writes into it; what is saved must not depend on that
         if not torch.cuda.is_available():
-            student.set_experts_implementation(experts_loop.KERNEL_NAME)
+            view = moe_layers(student)[0]
+            student.set_experts_implementation(fastest_kernel(view.top_k, view.count))
         student.train()
         records = []
         for index, schedule in enumerate(schedules):
