@@ -155,7 +155,7 @@ def _write_results(state: pipeline.Build) -> dict[str, Any]:
         state.out, [_stage_row(name, manifest, state.cached[name]) for name, manifest in state.done.items()], state.config,
         {name: manifest.summary for name, manifest in state.done.items()},
     )  # fmt: skip
-    versions = {name: text for stage in pipeline.STAGES for name, text in state.versions(stage).items()}
+    versions = {name: text for stage in pipeline.STAGES for name, text in pipeline.versions_of(stage).items()}
     write_run_manifest(state.out, resolved, _digests(state), versions)
     return report
 
@@ -198,13 +198,9 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
         )  # fmt: skip
         summary = export_model(job)
         deliver(out, model, out / "export")
-        versions = {name: text for stage in pipeline.STAGES for name, text in _versions(stage).items()}
+        versions = {name: text for stage in pipeline.STAGES for name, text in pipeline.versions_of(stage).items()}
         write_run_manifest(out, config.model_dump(mode="json", by_alias=True), {"teacher": digest}, versions)
     return out, summary
-
-
-def _versions(stage: pipeline.Stage) -> dict[str, str]:
-    return {name: pipeline.installed(name) for name in ("torch", "transformers", *stage.packages)}
 
 
 def verify(folder: Path) -> list[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from moe_edge.contracts.manifest import installed_version
 from moe_edge.contracts.units import format_bytes
-from moe_edge.pipeline import installed
 
 LEAST_MEMORY_BYTES = 4 << 30
 LEAST_DISK_BYTES = 5 << 30
@@ -46,7 +46,7 @@ def _module(package: str, module: str) -> Finding:
         importlib.import_module(module)
     except Exception as error:  # an extension can fail to load in many ways; all mean that it cannot be used
         return Finding(package, False, f"cannot be imported: {error}", "pip install -c constraints.txt .")
-    return Finding(package, True, installed(package))
+    return Finding(package, True, installed_version(package))
 
 
 def _memory() -> Finding:

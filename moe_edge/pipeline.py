@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,15 @@ from moe_edge import __version__
 from moe_edge.contracts.artifacts import StageContext, StageRun
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, ResourceProblem
-from moe_edge.contracts.manifest import MANIFEST_NAME, Cost, Manifest, content_digest, read_manifest, stage_key
+from moe_edge.contracts.manifest import (
+    MANIFEST_NAME,
+    Cost,
+    Manifest,
+    content_digest,
+    installed_version,
+    read_manifest,
+    stage_key,
+)
 from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.memory import PeakRss
 from moe_edge.storage.cache import publish_profile, reuse_profile
@@ -102,12 +109,7 @@ class Build:
     def key(self, stage: Stage) -> str:
         inputs = {"teacher": self.teacher_digest} | self.named_files.get(stage.name, {})
         inputs |= {name: self.done[name].digest for name in stage.inputs}
-        return stage_key(stage.name, stage.schema, stage.config_for_key(self.config), inputs, self.versions(stage))
-
-    def versions(self, stage: Stage) -> dict[str, str]:
-        return {"moe-edge": __version__} | {
-            name: installed(name) for name in ("torch", "transformers", *stage.packages)
-        }
+        return stage_key(stage.name, stage.schema, stage.config_for_key(self.config), inputs, versions_of(stage))
 
     def context(self, stage: Stage) -> StageContext:
         return StageContext(
@@ -117,12 +119,11 @@ class Build:
         )  # fmt: skip
 
 
-def installed(package: str) -> str:
-    """The installed version, or 'absent'."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
+def versions_of(stage: Stage) -> dict[str, str]:
+    """What the stage's key and manifest pin: our own version and those of the packages it computes with."""
+    return {"moe-edge": __version__} | {
+        name: installed_version(name) for name in ("torch", "transformers", *stage.packages)
+    }
 
 
 @contextmanager
@@ -252,7 +253,7 @@ def _execute(build: Build, stage: Stage, key: str) -> Manifest:
     manifest = Manifest(
         stage=stage.name, key=key, digest=content_digest(files), files=files, summary=summary,
         inputs={"teacher": build.teacher_digest} | {name: build.done[name].digest for name in stage.inputs},
-        config=stage.config_for_key(build.config), versions=build.versions(stage),
+        config=stage.config_for_key(build.config), versions=versions_of(stage),
         cost=Cost(seconds=round(time.monotonic() - started, 3), peak_rss_mib=memory.peak_rss_mib),
     )  # fmt: skip
     write_text_atomic(context.out / MANIFEST_NAME, manifest.to_json())

@@ -17,7 +17,7 @@ LAYERS = [
     ["profiling", "compression", "distillation", "export", "devices"],
     ["stages"],
     ["pipeline"],
-    ["build", "doctor"],
+    ["build", "doctor", "tables_cli"],
     ["cli"],
     ["__main__"],
 ]

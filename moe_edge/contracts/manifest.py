@@ -7,6 +7,7 @@ what was computed (the files) and is what the next stage pins. Neither contains 
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MANIFEST_SCHEMA = "moe-edge/manifest@1"
 MANIFEST_NAME = "manifest.json"
+
+
+def installed_version(package: str) -> str:
+    """The installed version of a package, or 'not installed'."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 class FileEntry(BaseModel):

@@ -5,11 +5,12 @@ What cannot be read is null; nothing here changes a setting.
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from moe_edge.contracts.manifest import installed_version
 
 BUSY_CORES_NOTE = 0.2  # other processes' use above this share of one core is worth a note
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -63,7 +64,7 @@ def load_facts(sample_s: float = 0.5) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Installed versions of what the numbers depend on."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in _PACKAGES}
 
 
 def cpu_model() -> str | None:
@@ -71,13 +72,6 @@ def cpu_model() -> str | None:
     text = _read(Path("/proc/cpuinfo")) or ""
     names = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(("model name", "Model")))
     return next(names, platform.processor() or None)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _read(path: Path) -> str | None:

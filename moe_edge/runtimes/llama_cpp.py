@@ -31,7 +31,7 @@ class LlamaCppRuntime(ClosingRuntime):
         threads: threads for prompts and for decoding.
         context_length: tokens the KV cache holds.
         use_mmap: map the weights instead of copying them.
-        repack: let llama.cpp keep a second, rearranged copy of the weights for speed.
+        repack: let llama.cpp keep a second, rearranged copy of the weights for speed, where `repack_is_safe`.
         kv_float32: float32 KV cache and plain attention, for parity checks; otherwise llama.cpp's defaults (float16).
         gpu_layers: layers on an accelerator, -1 = all.
 
@@ -168,12 +168,18 @@ def load_gguf(
     params = lib.llama_model_default_params()
     params.n_gpu_layers = gpu_layers
     params.load_mode = _MODE_MMAP if use_mmap else _MODE_NONE
-    params.use_extra_bufts = repack
+    params.use_extra_bufts = repack and repack_is_safe()
     params.vocab_only = vocab_only
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise InputRejected("llama.cpp cannot load this file", where=str(path), why=last_errors())
     return model
+
+
+def repack_is_safe() -> bool:
+    """False for a llama.cpp built with AMX: its rearranged weights then go through AMX tiles, and gcc 12 compiles the
+    set-up of the tiles wrongly, so that the first product of quantized weights kills the process (SIGSEGV)."""
+    return b"AMX_INT8 = 1" not in lib.llama_print_system_info()
 
 
 def tokenize(vocab: lib.llama_vocab_p, text: str, add_special: bool, parse_special: bool) -> list[int]:

@@ -10,7 +10,6 @@ Shape suffixes: N rows, S tokens of a row.
 import json
 import logging
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from moe_edge.families.loading import load_model, save_student, stored_dtype
 from moe_edge.formulas.divergence import temperature_index
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
-from moe_edge.storage.folders import mirror
+from moe_edge.storage.folders import mirror, written_beside
 from moe_edge.storage.rows import TokenRows
 
 log = logging.getLogger(__name__)
@@ -105,7 +104,8 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     after = judge(student)
     better = math.isfinite(after.kl_nats) and after.kl_nats < before.kl_nats
     if better:
-        _save(student.to("cpu", dtype), source, context.out / "model")
+        with written_beside(context.out / "model") as folder:
+            save_student(student.to("cpu", dtype), source, folder)
     else:
         log.warning(
             "distill: held-out KL %.4f is not below %.4f, the untrained student stays", after.kl_nats, before.kl_nats
@@ -136,15 +136,6 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
     """Round every parameter to `dtype`'s grid in place: what is measured is what will be saved."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
-
-
-def _save(student: nn.Module, tokenizer_source: Path, folder: Path) -> None:
-    """Write beside, then rename: a kill leaves no half-written model/."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_student(student, tokenizer_source, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
 
 
 def _summary(

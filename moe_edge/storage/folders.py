@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from moe_edge.contracts.manifest import MANIFEST_NAME, FileEntry
@@ -50,14 +51,21 @@ def link_or_copy(source: Path, destination: Path) -> None:
     shutil.copy2(source, destination)
 
 
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A fresh folder to write into; it replaces `folder` when the block ends well, so a kill leaves no half of it."""
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
 def mirror(source: Path, destination: Path) -> None:
     """Make `destination` a twin of the folder `source`, complete or not at all; an earlier destination is replaced."""
-    beside = destination.with_name(destination.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    for path in files_of(source):
-        link_or_copy(path, beside / path.relative_to(source))
-    beside.mkdir(parents=True, exist_ok=True)
-    if (source / MANIFEST_NAME).exists():
-        link_or_copy(source / MANIFEST_NAME, beside / MANIFEST_NAME)
-    shutil.rmtree(destination, ignore_errors=True)
-    beside.rename(destination)
+    with written_beside(destination) as beside:
+        for path in files_of(source):
+            link_or_copy(path, beside / path.relative_to(source))
+        if (source / MANIFEST_NAME).exists():
+            link_or_copy(source / MANIFEST_NAME, beside / MANIFEST_NAME)

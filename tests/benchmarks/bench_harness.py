@@ -19,6 +19,7 @@ from typing import Any
 
 from moe_edge.devices import harness, host
 from moe_edge.devices.transport import LocalTransport
+from moe_edge.runtimes.llama_cpp import repack_is_safe
 
 GOAL = 0.03
 
@@ -95,7 +96,9 @@ def reference_tokens_per_s(options: argparse.Namespace) -> float:
     from llama_cpp import llama_cpp as lib
 
     lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(str(options.model).encode(), lib.llama_model_default_params())
+    loading = lib.llama_model_default_params()
+    loading.use_extra_bufts = repack_is_safe()
+    model = lib.llama_model_load_from_file(str(options.model).encode(), loading)
     params = lib.llama_context_default_params()
     params.n_ctx = options.prompt_tokens + options.new_tokens + 8
     params.n_threads = params.n_threads_batch = options.threads

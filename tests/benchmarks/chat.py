@@ -10,18 +10,33 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from moe_edge.export.parity import GREEDY_TOKENS, NEAR_TIE_LOGITS, prompt_ids
+from moe_edge.runtimes.llama_cpp import repack_is_safe
 
 NEW_TOKENS = 40
 
 
-def chat_gguf(path: Path, prompt: str) -> str:
-    from llama_cpp import Llama
+def open_llama(path: Path, **options: Any) -> Any:
+    """`llama_cpp.Llama` as anybody opens it, except for the rearranged weights where those crash."""
+    from llama_cpp import Llama, llama_cpp
 
-    model = Llama(str(path), n_ctx=512, verbose=False)
+    defaults = llama_cpp.llama_model_default_params
+
+    def safe_defaults() -> Any:
+        params = defaults()
+        params.use_extra_bufts = repack_is_safe()
+        return params
+
+    with patch.object(llama_cpp, "llama_model_default_params", safe_defaults):
+        return Llama(str(path), n_ctx=512, verbose=False, **options)
+
+
+def chat_gguf(path: Path, prompt: str) -> str:
+    model = open_llama(path)
     answer = model.create_chat_completion([{"role": "user", "content": prompt}], temperature=0.0, max_tokens=NEW_TOKENS)
     model.close()
     return str(answer["choices"][0]["message"]["content"])
@@ -63,7 +78,6 @@ def greedy_agreement(run: Path) -> dict[str, Any]:
     """The first greedy tokens of the full-precision exports, each in its own engine, beside transformers."""
     import onnxruntime_genai as og
     import torch
-    from llama_cpp import Llama
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = run / "artifacts" / "hf"
@@ -81,7 +95,7 @@ def greedy_agreement(run: Path) -> dict[str, Any]:
             sequence.append(expected[-1])
     compared = next((i for i, margin in enumerate(margins) if margin < NEAR_TIE_LOGITS), GREEDY_TOKENS)
     onnx = _genai_greedy(og.Model(str(run / "export/reference/onnx-fp32")), ids, GREEDY_TOKENS).tolist()
-    llama = Llama(str(run / "export/reference/F16.gguf"), n_ctx=512, verbose=False, logits_all=False)
+    llama = open_llama(run / "export/reference/F16.gguf")
     gguf = []
     for token in llama.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
         gguf.append(token)

@@ -8,7 +8,7 @@ from gguf import GGUFWriter
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
 from moe_edge.export.gguf import write_gguf
-from moe_edge.runtimes import RUNTIMES, open_runtime
+from moe_edge.runtimes import RUNTIMES, llama_cpp, open_runtime
 from moe_edge.runtimes.base import Runtime, generate
 from moe_edge.runtimes.llama_cpp import LOGITS_BATCH_TOKENS, LlamaCppRuntime
 from tests.tiny import tiny_checkpoint
@@ -112,3 +112,9 @@ def test_unknown_and_missing_runtimes(tmp_path, monkeypatch):
     monkeypatch.setitem(RUNTIMES, "absent", ("no_such_library", "X", "no-such-library"))
     with pytest.raises(EnvironmentProblem, match="pip install no-such-library"):
         open_runtime("absent", tmp_path, 1, 64)
+
+
+@pytest.mark.parametrize(("info", "safe"), [(b"AVX2 = 1 | AMX_INT8 = 1 |", False), (b"AVX2 = 1 | REPACK = 1 |", True)])
+def test_weights_are_not_rearranged_for_amx(monkeypatch: pytest.MonkeyPatch, info: bytes, safe: bool) -> None:
+    monkeypatch.setattr(llama_cpp.lib, "llama_print_system_info", lambda: info)
+    assert llama_cpp.repack_is_safe() is safe

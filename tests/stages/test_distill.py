@@ -99,14 +99,14 @@ def test_the_same_bytes_also_after_a_kill(tmp_path: Path, monkeypatch: pytest.Mo
     class Killed(BaseException):
         pass
 
-    plain = distill._save
+    plain = distill.save_student
 
     def killed(*arguments: Any) -> None:
         plain(*arguments)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill, "_save", killed)
+        patch.setattr(distill, "save_student", killed)
         distill.run(run)
     assert (run.out / "checkpoints").exists()
     monkeypatch.setattr(Recovery, "trainer", lambda *_: pytest.fail("trained again"))
