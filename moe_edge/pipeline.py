@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -34,6 +34,7 @@ from moe_edge.contracts.manifest import (
 )
 from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.memory import PeakRss
+from moe_edge.profiling.ranks import Ranks, current_ranks
 from moe_edge.storage.cache import publish_profile, reuse_profile
 from moe_edge.storage.delivery import deliver
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
@@ -67,13 +68,16 @@ def _descend(data: Any, dotted: str) -> Any:
 
 _RUNTIMES = ("llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai")
 STAGES: tuple[Stage, ...] = (
-    Stage("profile", ("teacher.dtype", "calibration", "profile"), ()),
-    Stage("plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",)),
-    Stage("compress", (), ("plan",)),
+    Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=2),
+    Stage(
+        "plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",),
+        ("matplotlib", "llama-cpp-python"),
+    ),
+    Stage("compress", (), ("profile", "plan")),
     Stage("distill", ("distill", "calibration.seed"), ("profile", "plan", "compress"), ("accelerate",)),
     Stage(
         "export", ("export", "target.formats", "target.quantization", "target.runtime", "target.context_length"),
-        ("profile", "plan", "distill"), _RUNTIMES,
+        ("profile", "plan", "compress", "distill"), _RUNTIMES,
     ),
     Stage(
         "validate", ("validate", "calibration", "target.gates", "target.runtime", "target.context_length", "target.name"),
@@ -81,6 +85,7 @@ STAGES: tuple[Stage, ...] = (
     ),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+SHARED_STAGE = STAGE_NAMES.index("profile")  # the one in which several processes can take part
 
 
 def load_stage(name: str) -> StageRun:
@@ -128,11 +133,15 @@ def versions_of(stage: Stage) -> dict[str, str]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the output folder for one build.
+    """Hold the output folder for one build; of several processes that share its work, the leader holds it for all.
 
     Raises:
         EnvironmentProblem: another build holds it, or it cannot be written.
     """
+    if not current_ranks().leads:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
@@ -170,6 +179,11 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
     """
     first = STAGE_NAMES.index(start) if start else 0
     last = STAGE_NAMES.index(until) if until else len(STAGES) - 1
+    if current_ranks().world > 1 and last > SHARED_STAGE:
+        raise ConfigError(
+            f"only the stage '{STAGE_NAMES[SHARED_STAGE]}' can be shared by several processes",
+            next_command="accelerate launch ... -m moe_edge profile ..., then the build in one process",
+        )
     for position, stage in enumerate(STAGES[: last + 1]):
         if start and position < first:
             _adopt(build, stage)
@@ -199,6 +213,9 @@ def _adopt(build: Build, stage: Stage) -> None:
 
 def run_stage(build: Build, stage: Stage, force: bool = False) -> None:
     """Reuse the stage's folder if it is what would be computed now, else run the stage."""
+    ranks = current_ranks()
+    if not ranks.leads:
+        _help(build, stage, ranks)
     folder, key = build.folder(stage.name), build.key(stage)
     if not force:
         if stage.name == "profile":
@@ -206,13 +223,22 @@ def run_stage(build: Build, stage: Stage, force: bool = False) -> None:
         if (manifest := _reusable(folder, key)) is not None:
             log.info("%s: nothing to do", stage.name)
             build.done[stage.name], build.cached[stage.name] = manifest, True
+            ranks.share(False)
             return
     _begin(folder, key, force)
+    ranks.share(True)
     log.info("%s: running", stage.name)
     manifest = _execute(build, stage, key)
     build.done[stage.name], build.cached[stage.name] = manifest, False
     if stage.name == "profile":
         publish_profile(folder, key)
+
+
+def _help(build: Build, stage: Stage, ranks: Ranks) -> NoReturn:
+    """Compute this process's share when the leader has begun the stage; the result is the leader's to write and report."""
+    if ranks.share(False):
+        build.find_stage(stage.name)(build.context(stage))
+    raise SystemExit(0)
 
 
 def _reusable(folder: Path, key: str) -> Manifest | None:

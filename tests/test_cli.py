@@ -48,8 +48,10 @@ def test_help_is_quick_to_load_nothing_heavy():
 def test_targets(called):
     code, out, _ = called("targets", "list")
     assert code == 0 and {"cpu", "mobile", "jetson", "raspberry-pi-5"} <= set(out.split())
-    code, out, _ = called("targets", "show", "jetson")
+    code, out, _ = called("targets", "show", "jetson", "--json")
     assert code == 0 and json.loads(out)["name"] == "jetson"
+    code, out, _ = called("targets", "show", "jetson")
+    assert code == 0 and "hardware.bandwidth_gb_per_s" in out and "1e9 bytes per second [datasheet" in out
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.quantization import RECIPES
-from moe_edge.contracts.target import Fact
-from moe_edge.contracts.targets_io import find_target, list_targets, load_target
+from moe_edge.contracts.target import Fact, Target
+from moe_edge.contracts.targets_io import describe_target, find_target, list_targets, load_target
 
 SHIPPED = (
     "cpu", "jetson", "jetson-agx-orin-64gb", "jetson-orin-nx-16gb", "jetson-thor", "mobile", "mobile-mid",
@@ -34,6 +36,38 @@ def test_a_shipped_target_is_complete(name):
     if not gates.host_speed:
         usable = target.hardware.memory_bytes.value * target.hardware.usable_share.value
         assert target.budget.weights < target.budget.peak_memory <= usable
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key of a target with its field, down to the leaves."""
+    found = {}
+    for name, field in model.model_fields.items():
+        inner, key = field.annotation, prefix + (field.alias or name)
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel) and inner is not Fact
+        found |= keys(inner, key + ".") if nested else {key: field}
+    return found
+
+
+def test_every_key_is_documented_and_shown_with_its_value():
+    found = keys(Target)
+    assert len(found) > 25 and all(len(field.description or "") > 8 for field in found.values())
+    units = {"memory_bytes": "bytes", "bandwidth_gb_per_s": "1e9 bytes", "context_length": "tokens", "ttft": "seconds"}
+    for key, unit in units.items():
+        assert any(unit in (field.description or "") for name, field in found.items() if name.endswith(key)), key
+    shown = describe_target(load_target("jetson")).splitlines()
+    assert [line.split()[0] for line in shown] == list(found)
+    bandwidth = next(line for line in shown if line.startswith("hardware.bandwidth_gb_per_s"))
+    assert bandwidth.split()[1] == "102" and "datasheet" in bandwidth and "JetPack" in bandwidth
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_constants_are_consistent(name):
+    """Shares are shares, speeds are positive, and what is not measured is not called measured."""
+    hardware = load_target(name).hardware
+    assert 0 < hardware.usable_share.value <= 1 and 0 < hardware.bandwidth_efficiency.value <= 1
+    for fact in (hardware.memory_bytes, hardware.bandwidth_gb_per_s, hardware.cores):
+        assert fact.value is None or fact.value > 0
+        assert (fact.confidence == "measured") == (fact.value is None), "shipped numbers come from documents"
 
 
 def test_the_readme_names_every_target_and_every_key():

@@ -13,9 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from moe_edge.demo.tokenizer import build_tokenizer
+from moe_edge.families import FAMILIES
+from moe_edge.families.loading import student_config
+from tests.families.tiny_configs import HEADS, KV_HEADS, TINY, Sizes
 
 FAMILY_NAMES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
-HEADS, KV_HEADS = 4, 2
+ALL_FAMILIES = tuple(FAMILIES)  # some need three layers or more to show all they have
 TOKENIZER_SIZE = 320
 TEXTS = (
     "The quick brown fox jumps over the lazy dog while the experts are routed to their tokens.",
@@ -53,13 +56,14 @@ def tiny_config(
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "tie_word_embeddings": tied,
-        "num_experts_per_tok": top_k,
         "initializer_range": hidden**-0.5,
         "bos_token_id": None,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        _EXPERTS_KEY[family]: experts,
     }
+    if family in TINY:
+        return values | TINY[family](Sizes(experts, top_k, layers, hidden, width))
+    values |= {_EXPERTS_KEY[family]: experts, "num_experts_per_tok": top_k}
     widths = {"moe_intermediate_size": width, "intermediate_size": 2 * width}
     if family in ("mixtral", "olmoe"):
         widths = {"intermediate_size": width}
@@ -83,7 +87,7 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random causal language model of `family` in float32 and eval mode; `overrides` are config keys."""
     values = tiny_config(family, experts, top_k, layers, hidden, width, vocab, tied) | overrides
-    config = AutoConfig.for_model(family, **values)
+    config = AutoConfig.for_model({"qwen3_5_moe": "qwen3_5_moe_text"}.get(family, family), **values)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -97,10 +101,15 @@ def _perturb(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.add_(0.1 * torch.randn_like(parameter))
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", "_proj_bias")):
             parameter.add_(0.2 * torch.randn_like(parameter))
-        elif name.endswith((".gate.weight", ".shared_expert_gate.weight")):
+        elif name.endswith("e_score_correction_bias"):  # beside probabilities of about 1 / E
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        elif name.endswith((".gate.weight", ".router.weight", ".wg.weight", ".shared_expert_gate.weight")):
             parameter.copy_(1.5 * parameter.shape[1] ** -0.5 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("_bias"):  # beside sigmoids
+            buffer.add_(0.2 * torch.randn_like(buffer))
 
 
 def tiny_tokenizer(size: int = TOKENIZER_SIZE) -> PreTrainedTokenizerFast:
@@ -117,7 +126,7 @@ def tiny_checkpoint(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Path:
-    """Save a tiny model (and tokenizer) under `tmp_path / name`; both expert-count keys are in config.json.
+    """Save a tiny model (and tokenizer) under `tmp_path / name`; the expert count is in config.json under all the family's keys.
 
     The vocabulary defaults to the tokenizer's when there is one; `kwargs` go to `tiny_model`.
     """
@@ -129,9 +138,7 @@ def tiny_checkpoint(
     model = tiny_model(family, **kwargs).to(dtype)
     model.save_pretrained(folder)
     config_path = folder / "config.json"
-    config = json.loads(config_path.read_text())
-    count = config.get("num_local_experts", config.get("num_experts"))
-    config["num_experts"] = config["num_local_experts"] = count
+    config = student_config(json.loads(config_path.read_text()))
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 

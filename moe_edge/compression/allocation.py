@@ -2,9 +2,10 @@
 
 All budgets hold together. The walk is fixed and explainable: first the most experts that are allowed, in the target's
 preferred types and anything better; if that does not fit, at least half of the experts in the smallest of those
-types, then in smaller types, then fewer experts. "Do not prune, quantize harder" is always recorded as the
-competitor, and once the masked KL is known the two are compared. The expert count is uniform over layers, because
-llama.cpp's is a scalar.
+types, then in smaller types; then fewer experts, in the type whose prior KL is least. If nothing fits and the target
+allows a shorter context, the walk is repeated with it. "Do not prune, quantize harder" is always recorded as the
+competitor, and once the masked KL is known the two are compared (`settle`; decision.py where the bits of every class
+are free). The expert count is uniform over layers, because llama.cpp's is a scalar.
 
 Units: bytes, nats per token.
 """
@@ -12,25 +13,31 @@ Units: bytes, nats per token.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from moe_edge.compression.actions import check_action
 from moe_edge.compression.demand import Demand, demand_of
-from moe_edge.compression.estimate import Packing, decode_bytes
+from moe_edge.compression.estimate import Packing
 from moe_edge.compression.headers import ModelHeaders, model_headers
-from moe_edge.compression.options import Option, Space, infeasible, limits_of, options_grid
+from moe_edge.compression.options import Option, Space, context_lengths, infeasible, options_grid, space_of
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, advice, refusals
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.spec import keepable_counts
 from moe_edge.contracts.units import format_bytes
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 UNSAFE_DROPPED_SHARE = 0.5
+SHORTEST_CONTEXT = 512  # tokens; of the contexts that a refusal suggests
 HARDER_ORDER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")  # best first
 # What a recipe alone costs, KL in nats per token: our recipes with an imatrix on a 135 M parameter Qwen2-MoE, 512 tokens
 # (Q2_K: llama.cpp's own mix on the same model, an upper bound). A prior for comparing "quantize harder" with dropping
 # experts; larger models lose less at every recipe.
 RECIPE_KL_NATS = {
     "F32": 0.0, "F16": 0.001, "Q8_0": 0.012, "Q6_K": 0.020, "Q5_K_M": 0.020,
-    "Q4_K_M": 0.021, "Q3_K_M": 0.028, "Q2_K": 0.318,
+    "Q4_K_M": 0.021, "Q4_0": 0.040, "Q3_K_M": 0.028, "Q2_K": 0.318,
 }  # fmt: skip
+# Masked KL of dropping a share of the experts, over the share squared: .19, .47 and 1.17 nats at 25, 37.5 and 50 % of the
+# same model by its best criterion. A prior, used only to rank options that drop more than half.
+DROPPED_KL_NATS = 4.0
 
 
 @dataclass(frozen=True)
@@ -77,59 +84,98 @@ def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> Feasible:
         InputRejected: unsupported model, or one that a demanded format cannot represent.
     """
     model = model_headers(headers)
+    check_action(config, headers, model.spec)
     demand = demand_of(model.spec, config)
     _refuse_unexportable(model, demand)
-    space = Space(model, config.target, demand.top_k, limits_of(config.target))
-    choice = next((option for option in _walk(space, demand) if option.fits), None)
-    if choice is None:
-        counts = range(demand.top_k, model.spec.moe.experts + 1)
-        others = options_grid(space, counts, [Packing("gguf", name) for name in HARDER_ORDER])
-        raise infeasible(space, list(_walk(space, demand)), others)
-    rival = _rival(space, demand, choice)
-    lost = "" if rival is None else _why_lost(rival, demand)
-    return Feasible(space, demand, choice, rival, lost, tuple(_notes(space, demand, choice)))
+    base = space_of(model, config.target, demand.top_k, demand.width, dense=config.plan.action == "dense")
+    for length in context_lengths(config.target):
+        space = replace(base, context_length=length)
+        choice = _choose(space, demand)
+        if choice is not None:
+            rival = _rival(space, demand, choice)
+            lost = "" if rival is None else _why_lost(rival, demand)
+            return Feasible(space, demand, choice, rival, lost, tuple(notes_of(space, demand, choice)))
+    raise infeasible(base, list(_walk(base, demand)), _with_other_settings(space, demand))
+
+
+def _with_other_settings(space: Space, demand: Demand) -> list[Option]:
+    """What other settings would allow: any count and type, and shorter contexts for what was asked."""
+    counts = keepable_counts(space.model.spec, demand.top_k)
+    found = options_grid(space, counts, [Packing("gguf", name) for name in HARDER_ORDER])
+    length = space.context_length // 2
+    while length >= SHORTEST_CONTEXT:
+        found += [replace(option, shorter=True) for option in _walk(replace(space, context_length=length), demand)]
+        length //= 2
+    return found
 
 
 def _refuse_unexportable(model: ModelHeaders, demand: Demand) -> None:
+    reasons = {name: refusals(RUNTIME_OF_FORMAT[name], model.spec) for name in ("gguf", "onnx")}
     for name in demand.formats:
-        reasons = refusals(RUNTIME_OF_FORMAT[name], model.spec)
-        if reasons:
-            other = [other for other in demand.formats if other != name] or ["onnx" if name == "gguf" else "gguf"]
+        if reasons[name]:
+            other = [other for other, why in reasons.items() if not why]
             raise InputRejected(
                 f"{name} cannot represent this model",
                 where=f"{model.spec.family}, export.formats",
-                why="; ".join(reasons),
-                next_command=f"--set export.formats=[{other[0]}]",
+                why="; ".join(reasons[name]),
+                next_command=f"--set export.formats=[{', '.join(other)}]"
+                + ("" if other else "   # the transformers checkpoint alone"),
             )
+
+
+def _choose(space: Space, demand: Demand) -> Option | None:
+    """The first option of the walk that fits; among those that drop more than half, the one with the least prior KL."""
+    half, total = -(-space.model.spec.moe.experts // 2), space.model.spec.moe.experts
+    fewer: dict[Packing, Option] = {}
+    for option in _walk(space, demand):
+        if option.fits and option.experts >= min(half, demand.counts[0]):
+            return option
+        if option.fits:
+            fewer.setdefault(option.packing, option)
+
+    def prior_nats(option: Option) -> float:
+        return DROPPED_KL_NATS * (1 - option.experts / total) ** 2 + RECIPE_KL_NATS.get(option.packing.name, 0.0)
+
+    return min(fewer.values(), key=prior_nats, default=None)
 
 
 def _walk(space: Space, demand: Demand) -> Iterator[Option]:
     """Options in the order of preference."""
-    half = max(demand.fewest, min(demand.most, -(-space.model.spec.moe.experts // 2)))
+    most, half = demand.counts[0], -(-space.model.spec.moe.experts // 2)
     for packing in demand.preferred:
-        yield space.option(demand.most, packing)
-    smallest = min(demand.preferred, key=lambda packing: space.option(demand.most, packing).estimate.file_bytes)
-    ladder = (smallest, *demand.smaller)
-    for fewest, most in ((half, demand.most), (demand.fewest, half - 1)):
-        for packing in ladder:
-            for experts in range(most, fewest - 1, -1):
+        yield space.option(most, packing)
+    smallest = min(demand.preferred, key=lambda packing: space.option(most, packing).estimate.file_bytes)
+    many = [count for count in demand.counts if count >= half] or [most]
+    few = [count for count in demand.counts if count not in many]
+    for counts in (many, few):
+        for packing in (smallest, *demand.smaller):
+            for experts in counts:
                 yield space.option(experts, packing)
 
 
 def _rival(space: Space, demand: Demand, choice: Option) -> Option | None:
     """Keep every expert at the best recipe that is no larger than the budget allows (or than the choice is)."""
     total = space.model.spec.moe.experts
-    if choice.experts == total or choice.packing.format != "gguf":
+    if choice.experts == total or "gguf" not in demand.formats:
         return None
     ceiling = space.limits.weights_bytes or choice.estimate.file_bytes
-    recipes = [Packing("gguf", name) for name in HARDER_ORDER if name in RECIPE_KL_NATS and name != choice.packing.name]
+    recipes = [Packing("gguf", name) for name in HARDER_ORDER if name in RECIPE_KL_NATS]
     options = [space.option(total, packing) for packing in recipes]
     return next((option for option in options if option.estimate.file_bytes <= ceiling), options[-1])
 
 
-def _why_lost(rival: Option, demand: Demand) -> str:
+def _forbidden(rival: Option, demand: Demand) -> str | None:
+    """Why the configuration does not let the rival win, in words."""
     if demand.why_fewer is not None:
         return f"not allowed, {demand.why_fewer}"
+    if len(demand.preferred) == 1 and rival.packing != demand.preferred[0]:
+        return f"not allowed, plan.bits={demand.preferred[0].name}"
+    return None
+
+
+def _why_lost(rival: Option, demand: Demand) -> str:
+    if reason := _forbidden(rival, demand):
+        return reason
     if not rival.fits:
         return f"does not fit, {'; '.join(rival.broken)}"
     return "below the quality floor; the masked KL decides once the profile exists"
@@ -149,50 +195,67 @@ def settle(feasible: Feasible, masked_kl_nats: float) -> Feasible:
     numbers = (
         f"expected KL {theirs:.3f} nats, against {ours:.3f} before recovery for {describe(choice, feasible.model)}"
     )
-    if feasible.demand.why_fewer is None and rival.fits and theirs < ours:
+    forbidden = _forbidden(rival, feasible.demand)
+    if forbidden is None and rival.fits and theirs < ours:
         lost = f"expected KL {ours:.3f} nats before recovery, against {theirs:.3f}"
-        notes = tuple(_notes(feasible.space, feasible.demand, rival))
+        notes = tuple(notes_of(feasible.space, feasible.demand, rival))
         return replace(feasible, choice=rival, rival=choice, rival_lost=lost, notes=notes)
     if theirs < ours:
         note = f"{describe(rival, feasible.model)} would lose less here ({numbers}), but: {feasible.rival_lost}."
         return replace(feasible, rival_lost=f"{feasible.rival_lost} ({numbers})", notes=(*feasible.notes, note))
-    reason = feasible.rival_lost if feasible.demand.why_fewer or not rival.fits else "loses more"
+    reason = feasible.rival_lost if forbidden or not rival.fits else "loses more"
     return replace(feasible, rival_lost=f"{reason} ({numbers})")
 
 
 def describe(option: Option, model: ModelHeaders) -> str:
     """'10 of 16 experts at Q4_K_M (134.2 MiB)'."""
     size = format_bytes(option.estimate.file_bytes)
-    return f"{option.experts} of {model.spec.moe.experts} experts at {option.packing.name} ({size})"
+    return f"{option.experts} of {model.spec.moe.experts} experts at {option.packing.label} ({size})"
 
 
 def shown_options(feasible: Feasible) -> list[Option]:
     """The table of a dry run: a few expert counts times the usual types."""
     total, demand = feasible.model.spec.moe.experts, feasible.demand
-    counts = {total, total * 3 // 4, total * 5 // 8, total // 2, demand.most, feasible.choice.experts}
+    counts = {total, total * 3 // 4, total * 5 // 8, total // 2, demand.counts[0], feasible.choice.experts}
     packings = list(dict.fromkeys([*demand.preferred, *demand.smaller]))
     shown = [packing for packing in packings if packing.name not in ("F32", "F16")] or packings
-    return options_grid(feasible.space, [count for count in counts if count >= demand.top_k], shown)
+    return options_grid(feasible.space, counts & set(keepable_counts(feasible.model.spec, demand.top_k)), shown)
 
 
-def _notes(space: Space, demand: Demand, choice: Option) -> Iterator[str]:
-    model, total = space.model, space.model.spec.moe.experts
+def notes_of(space: Space, demand: Demand, choice: Option) -> Iterator[str]:
+    """What a user should know about a choice."""
+    model, total, expected = space.model, space.model.spec.moe.experts, choice.estimate
     if choice.experts < total:
         whole = space.option(total, choice.packing)
-        context = space.target.context_length
         sizes = [format_bytes(option.estimate.file_bytes) for option in (whole, choice)]
-        read = format_bytes(decode_bytes(model, choice.experts, demand.top_k, choice.packing, context))
         yield (
-            f"Keeping {choice.experts} of {total} experts shrinks the {choice.packing.name} file from {sizes[0]} to "
-            f"{sizes[1]}. Decoding still reads {read} per token at {context} tokens of context: that falls only with "
-            "top-k or the expert width."
+            f"Keeping {choice.experts} of {total} experts shrinks the {choice.packing.label} file from {sizes[0]} to "
+            f"{sizes[1]}. Decoding still reads {format_bytes(expected.decode_bytes_per_token or 0)} per token at "
+            f"{expected.context_length} tokens of context: that falls only with top-k or the expert width."
         )
     if 1 - choice.experts / total > UNSAFE_DROPPED_SHARE:
         yield f"Unsafe: {1 - choice.experts / total:.0%} of the experts are dropped; beyond 50 % models often break."
+    yield from _cache_notes(space, choice)
+    if not demand.formats:
+        yield "Only the transformers checkpoint is delivered; its size is estimated at 16 bits per weight."
     if space.target.budget.ttft is not None:
         yield "target.budget.ttft is not predicted; it is measured by validate."
-    if space.target.budget.decode_tokens_per_s is not None and choice.estimate.decode_tokens_per_s is None:
+    if space.target.budget.decode_tokens_per_s is not None and expected.decode_tokens_per_s is None:
         yield "target.budget.decode_tokens_per_s cannot be checked: the target's bandwidth is unknown."
     on_gpu = space.target.runtime.gpu_layers != 0
     for name in demand.formats:
-        yield from advice(RUNTIME_OF_FORMAT[name], model.spec, choice.experts, on_gpu)
+        yield from advice(RUNTIME_OF_FORMAT[name], model.spec, choice.experts, on_gpu, space.width)
+
+
+def _cache_notes(space: Space, choice: Option) -> Iterator[str]:
+    expected = choice.estimate
+    if expected.kv_precision != "f16":
+        yield (
+            f"The KV cache is planned in {expected.kv_precision} ({format_bytes(expected.kv_cache_bytes)}): start "
+            "llama.cpp with -fa on -ctk q8_0 -ctv q8_0."
+        )
+    if space.context_length < space.target.context_length:
+        yield (
+            f"Planned for {space.context_length} tokens of context: nothing fits {space.target.context_length}, and "
+            f"target.context_least allows {space.target.context_least}."
+        )

@@ -1,11 +1,12 @@
-"""What the user and the target ask for, checked and turned into ranges: experts, top-k, formats, quantization types.
+"""What the user and the target ask for, checked and turned into ranges: experts, width, top-k, formats, types.
 
 Wrong wishes end here with exit code 2 (a configuration that cannot be) or 3 (a budget that cannot be met) before any
 work.
 
-Shape suffix legend: E experts of the teacher.
+Shape suffix legend: E experts of the teacher, F their width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 
@@ -14,7 +15,7 @@ from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import did_you_mean
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
-from moe_edge.contracts.spec import ModelSpec
+from moe_edge.contracts.spec import ModelSpec, keepable_counts
 from moe_edge.formulas.selection import CRITERIA
 
 QUALITY_FLOOR = "Q4_K_M"  # below it, dropping experts competes with fewer bits
@@ -26,9 +27,9 @@ _BELOW_FLOOR = RECIPE_ORDER[RECIPE_ORDER.index(QUALITY_FLOOR) + 1 :]
 class Demand:
     """The ranges in which the solver may choose."""
 
-    fewest: int  # experts kept per layer
-    most: int
+    counts: tuple[int, ...]  # experts kept per layer that the model and the wishes allow, most first
     top_k: int
+    width: int | None  # neurons kept per expert; None = all
     why_fewer: str | None  # what forbids keeping all experts, in words
     formats: tuple[str, ...]
     preferred: tuple[Packing, ...]  # of the main file, in the order in which they are tried
@@ -44,21 +45,20 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
         InfeasibleError: the target's share of experts leaves fewer than top-k.
     """
     _check_criterion(config.plan.criterion)
-    top_k = _top_k(spec, config)
-    fewest, most, why_fewer = _expert_range(spec, config, top_k)
+    top_k, full, asked = _top_k(spec, config), spec.moe.expert_width, config.plan.expert_width
+    width = None if asked == "keep" or asked == full else asked  # checked by actions.check_action
+    counts, why_fewer = _expert_counts(spec, config, top_k, (width or full) / full)
     formats = config.target.formats if config.export.formats == "auto" else config.export.formats
-    if not formats:
-        raise ConfigError(
-            "nothing to deliver: export.formats is empty", next_command="--set export.formats=[gguf,onnx]"
-        )
     chosen = config.export.onnx.precision
     precision = config.target.quantization.onnx if chosen == "auto" else chosen
     if "gguf" in formats:
         preferred, smaller = _gguf_packings(config)
+    elif not formats:  # the transformers checkpoint alone
+        preferred, smaller = [Packing("gguf", "F16")], []
     else:
         names = [precision, "int4"] if chosen == "auto" and ONNX_BITS[precision] > ONNX_BITS["int4"] else [precision]
         preferred, smaller = [Packing("onnx", name, config.export.onnx.block_size) for name in names], []
-    return Demand(fewest, most, top_k, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision)
+    return Demand(counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision)
 
 
 def _check_criterion(name: str) -> None:
@@ -83,15 +83,20 @@ def _top_k(spec: ModelSpec, config: BuildConfig) -> int:
     return top_k
 
 
-def _expert_range(spec: ModelSpec, config: BuildConfig, top_k: int) -> tuple[int, int, str | None]:
-    """(fewest, most, why not all). A count or fraction is meant exactly; a target's share is an upper bound."""
+def _expert_counts(
+    spec: ModelSpec, config: BuildConfig, top_k: int, width_share: float
+) -> tuple[tuple[int, ...], str | None]:
+    """(counts, why not all). A count or fraction is meant exactly; a target's share is an upper bound of the
+    routed-expert parameters, of which narrower experts have fewer."""
     total, asked, share = spec.moe.experts, config.plan.experts, config.target.budget.experts
+    possible = keepable_counts(spec, top_k)
     if asked == "auto":
-        most = total if share is None else whole_experts(share, total)
-        if most < top_k:
-            raise _share_below_top_k(share or 1.0, total, most, top_k, config)
-        why = None if most == total else f"target.budget.experts keeps at most {100 * share:.4g} % of them"
-        return top_k, most, why
+        most = total if share is None else min(whole_experts(share / width_share, total), total)
+        counts = tuple(count for count in reversed(possible) if count <= most)
+        if not counts:
+            raise _share_too_small(share or 1.0, total, most, top_k, possible, config)
+        why = None if most == total else f"target.budget.experts keeps at most {100 * (share or 1):.4g} % of them"
+        return counts, why
     count = asked if isinstance(asked, int) else whole_experts(asked, total)
     if not 1 <= count <= total:
         raise ConfigError(
@@ -99,14 +104,27 @@ def _expert_range(spec: ModelSpec, config: BuildConfig, top_k: int) -> tuple[int
             where="plan.experts",
             why=f"the teacher has {total} per layer; a fraction lies in (0, 1]",
         )
+    if count not in possible:
+        raise _uneven(count, top_k, spec, possible)
+    return (count,), None if count == total else f"plan.experts={asked}"
+
+
+def _uneven(count: int, top_k: int, spec: ModelSpec, possible: Sequence[int]) -> ConfigError:
     if count < top_k:
-        raise ConfigError(
+        return ConfigError(
             f"top-k {top_k} exceeds the {count} kept experts",
             where="plan.experts, plan.top_k",
             why=f"every token is routed to {top_k} experts",
             next_command=f"--set plan.experts={top_k} or more, or --set plan.top_k={count}",
         )
-    return count, count, None if count == total else f"plan.experts={asked}"
+    groups = f"{spec.moe.groups} groups, of which a token searches {spec.moe.groups_used}, keep equally many experts"
+    nearest = min(possible, key=lambda other: abs(other - count))
+    return ConfigError(
+        f"cannot keep {count} experts",
+        where="plan.experts",
+        why=f"{groups}; possible: {', '.join(map(str, possible))}",
+        next_command=f"--set plan.experts={nearest}",
+    )
 
 
 def whole_experts(share: float, total: int) -> int:
@@ -114,9 +132,13 @@ def whole_experts(share: float, total: int) -> int:
     return floor(share * total + 1e-9)
 
 
-def _share_below_top_k(share: float, total: int, most: int, top_k: int, config: BuildConfig) -> Exception:
+def _share_too_small(
+    share: float, total: int, most: int, top_k: int, possible: Sequence[int], config: BuildConfig
+) -> Exception:
+    if not possible:
+        return ConfigError(f"top-k {top_k} exceeds the experts that a token can reach", where="plan.top_k")
     what = f"{100 * share:.4g} % of {total} experts are {most}, and every token is routed to {top_k}"
-    fix = f"--set target.budget.experts={100 * top_k / total:.4g}% (at least), or --set plan.top_k={max(most, 1)}"
+    fix = f"--set target.budget.experts={100 * possible[0] / total:.4g}% (at least), or --set plan.top_k={max(most, 1)}"
     if config.plan.top_k != "keep":
         return ConfigError(
             f"top-k {top_k} exceeds the {most} kept experts", where="plan.top_k", why=what, next_command=fix

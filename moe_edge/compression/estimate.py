@@ -2,14 +2,15 @@
 
 File bytes are exact for GGUF tensors, because the exporter pins the same types (contracts/quantization.py); ONNX
 sizes and runtime buffers are assumptions, named below. Decoding one token reads every weight it uses once, so speed
-is at most bandwidth x efficiency / bytes read: dropping experts shrinks the file and leaves that number as it is,
-unless top-k falls too.
+is at most bandwidth x efficiency / bytes read (a roofline): dropping experts shrinks the file and leaves that number
+as it is, unless top-k or the expert width falls too.
 
 Units: bytes, tokens per second.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Literal, NamedTuple
 
 import psutil
@@ -18,7 +19,7 @@ from moe_edge.compression.headers import Group, ModelHeaders
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability
 from moe_edge.contracts.plan import Estimate
 from moe_edge.contracts.quantization import ALWAYS_F32, pinned_type, tensor_bytes
-from moe_edge.contracts.spec import EXPERT_CLASSES, TensorClass
+from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, ModelSpec, TensorClass
 from moe_edge.contracts.target import Fact, Target
 
 GGUF_ALIGNMENT = 32  # every tensor starts at a multiple of this
@@ -35,15 +36,33 @@ RESIDENT_PER_FILE_BYTE = {
     "gguf": 1.0,
     "onnx": 1.5,
 }  # ONNX Runtime keeps a prepacked copy of quantized experts (measured)
-KV_BYTES_PER_VALUE = 2  # float16
+# (format, precision of keys and values) -> bytes per value; our ONNX graphs compute and cache in float32
+KV_BYTES = {("gguf", "f16"): 2.0, ("gguf", "q8_0"): 34 / 32, ("onnx", "f16"): 4.0}
+KvPrecision = Literal["f16", "q8_0"]
 
 
 class Packing(NamedTuple):
-    """How the weights of a file are stored: a GGUF recipe, or an ONNX precision with its block size."""
+    """How the weights of a file are stored: a GGUF recipe, or an ONNX precision with its block size.
+
+    `mix` replaces the recipe's types per class and range of layers (contracts/quantization.py).
+    """
 
     format: Literal["gguf", "onnx"]
     name: str
     block: int = 32
+    mix: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """'Q4_K_M', or 'Q4_K_M-mix' where a plan replaced types."""
+        return f"{self.name}-mix" if self.mix else self.name
+
+
+class Cache(NamedTuple):
+    """The KV cache that is planned for."""
+
+    context_length: int  # tokens
+    precision: KvPrecision = "f16"
 
 
 @dataclass(frozen=True)
@@ -74,18 +93,19 @@ def _number(fact: Fact) -> float | None:
     return fact.value if isinstance(fact.value, float) else None
 
 
-def stored_groups(model: ModelHeaders, experts: int, packing: Packing) -> tuple[Group, ...]:
+def stored_groups(model: ModelHeaders, experts: int, packing: Packing, width: int | None = None) -> tuple[Group, ...]:
     """The tensors that the file holds; a tied head is one of them where the runtime demands it."""
-    groups, spec = model.with_experts(experts), model.spec
+    groups, spec = model.with_experts(experts, width), model.spec
     row = capability(RUNTIME_OF_FORMAT[packing.format], spec.family)
     writes_head = spec.tied_embeddings and row is not None and not row.tied_head
-    return (*groups, ("head", (spec.vocab, spec.hidden), 1)) if writes_head else groups
+    return (*groups, Group("head", (spec.vocab, spec.hidden), 1, None)) if writes_head else groups
 
 
-def stored_bytes(packing: Packing, tensor_class: TensorClass, shape: tuple[int, ...]) -> int:
+def stored_bytes(packing: Packing, tensor_class: TensorClass, shape: tuple[int, ...], layer: int | None = None) -> int:
     """Bytes of one tensor's data."""
     if packing.format == "gguf":
-        return tensor_bytes(pinned_type(packing.name, tensor_class, shape[-1]), shape)
+        kind = pinned_type(packing.name, tensor_class, shape[-1], layer, dict(packing.mix))
+        return tensor_bytes(kind, shape)
     is_expert = tensor_class in EXPERT_CLASSES
     bits = 32 if tensor_class in ALWAYS_F32 else ONNX_BITS[packing.name][0 if is_expert else 1]
     blocks = prod(shape) // _onnx_block(packing.block, shape[-1]) if bits <= 8 else 0
@@ -99,28 +119,53 @@ def _onnx_block(block: int, row_length: int) -> int:
     return block
 
 
-def tensor_data_bytes(model: ModelHeaders, experts: int, packing: Packing) -> int:
+def _sizes(
+    model: ModelHeaders, experts: int, packing: Packing, width: int | None = None
+) -> Iterator[tuple[Group, int]]:
+    """Every group of the file with the bytes of one of its tensors."""
+    for group in stored_groups(model, experts, packing, width):
+        yield group, stored_bytes(packing, group.tensor_class, group.shape, group.layer)
+
+
+def tensor_data_bytes(model: ModelHeaders, experts: int, packing: Packing, width: int | None = None) -> int:
     """Bytes of all tensors in the file, without alignment and metadata."""
-    return sum(
-        count * stored_bytes(packing, name, shape) for name, shape, count in stored_groups(model, experts, packing)
-    )
+    return sum(group.tensors * size for group, size in _sizes(model, experts, packing, width))
 
 
-def file_bytes(model: ModelHeaders, experts: int, packing: Packing) -> int:
+def file_bytes(model: ModelHeaders, experts: int, packing: Packing, width: int | None = None) -> int:
     """Bytes of the whole file: tensors, alignment, tensor records, tokenizer."""
     if packing.format == "onnx":
-        return tensor_data_bytes(model, experts, packing) + ONNX_GRAPH_BYTES
+        return tensor_data_bytes(model, experts, packing, width) + ONNX_GRAPH_BYTES
     total = GGUF_HEADER_BYTES + model.tokenizer_bytes
-    for name, shape, count in stored_groups(model, experts, packing):
-        size = stored_bytes(packing, name, shape)
-        total += count * (-(-size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT + GGUF_TENSOR_RECORD_BYTES)
+    for group, size in _sizes(model, experts, packing, width):
+        total += group.tensors * (-(-size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT + GGUF_TENSOR_RECORD_BYTES)
     return total
 
 
-def kv_cache_bytes(model: ModelHeaders, context_length: int) -> int:
-    """Keys and values of all layers in float16 at `context_length` tokens."""
-    spec = model.spec
-    return 2 * spec.layers * spec.kv_heads * spec.head_dim * KV_BYTES_PER_VALUE * context_length
+def kv_cache_bytes(model: ModelHeaders, cache: Cache, file_format: str = "gguf") -> int:
+    """Keys and values of all layers for a full context."""
+    values = sum(_cached_values(model.spec, layer, cache.context_length) for layer in range(model.spec.layers))
+    return ceil(values * KV_BYTES[file_format, cache.precision])
+
+
+def _cached_values(spec: ModelSpec, layer: int, context_length: int) -> int:
+    """Numbers that one layer keeps: keys and values, or the latent of multi-head latent attention; convolutions and
+    linear attention keep a small state that does not grow."""
+    kind = spec.kind_of(layer)
+    if kind in ("conv", "linear"):
+        return 0
+    tokens = min(context_length, spec.sliding_window or context_length) if kind == "sliding" else context_length
+    if spec.latent is not None:
+        return tokens * (spec.latent.kv_rank + spec.latent.rope_dim)
+    return tokens * 2 * spec.kv_heads * spec.head_dim
+
+
+def kv_precisions(model: ModelHeaders, target: Target, file_format: str) -> tuple[KvPrecision, ...]:
+    """What the target allows and the runtime can do, best first: 8-bit keys need GGUF and heads in blocks of 32."""
+    asked, can = target.runtime.kv_cache, file_format == "gguf" and model.spec.head_dim % 32 == 0
+    if asked == "f16" or not can:
+        return ("f16",)
+    return ("q8_0",) if asked == "q8_0" else ("f16", "q8_0")
 
 
 def buffer_bytes(model: ModelHeaders) -> int:
@@ -128,31 +173,51 @@ def buffer_bytes(model: ModelHeaders) -> int:
     return PROCESS_BYTES + BATCH_TOKENS * 4 * (model.spec.vocab + 8 * model.spec.hidden)
 
 
-def decode_bytes(model: ModelHeaders, experts: int, top_k: int, packing: Packing, context_length: int) -> int:
+def decode_bytes(
+    model: ModelHeaders, experts: int, top_k: int, packing: Packing, cache: Cache, width: int | None = None
+) -> int:
     """Bytes read to decode one token at a full context: used weights once, and the KV cache."""
-    groups = stored_groups(model, experts, packing)
-    has_head = any(name == "head" for name, _, _ in groups)
-    total = kv_cache_bytes(model, context_length)
-    for name, shape, count in groups:
-        if name == "embedding" and has_head:
+    sizes = list(_sizes(model, experts, packing, width))
+    has_head = any(group.tensor_class == "head" for group, _ in sizes)
+    total = kv_cache_bytes(model, cache, packing.format)
+    for group, size in sizes:
+        if group.tensor_class == "embedding" and has_head:
             continue  # one row of it
-        size = count * stored_bytes(packing, name, shape)
-        total += size * top_k // experts if name in EXPERT_CLASSES else size
+        read = group.tensors * size
+        total += read * top_k // experts if group.tensor_class in EXPERT_OWNED else read
     return total
 
 
-def estimate(model: ModelHeaders, target: Target, experts: int, top_k: int, packing: Packing) -> Estimate:
-    """Sizes and speed of the student with `experts` of the teacher's experts per layer, stored as `packing`."""
-    size = file_bytes(model, experts, packing)
-    kv = kv_cache_bytes(model, target.context_length)
+def estimate(
+    model: ModelHeaders,
+    target: Target,
+    experts: int,
+    top_k: int,
+    packing: Packing,
+    cache: Cache | None = None,
+    width: int | None = None,
+) -> Estimate:
+    """Sizes and speed of the student with `experts` of the teacher's experts per layer, stored as `packing`.
+
+    Args:
+        cache: the planned KV cache; None = float16 at the target's context length.
+        width: neurons kept per expert; None = all.
+    """
+    cache = cache or Cache(target.context_length)
+    size = file_bytes(model, experts, packing, width)
+    kv = kv_cache_bytes(model, cache, packing.format)
     bandwidth = machine_of(target).bandwidth_bytes_per_s
-    read = decode_bytes(model, experts, top_k, packing, target.context_length)
+    read = decode_bytes(model, experts, top_k, packing, cache, width)
+    spec = model.spec
     return Estimate(
-        params_total=model.params_total(experts),
-        params_active=model.params_active(experts, top_k),
+        params_total=model.params_total(experts, width),
+        params_active=model.params_active(experts, top_k, width),
         file_bytes=size,
         kv_cache_bytes=kv,
+        kv_precision=cache.precision,
+        context_length=cache.context_length,
         peak_memory_bytes=int(size * RESIDENT_PER_FILE_BYTE[packing.format]) + kv + buffer_bytes(model),
+        decode_bytes_per_token=read,
         decode_tokens_per_s=None if bandwidth is None else bandwidth / read,
-        routed_expert_share_kept=experts / model.spec.moe.experts,
+        routed_expert_share_kept=experts / spec.moe.experts * (width or spec.moe.expert_width) / spec.moe.expert_width,
     )

@@ -1,9 +1,10 @@
 """What config.json and the safetensors headers alone say about a model: its spec and every tensor's class and shape.
 
 Reading them takes a second at most and no weights, so a plan can be refused before hours are spent. Tensors of one
-class and shape are counted together: a model has thousands of tensors and about fifteen different ones.
+class, shape and third of the layers are counted together: a model has thousands of tensors and about forty different
+ones.
 
-Shape suffixes: E experts, D model, V vocabulary.
+Shape suffixes: E experts, D model, F expert width, V vocabulary.
 """
 
 import json
@@ -11,14 +12,23 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
-from moe_edge.contracts.spec import EXPERT_CLASSES, ModelSpec, TensorClass
+from moe_edge.contracts.quantization import layer_thirds
+from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, EXPERT_SIZED, ModelSpec, TensorClass
 from moe_edge.families import family_of
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 Shape = tuple[int, ...]
-Group = tuple[TensorClass, Shape, int]  # class, shape of one tensor, how many of them
-COUNTED_BY_EXPERTS: tuple[TensorClass, ...] = (*EXPERT_CLASSES, "router")
+
+
+class Group(NamedTuple):
+    """Equal tensors of one third of the layers."""
+
+    tensor_class: TensorClass
+    shape: Shape  # of one tensor
+    tensors: int  # how many of them
+    layer: int | None  # the first layer of the third; None: outside the layers
 
 
 @dataclass(frozen=True)
@@ -30,21 +40,27 @@ class ModelHeaders:
     checkpoint_bytes: int  # of the teacher's tensors
     tokenizer_bytes: int  # what the vocabulary and merges take inside a GGUF
 
-    def with_experts(self, experts: int) -> tuple[Group, ...]:
-        """The same tensors after every layer keeps `experts` experts."""
-        return tuple(
-            (name, (experts, *shape[1:]) if name in COUNTED_BY_EXPERTS else shape, count)
-            for name, shape, count in self.groups
-        )
+    def with_experts(self, experts: int, width: int | None = None) -> tuple[Group, ...]:
+        """The same tensors after every layer keeps `experts` experts of `width` neurons (None: as they are)."""
+        return tuple(group._replace(shape=self._shape(group, experts, width)) for group in self.groups)
 
-    def params_total(self, experts: int) -> int:
+    def _shape(self, group: Group, experts: int, width: int | None) -> Shape:
+        if group.tensor_class not in EXPERT_SIZED:
+            return group.shape
+        shape = (experts, *group.shape[1:])
+        if width is None or group.tensor_class not in EXPERT_CLASSES:
+            return shape
+        return (*shape[:2], width) if group.tensor_class == "expert_down" else (experts, width, *shape[2:])
+
+    def params_total(self, experts: int, width: int | None = None) -> int:
         """Parameters with `experts` experts per layer; a tied head is counted once."""
-        return sum(count * prod(shape) for _, shape, count in self.with_experts(experts))
+        return sum(group.tensors * prod(group.shape) for group in self.with_experts(experts, width))
 
-    def params_active(self, experts: int, top_k: int) -> int:
+    def params_active(self, experts: int, top_k: int, width: int | None = None) -> int:
         """Parameters that one token uses: all but the experts it is not routed to."""
-        routed = sum(count * prod(shape) for name, shape, count in self.with_experts(experts) if name in EXPERT_CLASSES)
-        return self.params_total(experts) - routed + routed // experts * top_k
+        groups = self.with_experts(experts, width)
+        routed = sum(group.tensors * prod(group.shape) for group in groups if group.tensor_class in EXPERT_OWNED)
+        return self.params_total(experts, width) - routed + routed // experts * top_k
 
 
 def model_headers(headers: CheckpointHeaders) -> ModelHeaders:
@@ -55,10 +71,14 @@ def model_headers(headers: CheckpointHeaders) -> ModelHeaders:
     """
     family = family_of(headers.config)
     entries = family.tensors(headers.config, list(headers.tensors))
-    groups = Counter((entry.tensor_class, entry.shape) for entry in entries)
+    spec = family.spec(headers.config)
+    first_of = {layer: third[0] for third in layer_thirds(spec.layers) for layer in third}
+    groups = Counter(
+        (entry.tensor_class, entry.shape, None if entry.layer is None else first_of[entry.layer]) for entry in entries
+    )
     return ModelHeaders(
-        spec=family.spec(headers.config),
-        groups=tuple((name, shape, count) for (name, shape), count in groups.items()),
+        spec=spec,
+        groups=tuple(Group(name, shape, count, layer) for (name, shape, layer), count in groups.items()),
         checkpoint_bytes=headers.total_bytes,
         tokenizer_bytes=tokenizer_bytes(headers.folder),
     )

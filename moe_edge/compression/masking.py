@@ -82,17 +82,24 @@ def masked_kl(
 
     Args as `masked_kl_rows`. Returns a result per name, in the given order.
     """
+    distinct, place = distinct_choices(choices)
+    kl_CN = masked_kl_rows(model, distinct, ids_NS, top_k)
+    return {name: summarise(kl_CN[index], ids_NS.numel()) for name, index in place.items()}
+
+
+def distinct_choices(choices: Mapping[str, Kept]) -> tuple[list[Kept], dict[str, int]]:
+    """The choices without repetitions, and where each name's is among them."""
     distinct: list[Kept] = []
     place: dict[str, int] = {}
     for name, kept in choices.items():
         if kept not in distinct:
             distinct.append(kept)
         place[name] = distinct.index(kept)
-    kl_CN = masked_kl_rows(model, distinct, ids_NS, top_k)
-    return {name: _summary(kl_CN[index], ids_NS.numel()) for name, index in place.items()}
+    return distinct, place
 
 
-def _summary(kl_N: Tensor, n_tokens: int) -> MaskedKl:
+def summarise(kl_N: Tensor, n_tokens: int) -> MaskedKl:
+    """The cost of a choice from the mean KL of every row, all rows together having `n_tokens` tokens."""
     tokens_per_row = n_tokens // len(kl_N)
     interval = bootstrap_ci95((kl_N * tokens_per_row).tolist(), [tokens_per_row] * len(kl_N))
     return MaskedKl(float(kl_N.mean()), interval, n_tokens, tuple(kl_N.tolist()))

@@ -1,13 +1,14 @@
-"""One option of the planner (how many experts, stored how), judged against every budget, and the table of options.
+"""One option of the planner (how many experts, stored how, with which KV cache), judged against every budget, and the
+table of options.
 
 Units: bytes, tokens per second.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_edge.compression.estimate import Packing, estimate, machine_of
+from moe_edge.compression.estimate import Cache, Packing, estimate, kv_precisions, machine_of
 from moe_edge.compression.headers import ModelHeaders
 from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.contracts.plan import Estimate
@@ -32,9 +33,10 @@ class Option:
 
     experts: int
     packing: Packing
-    estimate: Estimate
+    estimate: Estimate  # with the KV cache in it
     broken: tuple[str, ...]  # in words; empty = fits
     excess: float  # the worst ratio of need to budget; at most 1 = fits
+    shorter: bool = False  # with a shorter context than the target's
 
     @property
     def fits(self) -> bool:
@@ -45,7 +47,9 @@ class Option:
         return {
             "experts_kept": self.experts,
             "format": self.packing.format,
-            "quantization": self.packing.name,
+            "quantization": self.packing.label,
+            "context_length": self.estimate.context_length,
+            "kv_precision": self.estimate.kv_precision,
             "file_bytes": self.estimate.file_bytes,
             "peak_memory_bytes": self.estimate.peak_memory_bytes,
             "decode_tokens_per_s": self.estimate.decode_tokens_per_s,
@@ -62,9 +66,21 @@ class Space:
     target: Target
     top_k: int
     limits: Limits
+    context_length: int  # tokens
+    width: int | None = None  # neurons kept per expert; None = all
+    dense: bool = False  # every kept expert is read for every token
 
     def option(self, experts: int, packing: Packing) -> Option:
-        expected = estimate(self.model, self.target, experts, self.top_k, packing)
+        """With the best KV cache that fits; where none does, with the smallest."""
+        for precision in kv_precisions(self.model, self.target, packing.format):
+            option = self.judged(experts, packing, Cache(self.context_length, precision))
+            if option.fits:
+                break
+        return option
+
+    def judged(self, experts: int, packing: Packing, cache: Cache) -> Option:
+        top_k = experts if self.dense else self.top_k
+        expected = estimate(self.model, self.target, experts, top_k, packing, cache, self.width)
         checks = [
             ("the file", expected.file_bytes, self.limits.weights_bytes, "target.budget.weights"),
             ("peak memory", expected.peak_memory_bytes, self.limits.peak_memory_bytes, "the memory budget"),
@@ -83,13 +99,26 @@ class Space:
         return Option(experts, packing, expected, tuple(broken), max(ratios, default=0.0))
 
 
+def space_of(model: ModelHeaders, target: Target, top_k: int, width: int | None = None, dense: bool = False) -> Space:
+    """The space of a model on a target, at the target's own context length."""
+    return Space(model, target, top_k, limits_of(target), target.context_length, width, dense)
+
+
+def context_lengths(target: Target) -> list[int]:
+    """The target's context length and, where it allows less, its halves down to the least."""
+    lengths = [target.context_length]
+    while target.context_least is not None and lengths[-1] > target.context_least:
+        lengths.append(max(lengths[-1] // 2, target.context_least))
+    return lengths
+
+
 def limits_of(target: Target) -> Limits:
     """The target's absolute budgets; without a peak-memory budget, what the hardware leaves to one application."""
     peaks = [size for size in (target.budget.peak_memory, machine_of(target).usable_bytes) if size is not None]
     return Limits(target.budget.weights, min(peaks, default=None), target.budget.decode_tokens_per_s)
 
 
-def options_grid(space: Space, counts: Sequence[int], packings: Sequence[Packing]) -> list[Option]:
+def options_grid(space: Space, counts: Collection[int], packings: Sequence[Packing]) -> list[Option]:
     """Every combination, most experts first."""
     return [space.option(count, packing) for count in sorted(set(counts), reverse=True) for packing in packings]
 
@@ -101,7 +130,10 @@ def infeasible(space: Space, allowed: Sequence[Option], others: Sequence[Option]
         allowed: what the configuration lets the solver choose; none of them fits.
         others: what it would let choose with other settings; those that fit are named first.
     """
-    fitting = sorted((option for option in others if option.fits), key=lambda option: -option.estimate.file_bytes)
+    fitting = [option for option in others if option.fits]
+    fitting.sort(
+        key=lambda option: (option.shorter, -(option.estimate.context_length or 0), -option.estimate.file_bytes)
+    )
     by_packing: dict[Packing, Option] = {}
     for option in sorted(allowed, key=lambda option: (option.excess, -option.experts)):
         by_packing.setdefault(option.packing, option)
@@ -116,6 +148,8 @@ def infeasible(space: Space, allowed: Sequence[Option], others: Sequence[Option]
 
 
 def _remedy(space: Space, nearest: Option, fitting: Sequence[Option]) -> str:
+    if fitting and fitting[0].shorter:
+        return f"--set target.context_length={fitting[0].estimate.context_length}"
     if fitting:
         return f"--set plan.experts={fitting[0].experts} --set plan.bits={fitting[0].packing.name}"
     need, limits, settings = nearest.estimate, space.limits, []
@@ -126,6 +160,12 @@ def _remedy(space: Space, nearest: Option, fitting: Sequence[Option]) -> str:
     return " ".join(settings) or "relax target.budget, or lower plan.top_k"
 
 
+def _verdict(option: Option) -> str:
+    if not option.fits:
+        return "; ".join(option.broken)
+    return f"fits {option.estimate.context_length} tokens of context" if option.shorter else "fits"
+
+
 def options_table(options: Sequence[Option]) -> str:
     """Options as aligned text, one per line."""
     rows = [("experts", "type", "file", "peak memory", "tokens/s", "")]
@@ -133,9 +173,9 @@ def options_table(options: Sequence[Option]) -> str:
         speed = option.estimate.decode_tokens_per_s
         rows.append(
             (
-                str(option.experts), option.packing.name, format_bytes(option.estimate.file_bytes),
+                str(option.experts), option.packing.label, format_bytes(option.estimate.file_bytes),
                 format_bytes(option.estimate.peak_memory_bytes), "-" if speed is None else f"{speed:.1f}",
-                "fits" if option.fits else "; ".join(option.broken),
+                _verdict(option),
             )
         )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

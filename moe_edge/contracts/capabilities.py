@@ -8,7 +8,8 @@ is ONNX Runtime's CPU provider. Facts are from llama.cpp's model graphs (src/mod
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe_edge.contracts.spec import ModelSpec
+from moe_edge.contracts.spec import FEATURES, Feature, ModelSpec
+from moe_edge.contracts.yarn import MAX_RAD_PER_TOKEN, rounding_error
 
 RuntimeName = Literal["llama_cpp", "ort"]
 RUNTIME_OF_FORMAT: dict[str, RuntimeName] = {"gguf": "llama_cpp", "onnx": "ort"}
@@ -19,29 +20,56 @@ class Capability:
     """One runtime's demands on one family; the defaults demand nothing."""
 
     architecture: str  # GGUF architecture, or genai model type
+    exported: bool = True  # does moe-edge write this family for this runtime; False: refused as "not yet exported"
     tied_head: bool = True  # can the head be the embedding? False: a tied head is written out as a tensor of its own
     renormalises: bool | None = None  # what the graph does with the top-k weights; None: whatever the model says
     clips_qkv: bool = True
     slides_window: bool = True
     square_attention: bool = False  # heads x head_dim must be the hidden size
     equal_heads: bool = False  # every head needs its own key and value
+    computes: frozenset[Feature] = frozenset()  # beyond the plain model; a model with other features is refused
+    needs: frozenset[Feature] = frozenset()  # a model without these is refused
     needs_shared_expert: bool = False
+    leading_dense: bool = False  # layers without experts must be the first ones
+    alternating_windows: bool = False  # a window in layers 0, 2, ..., none in layers 1, 3, ...
+    swiglu: tuple[float, float] | None = None  # the only alpha and limit of a clamped SwiGLU; None: any
+    rounds_yarn: bool = False  # to whole columns, and knows only its default scale of attention
     uniform_experts: bool = True  # one expert count, top-k and width for all layers
     max_experts: int | None = None
     width_multiple: int = 1  # advised for expert width and hidden size: below it, larger types than the recipe's
-    power_of_two_on_gpu: bool = False  # the fused CUDA router needs it; otherwise a slower path
+    fused_on_gpu: bool = False  # the fused CUDA router wants certain expert counts; otherwise a slower path
 
 
 _GGUF = Capability(
-    "",
-    max_experts=1024,
-    width_multiple=256,
-    power_of_two_on_gpu=True,
-    clips_qkv=False,
-    slides_window=False,
-)
+    "", max_experts=1024, width_multiple=256, fused_on_gpu=True, clips_qkv=False, slides_window=False,
+    rounds_yarn=True,
+)  # fmt: skip
 _ONNX = Capability("", uniform_experts=False, width_multiple=32)
+_GGUF_LATER = replace(_GGUF, exported=False)
+_ONNX_LATER = replace(_ONNX, exported=False)
 
+
+def _features(*names: Feature) -> frozenset[Feature]:
+    return frozenset(names)
+
+
+_GRANITE = _features("multipliers", "output_bias")
+_GPT_OSS = _features(
+    "router_bias", "expert_biases", "clamped_swiglu", "sinks", "mixed_windows", "output_bias", "scaled_rotary"
+)
+_ERNIE = _features("selection_bias", "dense_layers", "ungated_shared", "paired_rotary")
+_DEEPSEEK2 = _features(
+    "latent_attention", "dense_layers", "ungated_shared", "routed_scale", "groups", "paired_rotary", "scaled_rotary",
+    "sigmoid", "selection_bias",
+)  # fmt: skip
+_GLM4 = _features("sigmoid", "selection_bias", "dense_layers", "ungated_shared", "routed_scale", "partial_rotary")
+_LFM2 = _features("sigmoid", "selection_bias", "convolutions", "dense_layers", "routed_scale")
+_QWEN3_5 = _features("linear_attention", "output_gate", "norms_around_one", "partial_rotary")
+_SELECTED = _features("selection_bias")
+_MINIMAX = _features("sigmoid", "selection_bias", "partial_rotary")
+_HUNYUAN = _features("norm_after_rope", "ungated_shared")
+
+# A family whose exporter is finished: take `_LATER` off its row, and add what the exporter does not write to the tests.
 CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("llama_cpp", "qwen3_moe"): replace(_GGUF, architecture="qwen3moe", renormalises=True),
     ("llama_cpp", "qwen2_moe"): replace(
@@ -61,10 +89,65 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
         square_attention=True,
         equal_heads=True,
     ),
+    ("llama_cpp", "granitemoe"): replace(_GGUF, architecture="granitemoe", renormalises=True, computes=_GRANITE),
+    ("llama_cpp", "gpt_oss"): replace(
+        _GGUF,
+        architecture="gpt-oss",
+        tied_head=False,
+        slides_window=True,
+        computes=_GPT_OSS,
+        needs=_GPT_OSS - {"scaled_rotary", "mixed_windows"},
+        alternating_windows=True,
+        swiglu=(1.702, 7.0),
+    ),
+    ("llama_cpp", "ernie4_5_moe"): replace(
+        _GGUF, architecture="ernie4_5-moe", renormalises=True, computes=_ERNIE, leading_dense=True
+    ),
+    ("llama_cpp", "granitemoeshared"): replace(
+        _GGUF, architecture="granitemoe", renormalises=True, computes=_GRANITE | {"ungated_shared"}
+    ),
+    # deepseek2 and the rows after it take gating, renormalisation and scale from the file's metadata.
+    ("llama_cpp", "deepseek_v2"): replace(_GGUF_LATER, architecture="deepseek2", computes=_DEEPSEEK2),
+    ("llama_cpp", "deepseek_v3"): replace(_GGUF_LATER, architecture="deepseek2", computes=_DEEPSEEK2),
+    ("llama_cpp", "glm4_moe_lite"): replace(_GGUF_LATER, architecture="deepseek2", computes=_DEEPSEEK2),
+    ("llama_cpp", "glm4_moe"): replace(
+        _GGUF_LATER, architecture="glm4moe", computes=_GLM4, needs=_SELECTED, needs_shared_expert=True
+    ),
+    ("llama_cpp", "lfm2_moe"): replace(
+        _GGUF_LATER, architecture="lfm2moe", renormalises=True, computes=_LFM2, needs=_SELECTED
+    ),
+    ("llama_cpp", "minimax_m2"): replace(
+        _GGUF_LATER, architecture="minimax-m2", renormalises=True, computes=_MINIMAX, needs=_SELECTED
+    ),
+    ("llama_cpp", "hunyuan_v1_moe"): replace(
+        _GGUF_LATER, architecture="hunyuan-moe", renormalises=True, computes=_HUNYUAN
+    ),
+    ("llama_cpp", "qwen3_5_moe"): replace(
+        _GGUF_LATER, architecture="qwen35moe", renormalises=True, computes=_QWEN3_5, needs_shared_expert=True
+    ),
     ("ort", "qwen3_moe"): replace(_ONNX, architecture="qwen3"),
     ("ort", "qwen2_moe"): replace(_ONNX, architecture="qwen2"),
     ("ort", "mixtral"): replace(_ONNX, architecture="mistral"),
     ("ort", "olmoe"): replace(_ONNX, architecture="olmo"),
+    ("ort", "granitemoe"): replace(_ONNX, architecture="granite", computes=_GRANITE),
+    ("ort", "gpt_oss"): replace(_ONNX, architecture="gptoss", computes=_GPT_OSS),
+    ("ort", "ernie4_5_moe"): replace(_ONNX, architecture="ernie4_5", renormalises=True, computes=_ERNIE),
+    ("ort", "granitemoeshared"): replace(_ONNX, architecture="granite", computes=_GRANITE | {"ungated_shared"}),
+    ("ort", "lfm2_moe"): replace(_ONNX_LATER, architecture="lfm2", computes=_LFM2),
+    ("ort", "qwen3_5_moe"): replace(_ONNX_LATER, architecture="qwen3_5_text", computes=_QWEN3_5),
+    ("ort", "glm4_moe"): replace(_ONNX_LATER, architecture="llama", computes=_GLM4),
+    ("ort", "minimax_m2"): replace(_ONNX_LATER, architecture="qwen3", computes=_MINIMAX),
+    ("ort", "hunyuan_v1_moe"): replace(_ONNX_LATER, architecture="qwen3", computes=_HUNYUAN),
+}
+
+_NO_LATENT = "onnxruntime-genai has no builder for multi-head latent attention; export GGUF once it is written"
+# Refused for good, whatever exporters there are.
+NEVER: dict[tuple[RuntimeName, str], str] = {
+    ("llama_cpp", "phimoe"): "llama_cpp approximates the sparsemixer routing of phimoe by a renormalised softmax",
+    ("ort", "phimoe"): "onnxruntime's CPU operators do not compute the sparsemixer routing of phimoe",
+    ("ort", "deepseek_v2"): _NO_LATENT,
+    ("ort", "deepseek_v3"): _NO_LATENT,
+    ("ort", "glm4_moe_lite"): _NO_LATENT,
 }
 
 
@@ -75,9 +158,13 @@ def capability(runtime: RuntimeName, family: str) -> Capability | None:
 
 def refusals(runtime: RuntimeName, spec: ModelSpec) -> list[str]:
     """Why this runtime would compute something else than this model; empty when it is right."""
+    if (runtime, spec.family) in NEVER:
+        return [NEVER[runtime, spec.family]]
     row = capability(runtime, spec.family)
     if row is None:
-        return [f"{runtime} has no exporter for the family {spec.family}"]
+        return [f"{runtime} does not know the family {spec.family}"]
+    if not row.exported:
+        return [f"moe-edge does not yet export {spec.family} for {runtime} ({row.architecture})"]
     graph = f"{runtime}'s {row.architecture} graph"
     return [f"{graph} {reason}" for wrong, reason in _mismatches(row, spec) if wrong]
 
@@ -86,7 +173,10 @@ def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
     moe, window = spec.moe, spec.sliding_window
     does, wants = ("renormalises", "does not") if row.renormalises else ("does not renormalise", "does")
     width = spec.heads * spec.head_dim
+    unknown = ", ".join(FEATURES[feature] for feature in sorted(spec.features - row.computes))
+    missing = ", ".join(FEATURES[feature] for feature in sorted(row.needs - spec.features))
     return [
+        (bool(unknown), f"does not compute {unknown}"),
         (
             row.renormalises is not None and row.renormalises != moe.renormalise,
             f"{does} the top-k weights, this model {wants} (norm_topk_prob)",
@@ -105,28 +195,89 @@ def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
             f"needs {spec.heads} key-value heads, found {spec.kv_heads}",
         ),
         (row.needs_shared_expert and not moe.shared_width, "needs a shared expert"),
+        (bool(missing), f"needs {missing}"),
         (
             row.max_experts is not None and moe.experts > row.max_experts,
             f"takes at most {row.max_experts} experts, this model has {moe.experts}",
         ),
+        *_layer_mismatches(row, spec),
+        *_rotary_mismatches(row, spec),
     ]
 
 
-def advice(runtime: RuntimeName, spec: ModelSpec, experts_kept: int, on_gpu: bool) -> list[str]:
+def _layer_mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
+    """What the graph fixes about the order of the layers and inside the experts."""
+    swiglu, dense = (spec.moe.swiglu_alpha, spec.moe.swiglu_limit), spec.dense_layers
+    alternating = tuple("full" if layer % 2 else "sliding" for layer in range(spec.layers))
+    return [
+        (
+            row.leading_dense and dense != tuple(range(len(dense))),
+            f"needs the layers without experts to be the first ones, here they are {', '.join(map(str, dense))}",
+        ),
+        (
+            row.alternating_windows and (spec.layer_kinds != alternating or not spec.sliding_window),
+            "needs a sliding window in layers 0, 2, 4, ... and none in the others (layer_types)",
+        ),
+        (
+            row.swiglu is not None and row.swiglu != swiglu,
+            f"clamps its SwiGLU with alpha and limit {row.swiglu}, this model has {swiglu}",
+        ),
+    ]
+
+
+def _rotary_mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
+    rope = spec.rope_scaling
+    if rope is None or "scaled_rotary" not in row.computes:
+        return []
+    if rope["rope_type"] != "yarn" or not {"factor", "original_max_position_embeddings"} <= rope.keys():
+        return [
+            (
+                True,
+                f"computes scaled rotary embeddings of type yarn only, with their factor; this model has {dict(rope)}",
+            )
+        ]
+    if not row.rounds_yarn:
+        return []
+    given = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
+    error = rounding_error(rope, spec.head_dim, spec.rope_theta)
+    return [
+        (bool(given), f"scales attention by yarn's default, this model sets {', '.join(given)}"),
+        (
+            error > MAX_RAD_PER_TOKEN,
+            f"rounds yarn's range to whole columns, for this model an error of {error:.1e} rad per token (truncate)",
+        ),
+    ]
+
+
+def advice(
+    runtime: RuntimeName, spec: ModelSpec, experts_kept: int, on_gpu: bool, width: int | None = None
+) -> list[str]:
     """What loads, but slower or larger than it could be."""
     row = capability(runtime, spec.family)
     if row is None:
         return []
     found = []
-    widths = {"hidden size": spec.hidden, "expert width": spec.moe.expert_width}
+    widths = {"hidden size": spec.hidden, "expert width": width or spec.moe.expert_width}
     odd = [f"{name} {width}" for name, width in widths.items() if width % row.width_multiple]
     if odd:
         found.append(
             f"{' and '.join(odd)}: no multiple of {row.width_multiple}, so {runtime} stores some tensors in "
             "larger types than the recipe names (counted in the sizes)."
         )
-    if on_gpu and row.power_of_two_on_gpu and experts_kept & (experts_kept - 1):
+    rope = spec.rope_scaling
+    if row.rounds_yarn and rope is not None and rope["rope_type"] == "yarn" and not rope.get("truncate", True):
         found.append(
-            f"{experts_kept} experts are no power of two: {runtime} routes unfused on CUDA, a few per cent slower."
+            f"{runtime} rounds yarn's range to whole columns, this model does not (truncate: false): positions drift apart "
+            f"by {rounding_error(rope, spec.head_dim, spec.rope_theta):.0e} rad per token (contracts/yarn.py)."
+        )
+    if on_gpu and row.fused_on_gpu and not _fused(experts_kept):
+        found.append(
+            f"{experts_kept} experts are no power of two up to 512 (nor 288 or 576): {runtime} routes unfused on CUDA, a "
+            "few per cent slower."
         )
     return found
+
+
+def _fused(experts: int) -> bool:
+    """The counts that llama.cpp's fused CUDA router takes (ggml-cuda/topk-moe.cu)."""
+    return experts in (288, 576) or (experts <= 512 and experts & (experts - 1) == 0)

@@ -40,22 +40,54 @@ class LogitCacheConfig(BaseModel):
 
 class ProfileConfig(BaseModel):
     model_config = _CLOSED
-    mode: Literal["auto", "whole", "layerwise"] = "auto"
+    mode: Literal["auto", "whole", "layerwise"] = Field(
+        "auto",
+        description="whole | layerwise: weights streamed, for a teacher larger than memory | auto: layerwise where the "
+        "teacher takes more than 60 % of the free memory",
+    )
     cka_tokens: int = Field(8192, ge=0, description="tokens that run through every expert for CKA; 0 = no CKA")
     logits: LogitCacheConfig = LogitCacheConfig()
 
 
 class PlanConfig(BaseModel):
     model_config = _CLOSED
-    criterion: str = Field("auto", description="auto, or one criterion; auto scores every criterion by masked KL")
-    action: Literal["drop"] = "drop"
+    criterion: str = Field("auto", description="auto, or one criterion; auto scores all and searches on from the best")
+    action: Literal["drop", "merge", "shared-core", "dense"] = Field(
+        "drop",
+        description="drop | merge into the nearest kept expert | shared-core with low-rank wrappers | dense: one FFN",
+    )
+    expert_width: int | Literal["keep"] = Field(
+        "keep", description="keep | neurons kept per expert, a multiple of 32; 256 where K-quants are exported"
+    )
+    shared_rank: int = Field(16, gt=0, description="shared-core: rank of each expert's input and output wrapper")
+    compensate: bool | Literal["auto"] = Field(
+        "auto",
+        description="refit the kept experts' down projections by least squares; auto: where something is left out, a "
+        "single expert still is one (not in a shared core), and the teacher fits in memory",
+    )
+    sequential: bool = Field(False, description="fit each layer on the output of the compressed layers below it")
+    action_tokens: int = Field(
+        4096, gt=0, description="calibration tokens on which merges, wrappers and refits are fitted"
+    )
     experts: int | float | Literal["auto"] = Field("auto", description="auto | experts kept per layer | fraction kept")
     top_k: int | Literal["keep"] = "keep"
     bits: str = Field("auto", description="auto | a GGUF recipe such as Q4_K_M")
     tokens: int = Field(4096, gt=0, description="calibration tokens on which a choice's masked KL is measured")
-    max_kl_nats: float | None = Field(None, gt=0, description="refuse a plan whose masked KL exceeds this")
-    force: bool = Field(False, description="accept a plan beyond max_kl_nats")
-    seed: int = Field(0, description="seed of the criterion 'random'")
+    max_kl_nats: float | None = Field(
+        None, gt=0, description="nats per token; a plan whose masked KL exceeds this is refused; null: 2"
+    )
+    force: bool = Field(False, description="accept a plan beyond max_kl_nats, or beyond what is safe")
+    curve_tokens: int = Field(1024, gt=0, description="calibration tokens of the safe-ratio curve")
+    sensitivity_tokens: int = Field(
+        1024, ge=0, description="calibration tokens on which each quantization's cost is measured; 0 = priors"
+    )
+    search_tokens: int = Field(
+        100_000,
+        ge=0,
+        description="work of the swap search (criterion auto), in tokens of a teacher forward pass; 0 = off",
+    )
+    super_expert_guard: bool = Field(True, description="super experts stay under every criterion but 'random'")
+    seed: int = Field(0, description="seed of the criterion 'random' and of the search")
 
 
 class LrMultiplier(BaseModel):
@@ -82,7 +114,10 @@ class StageConfig(BaseModel):
 
 
 _EXPERTS_FIRST = [
-    LrMultiplier(pattern=r"\.experts\.|\.shared_expert\.|mlp\.gate\.|shared_expert_gate", lr_multiplier=1.0),
+    LrMultiplier(
+        pattern=r"\.experts\.|\.shared_expert|\.shared_mlp\.|mlp\.gate\.|\.router\.|mlp\.(gate|up|down)_proj",
+        lr_multiplier=1.0,
+    ),
     LrMultiplier(pattern=".*", lr_multiplier=0.0),
 ]
 

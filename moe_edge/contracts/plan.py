@@ -4,10 +4,15 @@ The planner writes it, the compressor and the exporter obey it. Sizes are bytes,
 """
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moe_edge.contracts.quantization import GGML_TYPES, mix_key
 
 PLAN_SCHEMA = "moe-edge/plan@1"
+WIDTH_STEP = 32  # the smallest block of weights that a quantization shares a scale over
+Action = Literal["drop", "merge", "shared-core", "dense"]
 
 
 class Candidate(BaseModel):
@@ -28,9 +33,12 @@ class Estimate(BaseModel):
     params_active: int
     file_bytes: int
     kv_cache_bytes: int
+    kv_precision: str = Field("f16", description="f16 or q8_0: what keys and values are planned to be cached in")
+    context_length: int | None = Field(None, description="tokens that the KV cache is planned for")
     peak_memory_bytes: int
+    decode_bytes_per_token: int | None = Field(None, description="read for one token at a full context")
     decode_tokens_per_s: float | None = Field(
-        None, description="roofline estimate; null when the target has no bandwidth"
+        None, description="roofline estimate (+-25 %); null when the target has no bandwidth"
     )
     routed_expert_share_kept: float
 
@@ -40,21 +48,58 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     schema_: str = Field(PLAN_SCHEMA, alias="schema")
-    action: str = "drop"
+    action: Action = Field(
+        "drop",
+        description="what becomes of the experts: drop | merge (dropped ones flow into kept ones) | shared-core (one FFN "
+        "per layer with low-rank wrappers per expert) | dense (the kept ones side by side in one FFN, no router)",
+    )
     criterion: str
     experts_total: int
     experts_kept: int
     top_k: int
     kept: dict[int, list[int]] = Field(description="layer -> kept expert ids of the teacher, ascending")
+    merges: dict[int, dict[int, int]] = Field(
+        {},
+        description="merge: layer -> dropped expert -> the kept expert that takes it in, if the gate accepts the pair",
+    )
+    expert_width: int | None = Field(
+        None, description="neurons kept per expert, a multiple of 32 (of 256 for K-quants); null keeps all"
+    )
+    shared_rank: int | None = Field(None, gt=0, description="shared-core: rank of the experts' wrappers")
+    compensate: bool = Field(
+        False, description="refit the kept experts' down projections on calibration tokens by least squares"
+    )
+    sequential: bool = Field(
+        False, description="fit each layer on what the already compressed layers below it put out, not the teacher's"
+    )
+    action_tokens: int = Field(4096, gt=0, description="calibration tokens on which an action is fitted")
     quantization: str = Field(description="name of the main GGUF recipe, e.g. Q4_K_M")
+    quantization_by_class: dict[str, str] = Field(
+        {},
+        description="CLASS or CLASS@FIRST-LAST (decoder layers) -> ggml type, instead of the recipe's; the first match "
+        "wins; classes: attention, expert_gate_up, expert_down, shared, embedding_head",
+    )
     onnx_precision: str
     predicted_kl_nats: float | None = Field(
         description="masked KL of this choice; null when nothing is dropped and no profile ran"
     )
+    quantization_kl_nats: dict[str, float] = Field(
+        {}, description="delivered GGUF type -> KL that its bits alone are predicted to cost, nats per token"
+    )
+    quantization_kl_source: str = Field("prior", description="measured (on the teacher) or prior (of another model)")
     candidates: list[Candidate] = []
     estimate: Estimate
     competitor: str | None = Field(None, description="the other way to meet the budget, and why it lost")
     notes: list[str] = []
+
+    @field_validator("quantization_by_class")
+    @classmethod
+    def _types_are_known(cls, mix: dict[str, str]) -> dict[str, str]:
+        for key, kind in mix.items():
+            mix_key(key)
+            if kind not in GGML_TYPES:
+                raise ValueError(f"{key}: unknown ggml type '{kind}', known: {', '.join(GGML_TYPES)}")
+        return mix
 
     @model_validator(mode="after")
     def _kept_is_consistent(self) -> "Plan":
@@ -67,9 +112,41 @@ class Plan(BaseModel):
             raise ValueError(f"top_k {self.top_k} exceeds the {self.experts_kept} kept experts")
         return self
 
+    @model_validator(mode="after")
+    def _action_is_consistent(self) -> "Plan":
+        if self.merges and self.action != "merge":
+            raise ValueError(f"merges are given, but the action is {self.action}")
+        for layer, pairs in self.merges.items():
+            kept = set(self.kept.get(layer, ()))
+            wrong = {one: other for one, other in pairs.items() if one in kept or other not in kept}
+            if wrong or not all(0 <= one < self.experts_total for one in pairs):
+                raise ValueError(f"layer {layer}: merges go from a dropped to a kept expert, got {wrong or pairs}")
+        if self.expert_width is not None and (self.expert_width < WIDTH_STEP or self.expert_width % WIDTH_STEP):
+            raise ValueError(f"expert_width must be a positive multiple of {WIDTH_STEP}, got {self.expert_width}")
+        if self.shared_rank is not None and self.action != "shared-core":
+            raise ValueError(f"shared_rank is given, but the action is {self.action}")
+        if self.compensate and self.action == "shared-core":
+            raise ValueError("compensate refits experts one by one, which a shared core does not have")
+        return self
+
+    @property
+    def main_label(self) -> str:
+        """The main GGUF file's type: the recipe, with '-mix' where this plan replaced types of it."""
+        return f"{self.quantization}-mix" if self.quantization_by_class else self.quantization
+
     @property
     def prunes(self) -> bool:
         return self.experts_kept < self.experts_total
+
+    @property
+    def alters(self) -> bool:
+        """Does the student compute something else than the teacher, so that there is something to recover?"""
+        return self.prunes or self.expert_width is not None or self.action in ("shared-core", "dense")
+
+    @property
+    def fits(self) -> bool:
+        """Is something fitted on calibration tokens, so that the teacher must run?"""
+        return self.compensate or self.action in ("shared-core", "dense") or bool(self.merges)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, by_alias=True) + "\n"

@@ -1,10 +1,14 @@
 """Quantization types and recipes as data: bytes per block, row-size fallbacks, and which type each tensor class gets.
 
 The planner uses it to predict file sizes, the GGUF exporter to pin every tensor's type, so that the two cannot disagree and
-llama.cpp's expert-count heuristics never decide. Block sizes: ggml's quantization format (ggml-common.h).
+llama.cpp's expert-count heuristics never decide. A plan may replace a recipe's types by its own, per class and range of
+layers (`Mix`). Block sizes: ggml's quantization format (ggml-common.h).
 """
 
+import re
+from collections.abc import Mapping
 from math import prod
+from typing import NamedTuple
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.spec import TensorClass
@@ -18,9 +22,17 @@ GGML_TYPES: dict[str, tuple[int, int]] = {
 # When a row is not a multiple of the block: the next type with smaller blocks and at least as many bits.
 FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
 
-ALWAYS_F32: frozenset[TensorClass] = frozenset({"norm", "router", "shared_router", "attention_bias"})
-_ATTENTION: tuple[TensorClass, ...] = ("attention_q", "attention_k", "attention_v", "attention_o")
-_SHARED: tuple[TensorClass, ...] = ("shared_gate", "shared_up", "shared_down")
+ALWAYS_F32: frozenset[TensorClass] = frozenset(
+    {
+        "norm", "router", "router_bias", "selection_bias", "expert_bias", "shared_router", "attention_bias", "head_bias",
+    }
+)  # fmt: skip
+_ATTENTION: tuple[TensorClass, ...] = (
+    "attention_q", "attention_k", "attention_v", "attention_o", "attention_other",
+)  # fmt: skip
+_SHARED: tuple[TensorClass, ...] = (
+    "shared_gate", "shared_up", "shared_down", "dense_gate", "dense_up", "dense_down",
+)  # fmt: skip
 
 
 def _recipe(everywhere: str, **by_class: str) -> dict[TensorClass, str]:
@@ -48,8 +60,70 @@ RECIPES: dict[str, dict[TensorClass, str]] = {
 RECIPE_ORDER = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 
 
-def pinned_type(recipe: str, tensor_class: TensorClass, row_length: int) -> str:
-    """The ggml type of a tensor under a recipe, after the fallback its row length (n_in) demands.
+# The classes in which a plan chooses bits: what is read together, and as sensitive, is stored alike.
+BIT_CLASSES: dict[str, tuple[TensorClass, ...]] = {
+    "attention": _ATTENTION,
+    "expert_gate_up": ("expert_gate", "expert_up"),
+    "expert_down": ("expert_down",),
+    "shared": _SHARED,
+    "embedding_head": ("embedding", "head"),
+}
+BIT_CLASS_OF: dict[TensorClass, str] = {member: name for name, members in BIT_CLASSES.items() for member in members}
+LEVELS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")  # what a plan chooses among, fewest bits first
+Mix = Mapping[str, str]  # "class" or "class@first-last" (decoder layers, inclusive) -> ggml type; the first match wins
+_MIX_KEY = re.compile(r"(?P<name>[a-z_]+)(@(?P<first>\d+)-(?P<last>\d+))?")
+
+
+class MixKey(NamedTuple):
+    """A parsed key of a mix; `layers` None = everywhere."""
+
+    bit_class: str
+    layers: range | None
+
+
+def mix_key(text: str) -> MixKey:
+    """Parse 'expert_down' or 'expert_down@0-9'.
+
+    Raises:
+        ValueError: neither form, an unknown class, or an empty range.
+    """
+    match = _MIX_KEY.fullmatch(text)
+    if match is None or match["name"] not in BIT_CLASSES:
+        raise ValueError(f"'{text}' is not CLASS or CLASS@FIRST-LAST with a class of {', '.join(BIT_CLASSES)}")
+    if match["first"] is None:
+        return MixKey(match["name"], None)
+    layers = range(int(match["first"]), int(match["last"]) + 1)
+    if not layers:
+        raise ValueError(f"'{text}': the range of layers is empty")
+    return MixKey(match["name"], layers)
+
+
+def layer_thirds(layers: int) -> list[range]:
+    """First, middle and last third of a model's decoder layers, as even as they go; fewer ranges below three layers."""
+    edges = [-(-layers * part // 3) for part in range(4)]
+    return [range(first, last) for first, last in zip(edges, edges[1:], strict=False) if first < last]
+
+
+def mixed_type(mix: Mix, tensor_class: TensorClass, layer: int | None) -> str | None:
+    """The type that a mix gives to a tensor of a layer (None: outside the layers); None where it says nothing."""
+    for text, kind in mix.items():
+        name, layers = mix_key(text)
+        if name == BIT_CLASS_OF.get(tensor_class) and (layers is None or layer in layers):
+            return kind
+    return None
+
+
+def type_for_row(kind: str, row_length: int) -> str:
+    """`kind`, or the next type whose blocks divide the row (n_in), at last F16."""
+    while row_length % GGML_TYPES[kind][0]:
+        kind = FALLBACK.get(kind, "F16")
+    return kind
+
+
+def pinned_type(
+    recipe: str, tensor_class: TensorClass, row_length: int, layer: int | None = None, mix: Mix | None = None
+) -> str:
+    """The ggml type of a tensor under a recipe and a plan's mix, after the fallback its row length (n_in) demands.
 
     Raises:
         ConfigError: the recipe is unknown.
@@ -58,10 +132,14 @@ def pinned_type(recipe: str, tensor_class: TensorClass, row_length: int) -> str:
         raise ConfigError(f"unknown quantization '{recipe}'", why=f"known: {', '.join(RECIPES)}")
     if tensor_class in ALWAYS_F32:
         return "F32"
-    kind = RECIPES[recipe][tensor_class]
-    while row_length % GGML_TYPES[kind][0]:
-        kind = FALLBACK.get(kind, "F16")
-    return kind
+    chosen = mixed_type(mix, tensor_class, layer) if mix else None
+    return type_for_row(chosen or RECIPES[recipe][tensor_class], row_length)
+
+
+def bits_per_weight(kind: str) -> float:
+    """Stored bits per weight, scales included."""
+    per_block, block_bytes = GGML_TYPES[kind]
+    return 8 * block_bytes / per_block
 
 
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:

@@ -120,6 +120,24 @@ class GateResult(BaseModel):
         return self
 
 
+class Prediction(Measured):
+    """What the plan expected of an artifact before anything was changed, and what was measured on it."""
+
+    artifact: str = Field(description="path of the artifact")
+    masked_kl_nats: float | None = Field(None, description="of the dropped experts, masked in the teacher")
+    quantization_kl_nats: float | None = Field(None, description="of the stored bits alone")
+    quantization_source: str = Field("prior", description="measured on the teacher, or a prior of another model")
+    kl_nats: float | None = Field(None, description="their sum: the KL to the teacher without any recovery")
+    achieved_kl_nats: float | None = Field(None, description="KL to the teacher, measured, after recovery")
+    achieved_quantization_kl_nats: float | None = Field(
+        None, description="KL to the HF student, measured: what quantization and runtime really cost"
+    )
+
+    @classmethod
+    def _needs_a_reason(cls) -> tuple[str, ...]:
+        return ("kl_nats", "achieved_kl_nats")
+
+
 class ModelInfo(BaseModel):
     """The teacher or the student as a model."""
 
@@ -154,6 +172,11 @@ class ReportV1(BaseModel):
     baseline: Artifact | None = Field(default=None, description="the teacher itself, measured as the artifacts were")
     gates: list[GateResult]
     plan: dict[str, Any] | None = None
+    predictions: list[Prediction] = []
+    curve: dict[str, Any] | None = Field(default=None, description="masked KL against experts kept: plan/curve.json")
+    routing_health: dict[str, Any] | None = Field(
+        default=None, description="load of the experts in teacher and student on the same rows"
+    )
     distillation: dict[str, Any] | None = None
     parity: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}

@@ -13,12 +13,14 @@ _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
 
 class Fact(BaseModel):
-    """A hardware constant with where it comes from."""
+    """A hardware constant with where it comes from; the unit is in its key."""
 
     model_config = _CLOSED
-    value: float | str | list[str] | None
-    source: str
-    confidence: Literal["measured", "datasheet", "calculated", "reported", "assumed"]
+    value: float | str | list[str] | None = Field(description="the constant, in the unit of its key; null = unknown")
+    source: str = Field(description="where it comes from")
+    confidence: Literal["measured", "datasheet", "calculated", "reported", "assumed"] = Field(
+        description="how far to trust it"
+    )
 
 
 class Hardware(BaseModel):
@@ -29,7 +31,7 @@ class Hardware(BaseModel):
     usable_share: Fact = Field(description="share of the memory that an application may use, 0..1")
     bandwidth_gb_per_s: Fact = Field(description="memory bandwidth, 1e9 bytes per second")
     bandwidth_efficiency: Fact = Field(description="share of the bandwidth that decoding reaches, 0..1")
-    cores: Fact = Field(description="cores that the runtime should use")
+    cores: Fact = Field(description="number of cores that the runtime should use")
     isa: Fact = Field(description="instruction-set features that matter to the kernels")
     accelerator: Fact = Field(description="none, or the accelerator's name")
 
@@ -39,13 +41,16 @@ class Quantization(BaseModel):
 
     model_config = _CLOSED
     gguf: list[str] = Field(description="recipes, the preferred main one first; all are delivered if they fit")
-    onnx: Literal["fp32", "fp16", "int8", "int4"] = "int4"
+    onnx: Literal["fp32", "fp16", "int8", "int4"] = Field("int4", description="precision of the ONNX weights")
 
 
 class RuntimeOptions(BaseModel):
     model_config = _CLOSED
-    threads: int | None = Field(None, description="threads; null = the device's cores")
+    threads: int | None = Field(None, description="threads of the runtimes; null = the device's cores")
     gpu_layers: int = Field(0, description="layers on the accelerator in llama.cpp; -1 = all")
+    kv_cache: Literal["auto", "f16", "q8_0"] = Field(
+        "auto", description="precision of the KV cache (GGUF); auto = f16, and q8_0 where only that fits the memory"
+    )
 
 
 class Budget(BaseModel):
@@ -78,14 +83,19 @@ class Target(BaseModel):
     """One device class."""
 
     model_config = _CLOSED
-    schema_: Literal["moe-edge/target@1"] = Field("moe-edge/target@1", alias="schema")
-    name: str
-    description: str
-    hardware: Hardware
-    formats: list[Literal["gguf", "onnx"]]
-    quantization: Quantization
+    schema_: Literal["moe-edge/target@1"] = Field(
+        "moe-edge/target@1", alias="schema", description="version of this format"
+    )
+    name: str = Field(description="the file's name")
+    description: str = Field(description="one line for people")
+    hardware: Hardware = Field(description="constants of the device, each with source and confidence")
+    formats: list[Literal["gguf", "onnx"]] = Field(description="what is delivered")
+    quantization: Quantization = Field(description="what the target runs best")
     context_length: int = Field(2048, gt=0, description="tokens the KV cache is planned for")
-    runtime: RuntimeOptions = RuntimeOptions()
+    context_least: int | None = Field(
+        None, gt=0, description="tokens; the plan may halve context_length down to this when nothing else fits"
+    )
+    runtime: RuntimeOptions = Field(RuntimeOptions(), description="how the runtimes are started")
     device: str = Field("local", description="default device: local | ssh://user@host[:port] | adb:SERIAL")
-    budget: Budget = Budget()
-    gates: Gates = Gates()
+    budget: Budget = Field(Budget(), description="what the plan must meet; all that are given hold together")
+    gates: Gates = Field(Gates(), description="limits for what is measured on the finished artifact")

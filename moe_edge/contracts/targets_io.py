@@ -1,15 +1,18 @@
-"""Finding, listing and reading target files: shipped ones by name, a user's own by path.
+"""Finding, listing, reading and showing target files: shipped ones by name, a user's own by path.
 
 A target is data (targets/*.yaml); an unknown name is answered with the nearest known one and the whole list, a wrong
 key with its file and line.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from moe_edge.contracts.config_io import Document, did_you_mean, read_yaml, validate_document
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.contracts.target import Target
+from moe_edge.contracts.target import Fact, Target
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -57,3 +60,29 @@ def load_target(name_or_path: str) -> Target:
     """
     target: Target = validate_document(Target, read_target(name_or_path))
     return target
+
+
+def describe_target(target: Target) -> str:
+    """Every key of a target as aligned text: dotted name, value, what it means with its unit, where it comes from."""
+    rows = list(_rows(target))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {text}".rstrip() for key, value, text in rows)
+
+
+def _rows(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    for name, field in type(model).model_fields.items():
+        value, key = getattr(model, name), prefix + (field.alias or name)
+        if isinstance(value, Fact):
+            yield key, _shown(value.value), f"{field.description} [{value.confidence}: {value.source}]"
+        elif isinstance(value, BaseModel):
+            yield from _rows(value, key + ".")
+        else:
+            yield key, _shown(value), field.description or ""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return "-" if value is None else str(value)

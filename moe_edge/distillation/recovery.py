@@ -32,9 +32,8 @@ from moe_edge.distillation.checkpoints import (
 from moe_edge.distillation.schedule import StageSchedule, micro_rows, multipliers_of
 from moe_edge.distillation.signal import SignalSource
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
-from moe_edge.families.kernels import fastest_kernel
+from moe_edge.families.students import use_fastest_experts
 from moe_edge.families.taps import decoder_layers
-from moe_edge.families.views import moe_layers
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +57,7 @@ class Recovery:
         """Train `student` in place through all stages; returns one record per stage with its log."""
         config = copy.deepcopy(student.config)  # the Trainer writes into it; what is saved must not depend on that
         if not torch.cuda.is_available():
-            view = moe_layers(student)[0]
-            student.set_experts_implementation(fastest_kernel(view.top_k, view.count))
+            use_fastest_experts(student)
         student.train()
         records = []
         for index, schedule in enumerate(schedules):

@@ -38,6 +38,10 @@ logging.getLogger("gguf").setLevel(logging.WARNING)
 SMALLEST_GATE = 1e-12
 CAST_ELEMENTS = 1 << 22  # converted at once
 MAPPED_BYTES = 128 << 20  # pages of the checkpoint that may stay mapped between two tensors
+_ROTATED = {
+    ("attention_q", "weight"): "q", ("attention_bias", "q_bias"): "q",
+    ("attention_k", "weight"): "k", ("attention_bias", "k_bias"): "k",
+}  # fmt: skip
 _STANDARD_KEYS = {"license": "general.license", "description": "general.description", "author": "general.author"}
 
 
@@ -106,7 +110,8 @@ def _write_tensors(writer: GGUFWriter, checkpoint: Path, entries: list[TensorEnt
     for entry in entries:
         dtype, shape = _dtype(entry), stored_shape(entry)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        writer.add_tensor_info(gguf_name(entry.tensor_class, entry.part, entry.layer), shape, dtype, size)
+        name = gguf_name(entry.tensor_class, entry.part, entry.layer, spec.family)
+        writer.add_tensor_info(name, shape, dtype, size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -127,8 +132,9 @@ def _converted(entry: TensorEntry, reader: TensorReader, spec: ModelSpec) -> np.
     out = np.empty(entry.shape, dtype=_dtype(entry))
     for expert, part in _parts(entry):
         _fill(out if expert is None else out[expert : expert + 1], assemble(part, reader), part)
-    if LAYOUTS[spec.family].permutes_rope and entry.tensor_class in ("attention_q", "attention_k"):
-        out = interleave_rope(out, spec.heads if entry.tensor_class == "attention_q" else spec.kv_heads)
+    rotated = _ROTATED.get((entry.tensor_class, entry.part))
+    if LAYOUTS[spec.family].permutes_rope and rotated:
+        out = interleave_rope(out, spec.heads if rotated == "q" else spec.kv_heads)
     if entry.tensor_class == "shared_router" and not out.any():
         out[:] = SMALLEST_GATE
     return np.ascontiguousarray(out.reshape(stored_shape(entry)))

@@ -15,8 +15,8 @@ import numpy as np
 from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
-from moe_edge.contracts.quantization import RECIPES, pinned_type
-from moe_edge.export.gguf_layout import class_of
+from moe_edge.contracts.quantization import RECIPES, Mix, pinned_type
+from moe_edge.export.gguf_layout import class_of, layer_of
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, GgufHeader, check_gguf_header
 from moe_edge.runtimes.llama_log import last_errors, quiet_llama
 
@@ -28,12 +28,13 @@ FILE_TYPES = {
 
 
 def quantize_gguf(
-    src: Path, dst: Path, recipe: str, imatrix: dict[str, np.ndarray] | None, threads: int
+    src: Path, dst: Path, recipe: str, imatrix: dict[str, np.ndarray] | None, threads: int, mix: Mix | None = None
 ) -> dict[str, str]:
     """Quantize the float16 GGUF `src` into `dst` under a recipe of contracts/quantization.py.
 
     Args:
         imatrix: mean squares per tensor name (`imatrix_arrays`), or None for unweighted quantization.
+        mix: a plan's types per class and range of layers, instead of the recipe's.
 
     Returns:
         GGUF tensor name -> ggml type, as read back from the finished file.
@@ -44,12 +45,12 @@ def quantize_gguf(
         ResourceProblem: the disk is full.
     """
     header = check_gguf_header(src)
-    wanted = pinned_types(header, recipe)
+    wanted = pinned_types(header, recipe, mix)
     _check_imatrix(header, imatrix or {})
     partial = dst.with_name(dst.name + ".tmp")
     dst.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(dst.parent, header)
-    if recipe == "F16":
+    if recipe == "F16" and not mix:
         shutil.copyfile(src, partial)
     else:
         _run(src, partial, recipe, wanted, imatrix or {}, threads)
@@ -61,12 +62,13 @@ def quantize_gguf(
     return actual
 
 
-def pinned_types(header: GgufHeader, recipe: str) -> dict[str, str]:
-    """The type that every tensor of a file gets under a recipe."""
+def pinned_types(header: GgufHeader, recipe: str, mix: Mix | None = None) -> dict[str, str]:
+    """The type that every tensor of a file gets under a recipe and a plan's mix."""
     if recipe not in RECIPES:
         raise ConfigError(f"unknown quantization '{recipe}'", why=f"known: {', '.join(RECIPES)}")
     return {
-        tensor.name: pinned_type(recipe, class_of(tensor.name), tensor.shape[-1]) for tensor in header.tensors.values()
+        name: pinned_type(recipe, class_of(name), tensor.shape[-1], layer_of(name), mix)
+        for name, tensor in header.tensors.items()
     }
 
 

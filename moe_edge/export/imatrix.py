@@ -1,8 +1,7 @@
 """The importance matrix: from the profile's neutral sums to what llama.cpp's quantizer reads, and to its file format.
 
 What: `imatrix_arrays` (mean square of every input column, per expert) and `write_imatrix_gguf` (the sums, for other
-tools). An expert that saw few tokens is blended with the layer's mean, because its own mean is noise; llama.cpp's
-own tool leaves such experts unweighted. Formula: (sum_e + a * mean) / (n_e + a), a in tokens.
+tools). The formula is in formulas/importance.py.
 Legend: L layers, E experts, D model width, F expert width.
 """
 
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from gguf import GGUFWriter
 
 from moe_edge.contracts.spec import ModelSpec, TensorClass
 from moe_edge.export.gguf_layout import gguf_name
+from moe_edge.formulas.importance import mean_squares
 from moe_edge.storage.statistics import Statistics
 
-PRIOR_TOKENS = 64.0  # a: an expert with this many tokens counts half
-SMALLEST_SHARE = 1e-6  # of the tensor's mean: a column that no token used still keeps its order of magnitude
 CHUNK_TOKENS = 512
 
 # statistics key -> the tensor classes whose input it describes
@@ -28,6 +27,8 @@ _DENSE: dict[str, tuple[TensorClass, ...]] = {
     "attention_o": ("attention_o",),
     "ffn_in": ("shared_gate", "shared_up"),
     "shared_down": ("shared_down",),
+    "dense_in": ("dense_gate", "dense_up"),
+    "dense_down": ("dense_down",),
 }
 _EXPERT: dict[str, tuple[TensorClass, ...]] = {
     "expert_in": ("expert_gate", "expert_up"),
@@ -49,7 +50,7 @@ def imatrix_arrays(
     Args:
         statistics_imatrix: `Statistics.imatrix` of the teacher.
         spec: the model that is exported (its expert count is the kept one).
-        kept: layer -> kept expert ids of the teacher; None keeps all.
+        kept: decoder layer -> kept expert ids of the teacher; None keeps all.
     """
     return {entry.name: _mean_squares(entry) for entry in _entries(statistics_imatrix, spec, kept)}
 
@@ -79,13 +80,13 @@ def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, lis
     for key, classes in _DENSE.items():
         for layer in range(spec.layers if key in numbers else 0):
             for tensor_class in classes:
-                if spec.moe.shared_width or not tensor_class.startswith("shared"):
+                if _there(tensor_class, layer, spec):
                     yield _Sums(gguf_name(tensor_class, "weight", layer), numbers[key][layer][None], dense)
     for key, classes in _EXPERT.items():
-        for layer in range(spec.layers):
+        for position, layer in enumerate(spec.moe_layers):
             chosen = slice(None) if kept is None else kept[layer]
             for tensor_class in classes:
-                sums, counts = numbers[key][layer][chosen], numbers["expert_count"][layer][chosen]
+                sums, counts = numbers[key][position][chosen], numbers["expert_count"][position][chosen]
                 yield _Sums(gguf_name(tensor_class, "weight", layer), sums, counts)
     if "head_in" in numbers:
         tied = spec.tied_embeddings
@@ -93,13 +94,13 @@ def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, lis
             yield _Sums(name, numbers["head_in"][None], dense)
 
 
+def _there(tensor_class: TensorClass, layer: int, spec: ModelSpec) -> bool:
+    """Has this layer such a tensor? Shared experts stand beside routed ones, dense blocks in their place."""
+    if tensor_class.startswith("dense"):
+        return layer in spec.dense_layers
+    return not tensor_class.startswith("shared") or (bool(spec.moe.shared_width) and layer not in spec.dense_layers)
+
+
 def _mean_squares(entry: _Sums) -> np.ndarray:
-    """Blend every row with the mean over all tokens of the tensor; ones where nothing was seen at all."""
-    sums, counts = entry.sums, entry.counts[:, None]
-    total = counts.sum()
-    if total <= 0 or not np.isfinite(sums).all() or sums.sum() <= 0:
-        return np.ones(sums.size, dtype=np.float32)
-    mean = sums.sum(axis=0, keepdims=True) / total
-    blended = (sums + PRIOR_TOKENS * mean) / (counts + PRIOR_TOKENS)
-    floor = max(SMALLEST_SHARE * float(mean.mean()), float(np.finfo(np.float32).tiny))
-    return np.clip(blended, floor, np.finfo(np.float32).max).astype(np.float32).ravel()
+    """Flat, as llama.cpp's quantizer reads them."""
+    return mean_squares(torch.from_numpy(entry.sums), torch.from_numpy(entry.counts)).numpy().ravel()

@@ -70,7 +70,7 @@ def export_onnx(
     partial.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="moe-edge-onnx-") as work, torch.no_grad():
         builder = build_graph(model, spec, checkpoint, Path(work))
-        report = Packer(builder.model, recipe, Importance(imatrix, kept)).run()
+        report = Packer(builder.model, recipe, Importance(imatrix, kept, spec.moe_layers)).run()
         nodes = Counter(node.op_type for node in builder.model.graph)
         ir.save(builder.model, partial / GRAPH, external_data=WEIGHTS, size_threshold_bytes=INLINE_BYTES)
         _write_companions(builder, checkpoint, partial)

@@ -1,11 +1,8 @@
 """The one adapter on onnxruntime-genai's model builder: a Hugging Face MoE model in, its float32 ONNX graph out.
 
 The builder knows attention, rotary embeddings, norms, the KV cache and genai_config.json, but none of our families.
-One mixin adds the mixture of experts (router, MoE operator, gated shared expert) to its attention classes. We only ever
-ask it for a float graph; quantization is our own pass (onnx_pack), so that little of the builder's unstable interface
-is used.
-
-Legend: E experts, F expert width, D model width.
+Mixins correct what it guesses (frequencies, windows, scales) and add the mixture of experts (onnx_moe). We only ever ask
+it for a float graph; quantization is our own pass (onnx_pack), so that little of its unstable interface is used.
 """
 
 import contextlib
@@ -22,10 +19,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
 
 from moe_edge.contracts.errors import EnvironmentProblem, InputRejected
 from moe_edge.contracts.spec import ModelSpec
+from moe_edge.export.onnx_moe import MoEGraph
+from moe_edge.families import family_of
+from moe_edge.families.views import moe_layers
 
 logger = logging.getLogger(__name__)
 BUILDER_VERSION = "0.18"
@@ -36,6 +35,10 @@ ATTENTION: dict[str, tuple[str, str, str]] = {
     "qwen2_moe": ("qwen", "QwenModel", "qwen2"),
     "mixtral": ("mistral", "MistralModel", "mistral"),
     "olmoe": ("olmo", "OLMoModel", "olmo"),
+    "granitemoe": ("mistral", "MistralModel", "granite"),
+    "granitemoeshared": ("mistral", "MistralModel", "granite"),
+    "ernie4_5_moe": ("mistral", "MistralModel", "ernie4_5"),
+    "gpt_oss": ("mistral", "MistralModel", "gptoss"),
 }
 
 
@@ -78,11 +81,21 @@ def _builder_class(module: str, name: str) -> type:
             sys.modules["quantization"] = mine
 
 
-class MoEGraph:
-    """Mixin over a builder attention class: every layer's feed-forward is a mixture of experts in `layer.mlp`."""
+class DecoderGraph:
+    """Mixin over a builder class: reads from our spec and the loaded model what the builder would guess from names."""
 
     hf_model: Any
     spec: ModelSpec
+
+    def __init__(self: Any, *args: Any) -> None:
+        super().__init__(*args)
+        spec = self.spec
+        self.embed_attrs["scale"] = spec.embedding_scale
+        self.lm_head_attrs["scale"] = 1 / spec.logits_divisor
+        self.rope_attrs["interleaved"] = int(spec.paired_rotary)
+        self.attention_attrs["sinks"] = spec.sinks
+        if spec.attention_scale is not None:
+            self.attention_attrs["scale"] = spec.attention_scale
 
     def load_weights(self, input_path: str) -> Any:
         return self.hf_model
@@ -90,60 +103,41 @@ class MoEGraph:
     def has_lm_head(self, module: Any) -> bool:
         return module is self.hf_model.lm_head  # the builder goes by output width, which another layer may share
 
-    def get_moe_module(self, layer_id: int, layer: Any) -> Any:
-        return layer.mlp
-
     def is_local(self, layer_id: int) -> bool:
-        return self.spec.sliding_window is not None  # the families refuse windows that differ between layers
+        windowed = not self.spec.layer_kinds or self.spec.kind_of(layer_id) == "sliding"
+        return self.spec.sliding_window is not None and windowed
 
-    def make_moe(self: Any, layer_id: int, moe: Any, root_input: str) -> None:
-        output = self._make_experts(layer_id, moe, root_input)
-        if getattr(moe, "shared_expert", None) is not None:
-            output = self._add_shared_expert(layer_id, moe, root_input, output)
-        self.layernorm_attrs["skip_input"] = output
+    def make_rotary_embedding_caches_from_scratch(self: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [positions, head / 2] of the model's own frequencies, scaled or not."""
+        rotary = self.hf_model.model.rotary_emb
+        positions = torch.arange(self.rope_attrs["cache_length"], dtype=torch.float32)
+        angles = torch.outer(positions, rotary.inv_freq.float())
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
-    def _make_experts(self: Any, layer_id: int, moe: Any, root_input: str) -> str:
-        base = f"/model/layers.{layer_id}/moe"
-        experts = moe.experts.down_proj.shape[0]
-        router = self.make_matmul(moe.gate, f"{base}/router/MatMul", root_input)
-        scores = f"{base}/router/Reshape"
-        shape = f"/model/constants/INT64/{[-1, experts]}"
-        self.make_reshape(scores, [f"{router}/output_0", shape], self.io_dtype, ["tokens", experts])
-        gate_up, down = f"model.layers.{layer_id}.moe.gate_up.weight", f"model.layers.{layer_id}.moe.down.weight"
-        self._expert_weight(gate_up, moe.experts.gate_up_proj, _interleave)
-        self._expert_weight(down, moe.experts.down_proj, torch.Tensor.float)
-        output = f"{base}/MoE/output_0"
-        self.make_node(
-            "MoE", inputs=[root_input, f"{scores}/output_0", gate_up, "", down], outputs=[output], name=f"{base}/MoE",
-            domain="com.microsoft", k=self.moe_attrs["top_k"], activation_type="swiglu", swiglu_fusion=1,
-            activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=int(self.spec.moe.renormalise),
-        )  # fmt: skip
-        self.make_value(output, self.io_dtype, shape=self.make_hidden_state_shape())
-        return output
+    def make_layer(self: Any, layer_id: int, layer: Any) -> None:
+        norms, simple = self.layernorm_attrs, self.layernorm_attrs["simple"]
+        first = norms["first_layernorm"]
+        self.make_layernorm(layer_id, layer.input_layernorm, skip=not first, simple=simple, location="input")
+        self.make_attention(layer_id, layer.self_attn, root_input=norms["output_0"])
+        self._scale_residual(layer_id, "attn")
+        self.make_layernorm(
+            layer_id, layer.post_attention_layernorm, skip=True, simple=simple, location="post_attention"
+        )
+        self.make_feed_forward(layer_id, layer, norms["output_0"])
+        self._scale_residual(layer_id, "mlp")
+        norms["first_layernorm"] = False
+        norms["last_layernorm"] = layer_id == self.num_layers - 1
 
-    def _expert_weight(self: Any, name: str, weight: torch.Tensor, layout: Any) -> None:
-        """Register an expert tensor that is laid out and converted only when it is read, one at a time."""
-
-        def read() -> TorchTensor:
-            return TorchTensor(layout(weight.detach()), name=name)
-
-        tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(weight.shape), name=name)
-        value = self.make_value(name, tensor.dtype, tensor.shape)
-        value.const_value = tensor
-        self.model.graph.register_initializer(value)
-
-    def _add_shared_expert(self: Any, layer_id: int, moe: Any, root_input: str, routed: str) -> str:
-        base, shape = f"/model/layers.{layer_id}/shared_expert_gate", self.make_hidden_state_shape()
-        width, self.intermediate_size = self.intermediate_size, moe.shared_expert.gate_proj.weight.shape[0]
-        self.make_mlp_proj(layer_id, moe.shared_expert, root_input)
-        self.intermediate_size = width
-        gate = self.make_matmul(moe.shared_expert_gate, f"{base}/MatMul", root_input)
-        one_wide = self.make_hidden_state_shape(last_dim=1)
-        self.make_sigmoid(f"{base}/Sigmoid", f"{gate}/output_0", self.io_dtype, one_wide)
-        shared = self.mlp_attrs["output_0"]
-        self.make_mul(f"{base}/Mul", [shared, f"{base}/Sigmoid/output_0"], self.io_dtype, shape)
-        self.make_add(f"{base}/Add", [routed, f"{base}/Mul/output_0"], self.io_dtype, shape)
-        return f"{base}/Add/output_0"
+    def _scale_residual(self: Any, layer_id: int, block: str) -> None:
+        """Multiply what the residual connection adds next."""
+        if self.spec.residual_scale == 1.0:
+            return
+        name, scale = (
+            f"/model/layers.{layer_id}/residual_{block}/Mul",
+            f"/model/constants/FLOAT/{self.spec.residual_scale}",
+        )
+        self.make_mul(name, [self.layernorm_attrs["skip_input"], scale], self.io_dtype, self.make_hidden_state_shape())
+        self.layernorm_attrs["skip_input"] = f"{name}/output_0"
 
 
 class FullWidthNorms:
@@ -181,12 +175,6 @@ class FullWidthNorms:
             self.attention_attrs[path] = f"{name}/output_0"
 
 
-def _interleave(gate_up: torch.Tensor) -> torch.Tensor:
-    """[E, 2F, D] with gates first -> rows g0, u0, g1, u1, ... as the fused SwiGLU wants them, float32."""
-    gate, up = gate_up.float().chunk(2, dim=1)
-    return torch.stack([gate, up], dim=2).reshape(gate_up.shape)
-
-
 def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> Any:
     """Build the float32 graph of a Hugging Face MoE model.
 
@@ -206,12 +194,14 @@ def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> An
     if spec.family not in ATTENTION:
         raise InputRejected(f"no ONNX export for '{spec.family}'", why=f"supported: {', '.join(ATTENTION)}")
     module, name, _ = ATTENTION[spec.family]
-    mixins = (FullWidthNorms, MoEGraph) if spec.qk_norm == "full_width" else (MoEGraph,)
+    mixins = (*((FullWidthNorms,) if spec.qk_norm == "full_width" else ()), MoEGraph, DecoderGraph)
+    views = {view.index: view for view in moe_layers(model)}
+    parts = {"spec": spec, "views": views, "dense_block": family_of(model.config.to_dict()).in_memory.block}
     config = copy.deepcopy(model.config)
     config._name_or_path, config.architectures = str(checkpoint), [type(model).__name__]
     options = {"shared_embeddings": spec.tied_embeddings, "windowed_kv_cache": False, "hf_token": False}
     with silenced():
-        kind = type(f"MoE{name}", (*mixins, _builder_class(module, name)), {"spec": spec})
+        kind = type(f"MoE{name}", (*mixins, _builder_class(module, name)), parts)
         builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work), options)
         builder.hf_model = model
         builder.make_model("")

@@ -27,6 +27,7 @@ FAST_ACCURACY = 4  # int8 activations in MatMulNBits and QMoE
 ROUTER_WEIGHTS = 14  # QMoE's input with the top-k weights as they are
 # QMoE's inputs of the two expert matrices: weight in the MoE node, imatrix key, quantized weight, zero points
 EXPERT_INPUTS = ((2, "expert_in", 2, 11), (4, "expert_down", 5, 12))
+EXPERT_BIASES = ((3, 4), (5, 7))  # input of MoE, input of QMoE
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Packer:
             name = node.inputs[source].name
             stored = self._store(name, pack_codes(codes, bits), scale, zero, bits, rule, codes.numel())
             inputs[weight_at], inputs[weight_at + 1], inputs[zero_at] = stored
+        for source, target in EXPERT_BIASES:
+            inputs[target] = node.inputs[source] if source < len(node.inputs) else None
         attributes = {name: value.value for name, value in node.attributes.items()}
         if not attributes["normalize_routing_weights"]:
             softmax = ir.node("Softmax", [node.inputs[1]], attributes={"axis": -1}, name=f"{node.name}/router_weights")

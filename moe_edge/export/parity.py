@@ -64,7 +64,7 @@ class Parity:
     kl_nats: float
     median_kl_nats: float
     top1_agreement: float
-    greedy_equal: int  # leading greedy tokens that agree
+    greedy_equal: int  # leading greedy tokens that agree, of those compared
     greedy_compared: int  # up to the student's first near-tie
     n_tokens: int
 
@@ -114,7 +114,7 @@ def compare(expected: Reference, artifact: Runtime) -> Parity:
         p99_relative=p99 / float(np.abs(expected.logits_SV).max()),
         kl_nats=float(kl_S.mean()), median_kl_nats=float(np.median(kl_S)),
         top1_agreement=float((logits_SV.argmax(-1) == expected.logits_SV.argmax(-1)).mean()),
-        greedy_equal=equal, greedy_compared=compared, n_tokens=len(expected.ids_S),
+        greedy_equal=min(equal, compared), greedy_compared=compared, n_tokens=len(expected.ids_S),
     )  # fmt: skip
 
 

@@ -1,22 +1,62 @@
 """A family as data: which config keys, defaults and weight names one group of Hugging Face MoE models uses.
 
 A row of `moe_edge.families.FAMILIES` is one `Family`. From raw config.json it gives the neutral `ModelSpec`; with the
-tensor names of a checkpoint it gives the neutral `TensorEntry` list (names.py). No torch in here.
+tensor names of a checkpoint it gives the neutral `TensorEntry` list (names.py); it tells views.py where router and
+experts lie in a loaded model. No torch in here.
 
 Legend: L layers, E experts, K top-k, D model, F expert width, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.spec import ModelSpec, MoESpec, TensorClass, TensorEntry
+from moe_edge.contracts.spec import SCORED_BY, ModelSpec, MoESpec, TensorEntry
+from moe_edge.families.checks import (
+    COMMON_REFUSALS,
+    PLAIN_ROTARY,
+    Refusal,
+    check_spec,
+    refuse_absurd_depth,
+    rejected,
+    rotary,
+)
 from moe_edge.families.names import tensor_entries
 
 Config = Mapping[str, Any]
-EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts")
-Refusal = tuple[Callable[[Config], bool], str]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where a decoder layer keeps the tensors of its feed-forward block."""
+
+    block: str = "mlp"  # below the layer; a dense layer keeps its matrices there, too
+    router: str = "gate"  # module below the block
+    weight: str = "weight"  # below the router
+    selection_bias: str = ""  # below the block
+    gate: str = "gate_proj"  # of an expert, of the shared expert and of a dense layer
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused_gate_up: str = "experts.gate_up_proj"  # below the block: all experts in one tensor
+    fused_down: str = "experts.down_proj"
+    per_expert: bool = True  # does a checkpoint also name experts one by one
+    shared: str = ""  # module below the layer
+    shared_router: str = ""  # module below the layer
+    shared_gate_up: str = ""  # one matrix for both, below `shared`; "": two, named as in an expert
+    shared_down: str = ""
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """What families call the rest of a decoder layer (relative to it), and the last norm (relative to the body)."""
+
+    output: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    input_norm: str = "input_layernorm"
+    post_attention_norm: str = "post_attention_layernorm"
+    final_norm: str = "norm"
 
 
 @dataclass(frozen=True)
@@ -28,19 +68,68 @@ class Family:
 
     model_type: str
     defaults: Mapping[str, Any]
-    expert_width_key: str
-    qk_norm: Literal["none", "per_head", "full_width"]
-    norm_topk: bool | None  # None: the config's norm_topk_prob decides
-    block: str  # the MoE block's name in checkpoints
-    projections: Mapping[TensorClass, str]  # expert_gate, expert_up, expert_down -> per-expert weight name
-    refusals: tuple[Refusal, ...]  # (condition on the config with defaults, reason)
+    refusals: tuple[Refusal, ...] = ()  # (condition on the config with defaults, reason)
+
+    # names
+    saved: Names = Names()  # in checkpoints
+    loaded: Names | None = None  # in the loaded model, where transformers renames; a checkpoint may have these, too
+    attention_names: AttentionNames = AttentionNames()
+    prefixes: tuple[str, ...] = ("model.",)  # of everything but the head; the first that a checkpoint has
+    ignored: tuple[str, ...] = ()  # prefixes of tensors that are not part of the language model
+    float32: tuple[str, ...] = ()  # ends of names that transformers keeps in float32 in a half-precision model
+
+    # config keys
+    also_called: tuple[str, ...] = ()  # other model_types
+    nested_key: str | None = None  # where a model of several parts keeps the language model's config
+    expert_keys: tuple[str, ...] = ("num_experts", "num_local_experts")  # E: any is read, all are written
+    top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)  # K: the first is read, those that are there are written
+    expert_width_key: str = "moe_intermediate_size"
+    eps_key: str = "rms_norm_eps"
+    older_keys: Mapping[str, str] = field(default_factory=dict)  # older name -> name
+    mtp_key: str | None = None  # number of extra layers that predict further tokens; never loaded, never saved
+
+    # attention
+    qk_norm: Literal["none", "per_head", "full_width"] = "none"
+    qk_norm_key: str | None = None  # config key that switches the q and k norms on; None: always
     bias_key: str | None = None  # config key that switches the q, k, v bias on
-    shared: bool = False  # has a gated shared expert
+    output_bias: bool = False  # the same key also gives the output projection one
     sliding_key: str | None = None  # config key that switches the sliding window on; None: always on
+    rotary: Literal["plain", "any"] = "any"  # plain: scaled and partial rotary embeddings are refused
+
+    # mixture of experts
+    gating: Literal["softmax", "sigmoid", "softmax_topk", "sparsemixer"] = "softmax"
+    norm_topk: bool | None = True  # None: the config's norm_topk_prob decides
+    router_bias: bool = False
+    bias_argument: bool = False  # the block hands its selection bias to the router
+    selection_key: str | None = (
+        None  # config key that switches the selection bias on; None: always, where it has a name
+    )
+    expert_biases: bool = False
+    interleaved: bool = False  # gate and up columns alternate, and expert matrices are transposed
+    group_score: Literal["max", "top2_sum"] = "max"
+    fixed_top_k: int | None = None  # the only K that the model code computes
+    shared_width: Callable[[Config], int] | None = None
+    shared_gated: bool = False
+    dense_layers: Callable[[Config], Iterable[int]] | None = None
+    more: Callable[[Config], dict[str, Any]] | None = None  # further fields of ModelSpec
+    more_moe: Callable[[Config], dict[str, Any]] | None = None  # further fields of MoESpec
+
+    @property
+    def in_memory(self) -> Names:
+        """Names in the loaded model."""
+        return self.loaded or self.saved
+
+    @property
+    def fewest_per_group(self) -> int:
+        """Experts that every group needs for its score."""
+        return SCORED_BY[self.group_score]
 
     def settled(self, config: Config) -> dict[str, Any]:
-        """`config` with the defaults of the transformers class filled in (null counts as given)."""
-        return {**self.defaults, **config}
+        """The language model's config with the defaults of the transformers class filled in (null counts as given)."""
+        own = config.get(self.nested_key, config) if self.nested_key else config
+        renamed = {new: own[old] for old, new in self.older_keys.items() if old in own}
+        outer = {key: config[key] for key in ("quantization_config",) if key in config}
+        return {**self.defaults, **own, **renamed, **outer}
 
     def spec(self, config: Config) -> ModelSpec:
         """The neutral description of the model that `config` (a parsed config.json) declares.
@@ -49,104 +138,99 @@ class Family:
             InputRejected: a feature that moe-edge cannot represent, or an impossible size.
         """
         values = self.settled(config)
+        refusals = (*COMMON_REFUSALS, *(PLAIN_ROTARY if self.rotary == "plain" else ()), *self.refusals)
+        refuse_absurd_depth(self.model_type, values)
         try:
-            reasons = [reason for condition, reason in (*_COMMON_REFUSALS, *self.refusals) if condition(values)]
+            reasons = [reason for condition, reason in refusals if condition(values)]
             spec = None if reasons else self._spec(values)
-        except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-            raise _rejected(self.model_type, f"a value has the wrong type: {error}") from error
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+            raise rejected(self.model_type, f"a value has the wrong type or is missing: {error}") from error
         if spec is None:
-            raise _rejected(self.model_type, "; ".join(reasons))
-        _check_sizes(spec)
+            raise rejected(self.model_type, "; ".join(reasons))
+        check_spec(spec, self.fixed_top_k)
         return spec
 
     def _spec(self, values: dict[str, Any]) -> ModelSpec:
         heads = values["num_attention_heads"]
-        head_dim = values.get("head_dim") or values["hidden_size"] // heads
+        biased = bool(self.bias_key and values.get(self.bias_key))
         windowed = self.sliding_key is None or values.get(self.sliding_key)
-        return ModelSpec(
-            family=self.model_type,
-            layers=values["num_hidden_layers"],
-            hidden=values["hidden_size"],
-            heads=heads,
-            kv_heads=values.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            vocab=values["vocab_size"],
-            context_length=values["max_position_embeddings"],
-            rms_eps=float(values["rms_norm_eps"]),
-            rope_theta=float(_rope(values)["rope_theta"]),
-            tied_embeddings=bool(values["tie_word_embeddings"]),
-            attention_bias=bool(self.bias_key and values.get(self.bias_key)),
-            qk_norm=self.qk_norm,
-            moe=self._moe(values),
-            sliding_window=(values.get("sliding_window") or None) if windowed else None,
-            clip_qkv=values.get("clip_qkv"),
-        )
+        rope = rotary(values)
+        dense = tuple(self.dense_layers(values)) if self.dense_layers else ()
+        fields = {
+            "family": self.model_type,
+            "layers": values["num_hidden_layers"],
+            "hidden": values["hidden_size"],
+            "heads": heads,
+            "kv_heads": values.get("num_key_value_heads") or heads,
+            "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
+            "vocab": values["vocab_size"],
+            "context_length": values["max_position_embeddings"],
+            "rms_eps": float(values[self.eps_key]),
+            "rope_theta": float(rope.theta),
+            "rotary_share": rope.share,
+            "rope_scaling": rope.scaling,
+            "tied_embeddings": bool(values["tie_word_embeddings"]),
+            "attention_bias": biased,
+            "output_bias": biased and self.output_bias,
+            "qk_norm": self.qk_norm if self.qk_norm_key is None or values.get(self.qk_norm_key) else "none",
+            "moe": self._moe(values),
+            "sliding_window": (values.get("sliding_window") or None) if windowed else None,
+            "clip_qkv": values.get("clip_qkv"),
+            "dense_layers": dense,
+            "dense_width": values["intermediate_size"] if dense else 0,
+        }
+        return ModelSpec(**(fields | (self.more(values) if self.more else {})))
 
     def _moe(self, values: dict[str, Any]) -> MoESpec:
-        renormalise = bool(values["norm_topk_prob"]) if self.norm_topk is None else self.norm_topk
-        return MoESpec(
-            experts=expert_count(values),
-            top_k=values["num_experts_per_tok"],
-            expert_width=values[self.expert_width_key],
-            gating="softmax",
-            renormalise=renormalise,
-            shared_width=values["shared_expert_intermediate_size"] if self.shared else 0,
-            shared_gated=self.shared,
-        )
+        named = bool(self.saved.selection_bias)
+        fields = {
+            "experts": self.expert_count(values),
+            "top_k": _same(values[self.top_k_keys[0]]),
+            "expert_width": values[self.expert_width_key],
+            "gating": self.gating,
+            "renormalise": bool(values["norm_topk_prob"]) if self.norm_topk is None else self.norm_topk,
+            "shared_width": self.shared_width(values) if self.shared_width else 0,
+            "shared_gated": self.shared_gated,
+            "router_bias": self.router_bias,
+            "selection_bias": named and (self.selection_key is None or bool(values[self.selection_key])),
+            "expert_biases": self.expert_biases,
+            "group_score": self.group_score,
+            "routed_scale": float(values.get("routed_scaling_factor", 1.0)),
+        }
+        return MoESpec(**(fields | (self.more_moe(values) if self.more_moe else {})))
+
+    def expert_count(self, values: Config) -> int:
+        """E from a config, under whichever of its names it carries.
+
+        Raises:
+            InputRejected: none of them is there, or they disagree.
+        """
+        found = {key: values[key] for key in self.expert_keys if values.get(key) is not None}
+        if len(set(found.values())) != 1:
+            why = f"found {found}, expected one of {', '.join(self.expert_keys)}"
+            raise InputRejected("the config does not say how many experts there are", why=why)
+        return next(iter(found.values()))
 
     def tensors(self, config: Config, names: Collection[str]) -> list[TensorEntry]:
         """The neutral map of every tensor of a checkpoint; see `names.tensor_entries`."""
-        return tensor_entries(self, self.spec(config), names)
+        return tensor_entries(self, self.spec(config), names, self.skipped(config))
+
+    def skipped(self, config: Config) -> tuple[str, ...]:
+        """Prefixes of checkpoint tensors that are left out: other modalities, and layers that predict more tokens."""
+        values = self.settled(config)
+        extra = int(values.get(self.mtp_key) or 0) if self.mtp_key else 0
+        first = values["num_hidden_layers"]
+        return (*self.ignored, *(f"model.layers.{first + number}." for number in range(extra)))
 
 
-def expert_count(values: Config) -> int:
-    """E from a config, under whichever of its two names it carries.
+def _same(top_k: Any) -> Any:
+    """K, also from a list with one number per layer.
 
     Raises:
-        InputRejected: both names are there and disagree.
+        ValueError: the layers differ.
     """
-    found = {key: values[key] for key in EXPERT_COUNT_KEYS if values.get(key) is not None}
-    if len(set(found.values())) != 1:
-        raise InputRejected("the config does not say how many experts there are", why=f"found {found}")
-    return next(iter(found.values()))
-
-
-def _rope(values: Config) -> Mapping[str, Any]:
-    """Rotary parameters, from `rope_parameters` (transformers 5) or the older top-level keys."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = given.get("rope_type", given.get("type", "default"))
-    theta = given.get("rope_theta") or values.get("rope_theta") or values["default_theta"]
-    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0
-    return {"rope_theta": theta, "rope_type": kind, "partial": partial}
-
-
-_COMMON_REFUSALS: tuple[Refusal, ...] = (
-    (lambda v: bool(v.get("mlp_only_layers")), "mlp_only_layers: some layers are dense, every layer must be a MoE"),
-    (lambda v: v.get("decoder_sparse_step", 1) != 1, "decoder_sparse_step is not 1: some layers are dense"),
-    (lambda v: v["hidden_act"] != "silu", "hidden_act is not silu"),
-    (lambda v: _rope(v)["rope_type"] not in ("default", None), "scaled rotary embeddings (rope_type is not 'default')"),
-    (lambda v: _rope(v)["partial"] != 1.0, "partial_rotary_factor is not 1"),
-    (lambda v: "quantization_config" in v, "a quantized checkpoint; start from the float32, float16 or bfloat16 one"),
-)
-
-
-def _check_sizes(spec: ModelSpec) -> None:
-    """Raises InputRejected when a size is not a positive integer or sizes contradict one another."""
-    moe = spec.moe
-    sizes = {
-        "num_hidden_layers": spec.layers, "hidden_size": spec.hidden, "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim, "vocab_size": spec.vocab,
-        "max_position_embeddings": spec.context_length, "number of experts": moe.experts,
-        "num_experts_per_tok": moe.top_k, "expert width": moe.expert_width,
-    }  # fmt: skip
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise _rejected(spec.family, f"{name} is {value!r}, expected a positive integer")
-    if moe.top_k > moe.experts:
-        raise _rejected(spec.family, f"top-k {moe.top_k} exceeds the {moe.experts} experts")
-    if spec.heads % spec.kv_heads:
-        raise _rejected(spec.family, f"{spec.heads} heads cannot share {spec.kv_heads} key-value heads")
-
-
-def _rejected(family: str, reason: str) -> InputRejected:
-    return InputRejected(f"this {family} model is not supported", where="config.json", why=reason)
+    if not isinstance(top_k, list):
+        return top_k
+    if len(set(top_k)) != 1:
+        raise ValueError(f"one top-k for all layers is needed, found {top_k}")
+    return top_k[0]

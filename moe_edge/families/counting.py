@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from moe_edge.contracts.spec import EXPERT_CLASSES, ModelSpec, TensorClass, TensorEntry
+from moe_edge.contracts.spec import EXPERT_OWNED, ModelSpec, TensorClass, TensorEntry
 from moe_edge.families import family_of
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
@@ -30,7 +30,7 @@ def count_params(spec: ModelSpec, entries: Iterable[TensorEntry]) -> ParamCounts
     for entry in entries:
         by_class[entry.tensor_class] += prod(entry.shape)
     total = sum(by_class.values())
-    routed = sum(by_class[name] for name in EXPERT_CLASSES)
+    routed = sum(by_class[name] for name in EXPERT_OWNED)
     idle = routed // spec.moe.experts * (spec.moe.experts - spec.moe.top_k)
     return ParamCounts(total, total - idle, routed, dict(by_class))
 

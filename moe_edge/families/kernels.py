@@ -10,7 +10,7 @@ than the arithmetic as long as K/E is large: a pruned student routes to most of 
 
 `fastest_kernel` chooses. Both serve training and evaluation; no file that is written depends on them.
 
-Shape suffixes: T tokens, K chosen experts per token, S = T x K slots, D model, E experts, F expert width.
+Shape suffixes: T tokens, K chosen experts per token, S = T x K slots, D model, E experts, F expert width, G = 2F, X = E x G.
 """
 
 import torch
@@ -36,10 +36,10 @@ def sorted_loop_experts(self: nn.Module, hidden_TD: Tensor, index_TK: Tensor, we
     token_of_slot_S = order_S // top_k
     counts = torch.bincount(slot_expert_S, minlength=self.num_experts).tolist()
     pieces = hidden_TD.index_select(0, token_of_slot_S).split(counts)
+    gate_up_E, down_E = _unbound(self, "gate_up_proj"), _unbound(self, "down_proj")
     outputs = []
-    for piece, gate_up, down in zip(pieces, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True):
-        gate, up = functional.linear(piece, gate_up).chunk(2, dim=-1)
-        outputs.append(functional.linear(self.act_fn(gate) * up, down))
+    for piece, gate_up, down in zip(pieces, gate_up_E, down_E, strict=True):
+        outputs.append(functional.linear(self._apply_gate(functional.linear(piece, *gate_up)), *down))
     slot_weight_S = weight_TK.flatten().index_select(0, order_S)
     weighted_SD = torch.cat(outputs) * slot_weight_S.unsqueeze(-1)
     return torch.zeros_like(hidden_TD).index_add(0, token_of_slot_S, weighted_SD)
@@ -47,14 +47,30 @@ def sorted_loop_experts(self: nn.Module, hidden_TD: Tensor, index_TK: Tensor, we
 
 def all_at_once_experts(self: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The experts' weighted sum for each token, computed for all experts; same contract as above."""
-    experts, width = self.down_proj.shape[0], self.down_proj.shape[2]
-    tokens = hidden_TD.shape[0]
-    weight_TE = weight_TK.new_zeros(tokens, experts).scatter_add(1, index_TK, weight_TK)
-    gate_up_TEF = functional.linear(hidden_TD, self.gate_up_proj.flatten(0, 1)).view(tokens, experts, 2 * width)
-    gate_TEF, up_TEF = gate_up_TEF.chunk(2, dim=-1)
-    active_TEF = self.act_fn(gate_TEF) * up_TEF * weight_TE.unsqueeze(-1).to(hidden_TD.dtype)
-    down_DX = self.down_proj.permute(1, 0, 2).flatten(1)  # X = E x F
-    return functional.linear(active_TEF.flatten(1), down_DX)
+    tokens, experts = hidden_TD.shape[0], self.num_experts
+    weight_TE = weight_TK.new_zeros(tokens, experts).scatter_add(1, index_TK, weight_TK).to(hidden_TD.dtype)
+    (gate_up_EGD, gate_up_bias_EG), (down_EDF, down_bias_ED) = _plain(self, "gate_up_proj"), _plain(self, "down_proj")
+    gate_up_TX = functional.linear(hidden_TD, gate_up_EGD.flatten(0, 1), _flat(gate_up_bias_EG))
+    active_TEF = self._apply_gate(gate_up_TX.view(tokens, experts, -1)) * weight_TE.unsqueeze(-1)
+    out_TD = functional.linear(active_TEF.flatten(1), down_EDF.permute(1, 0, 2).flatten(1))
+    return out_TD if down_bias_ED is None else out_TD + weight_TE @ down_bias_ED
+
+
+def _plain(self: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """A stacked matrix, output rows before input columns, and its bias."""
+    weight, bias = getattr(self, name), getattr(self, name + "_bias") if self.has_bias else None
+    return (weight.transpose(1, 2) if self.is_transposed else weight), bias
+
+
+def _unbound(self: nn.Module, name: str) -> list[tuple[Tensor, Tensor | None]]:
+    """Matrix and bias of every expert."""
+    weight, bias = _plain(self, name)
+    biases = [None] * len(weight) if bias is None else bias.unbind(0)
+    return list(zip(weight.unbind(0), biases, strict=True))
+
+
+def _flat(bias_EG: Tensor | None) -> Tensor | None:
+    return None if bias_EG is None else bias_EG.flatten()
 
 
 ALL_EXPERTS_FUNCTIONS.register(SORTED_LOOP, sorted_loop_experts)

@@ -22,7 +22,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.families import EXPERT_COUNT_KEYS, family_of
+from moe_edge.families import family_of, known_family
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import read_json, write_json_atomic
 
@@ -45,13 +45,14 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     family_of(headers.config).tensors(headers.config, headers.tensors)
     stored_dtype(headers)
     model = AutoModelForCausalLM.from_pretrained(
-        str(path), config=_load_config(path), dtype=dtype, local_files_only=True, trust_remote_code=False,
+        str(path), config=load_config(path), dtype=dtype, local_files_only=True, trust_remote_code=False,
         use_safetensors=True,
     )  # fmt: skip
     return model.eval()
 
 
-def _load_config(path: Path) -> PreTrainedConfig:
+def load_config(path: Path) -> PreTrainedConfig:
+    """The configuration of a checked folder. Raises InputRejected when transformers refuses it."""
     try:
         return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every config class validates in its own way
@@ -65,10 +66,15 @@ def _first_line(error: Exception) -> str:
 def stored_dtype(headers: CheckpointHeaders) -> torch.dtype:
     """The dtype of a checkpoint's tensors; float32, which loses nothing, when they differ.
 
+    Tensors that transformers keeps in float32 anyway, and those that it does not load, do not count.
+
     Raises:
         InputRejected: integers or 8-bit floats, that is a quantized checkpoint.
     """
-    kinds = {info.dtype for info in headers.tensors.values()}
+    family = known_family(headers.config)
+    kept, skipped = (family.float32, family.skipped(headers.config)) if family else ((), ())
+    loaded = {name: info.dtype for name, info in headers.tensors.items() if not name.startswith(skipped)}
+    kinds = {dtype for name, dtype in loaded.items() if dtype != "F32" or not name.endswith(kept)}
     foreign = sorted(kinds - set(_DTYPES))
     if foreign:
         why = f"found {', '.join(foreign)}; expected one of {', '.join(_DTYPES)}"
@@ -126,13 +132,24 @@ def save_student(model: PreTrainedModel, tokenizer_source: Path, out: Path) -> N
     finally:
         model.generation_config = settings
     (out / GENERATION).unlink(missing_ok=True)
+    complete_student(tokenizer_source, out)
+
+
+def complete_student(tokenizer_source: Path, out: Path) -> None:
+    """Put the teacher's tokenizer and generation files beside saved weights, and the student's keys into config.json."""
     given = tokenizer_source / GENERATION
     for source in [*tokenizer_files(tokenizer_source), *([given] if given.is_file() else [])]:
         shutil.copyfile(source, out / source.name)
-    write_json_atomic(out / "config.json", with_both_counts(read_json(out / "config.json")))
+    write_json_atomic(out / "config.json", student_config(read_json(out / "config.json")))
 
 
-def with_both_counts(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the expert count under both its names: transformers 5 renamed it, other tools read the old one."""
-    count = next(config[key] for key in EXPERT_COUNT_KEYS if config.get(key) is not None)
-    return config | dict.fromkeys(EXPERT_COUNT_KEYS, count)
+def student_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a student: the expert count under all its names (transformers 5 renamed it, other tools read the
+    old one), and no layers that predict further tokens, since none is saved.
+    """
+    family = known_family(config)
+    if family is None:  # a dense student
+        return config
+    count = family.expert_count(config)
+    absent = {family.mtp_key: 0} if family.mtp_key in config else {}
+    return config | dict.fromkeys(family.expert_keys, count) | absent

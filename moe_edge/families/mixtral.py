@@ -3,7 +3,7 @@
 The router always renormalises its top-k; a sliding window, where given, holds for every layer.
 """
 
-from moe_edge.families.base import Family
+from moe_edge.families.base import Family, Names
 
 MIXTRAL = Family(
     model_type="mixtral",
@@ -13,10 +13,8 @@ MIXTRAL = Family(
         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": None, "num_experts_per_tok": 2,
         "default_theta": 1000000.0,
     },
+    saved=Names(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    loaded=Names(),
     expert_width_key="intermediate_size",
-    qk_norm="none",
-    norm_topk=True,
-    block="block_sparse_moe",
-    projections={"expert_gate": "w1", "expert_up": "w3", "expert_down": "w2"},
-    refusals=(),
+    rotary="plain",
 )  # fmt: skip

@@ -1,21 +1,23 @@
 """From checkpoint names to the neutral tensor map, and from a map entry to its numbers.
 
-Checkpoints name experts one by one (`...experts.3.gate_proj.weight`, what every release of transformers saves) or hold
-them fused (`...experts.gate_up_proj` of shape (E, 2F, D), gate rows first). Back ends see neither: only (E, F, D).
+Checkpoints name experts one by one (`...experts.3.gate_proj.weight`, what most releases of transformers save) or hold
+them fused (`...experts.gate_up_proj` of shape (E, 2F, D), gate rows first or alternating, plain or transposed). Back ends
+see neither: only (E, F, D).
 
-Legend: E experts, D model, F expert width, FS shared width, V vocabulary, Q query width, KV key/value width.
+Legend: E experts, D model, F expert width, FS shared width, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.spec import EXPERT_CLASSES, ModelSpec, TensorClass, TensorEntry
+from moe_edge.contracts.spec import EXPERT_OWNED, Layout, ModelSpec, TensorClass, TensorEntry
+from moe_edge.families.attention import attention_entries, norm_entries
 
 if TYPE_CHECKING:
     import torch
 
-    from moe_edge.families.base import Family
+    from moe_edge.families.base import Family, Names
 
 
 class Reader(Protocol):
@@ -24,16 +26,19 @@ class Reader(Protocol):
     def get(self, name: str) -> "torch.Tensor": ...
 
 
-def tensor_entries(family: "Family", spec: ModelSpec, names: Collection[str]) -> list[TensorEntry]:
+def tensor_entries(
+    family: "Family", spec: ModelSpec, names: Collection[str], skipped: tuple[str, ...] = ()
+) -> list[TensorEntry]:
     """Every tensor of the model in a fixed order: embedding, the layers, final norm, head (unless tied).
 
     Args:
         names: the checkpoint's tensor names; a mapping name -> object with `.shape` has its shapes checked too.
+        skipped: prefixes of tensors that do not belong to the language model.
 
     Raises:
         InputRejected: a tensor is missing, unknown, or has another shape than the config says.
     """
-    present = set(names)
+    present = {name for name in names if not name.startswith(skipped)}
     if not present:
         raise InputRejected("the checkpoint lacks tensors", why="it holds none")
     _refuse_absurd("layers", spec.layers, present)
@@ -47,73 +52,112 @@ def tensor_entries(family: "Family", spec: ModelSpec, names: Collection[str]) ->
 
 
 def expected_entries(family: "Family", spec: ModelSpec) -> list[TensorEntry]:
-    """The map of a checkpoint with per-expert names, from the spec alone."""
+    """The map of a checkpoint as transformers saves it, from the spec alone."""
     return list(_entries(family, spec, set()))
 
 
 def _entries(family: "Family", spec: ModelSpec, present: set[str]) -> Iterator[TensorEntry]:
     vocab_shape = (spec.vocab, spec.hidden)
-    yield TensorEntry("embedding", None, "weight", ("model.embed_tokens.weight",), vocab_shape)
+    body = _prefix(family, present)
+    dense = set(spec.dense_layers)
+    yield TensorEntry("embedding", None, "weight", (body + "embed_tokens.weight",), vocab_shape)
     for layer in range(spec.layers):
-        yield from _attention(spec, layer)
-        yield from _block(family, spec, layer, present)
-    yield TensorEntry("norm", None, "final_norm", ("model.norm.weight",), (spec.hidden,))
+        at = f"{body}layers.{layer}."
+        yield from attention_entries(family, spec, layer, at)
+        yield from _dense(family, spec, layer, at) if layer in dense else _block(family, spec, layer, at, present)
+    yield from norm_entries(spec, None, "final_norm", body + family.attention_names.final_norm)
     if not spec.tied_embeddings:
         yield TensorEntry("head", None, "weight", ("lm_head.weight",), vocab_shape)
+    if spec.head_bias:
+        yield TensorEntry("head_bias", None, "bias", ("lm_head.bias",), (spec.vocab,))
 
 
-def _attention(spec: ModelSpec, layer: int) -> Iterator[TensorEntry]:
-    """Norms and projections of one layer; a bias is class `attention_bias`, part `q_bias`, `k_bias` or `v_bias`."""
-    at = f"model.layers.{layer}."
-    dim = spec.hidden
-    widths = {"q": spec.heads * spec.head_dim, "k": spec.kv_heads * spec.head_dim, "v": spec.kv_heads * spec.head_dim}
-    classes: dict[str, TensorClass] = {"q": "attention_q", "k": "attention_k", "v": "attention_v"}
-    yield TensorEntry("norm", layer, "input_norm", (at + "input_layernorm.weight",), (dim,))
-    for letter, width in widths.items():
-        name = f"{at}self_attn.{letter}_proj"
-        yield TensorEntry(classes[letter], layer, "weight", (name + ".weight",), (width, dim))
-        if spec.attention_bias:
-            yield TensorEntry("attention_bias", layer, f"{letter}_bias", (name + ".bias",), (width,))
-    if spec.qk_norm != "none":
-        for letter in "qk":
-            width = spec.head_dim if spec.qk_norm == "per_head" else widths[letter]
-            yield TensorEntry("norm", layer, f"{letter}_norm", (f"{at}self_attn.{letter}_norm.weight",), (width,))
-    yield TensorEntry("attention_o", layer, "weight", (at + "self_attn.o_proj.weight",), (dim, widths["q"]))
-    yield TensorEntry("norm", layer, "post_attention_norm", (at + "post_attention_layernorm.weight",), (dim,))
+def _prefix(family: "Family", present: set[str]) -> str:
+    """Of the language model's tensors: the first of the family's prefixes that the checkpoint has."""
+    found = (prefix for prefix in family.prefixes if any(name.startswith(prefix) for name in present))
+    return next(found, family.prefixes[-1])
 
 
-def _block(family: "Family", spec: ModelSpec, layer: int, present: set[str]) -> Iterator[TensorEntry]:
+def _dense(family: "Family", spec: ModelSpec, layer: int, at: str) -> Iterator[TensorEntry]:
+    names, width, dim = family.saved, spec.dense_width, spec.hidden
+    block = f"{at}{names.block}."
+    yield TensorEntry("dense_gate", layer, "weight", (f"{block}{names.gate}.weight",), (width, dim))
+    yield TensorEntry("dense_up", layer, "weight", (f"{block}{names.up}.weight",), (width, dim))
+    yield TensorEntry("dense_down", layer, "weight", (f"{block}{names.down}.weight",), (dim, width))
+
+
+def _block(family: "Family", spec: ModelSpec, layer: int, at: str, present: set[str]) -> Iterator[TensorEntry]:
     """Router, experts and shared expert of one layer."""
     moe, dim = spec.moe, spec.hidden
-    at = f"model.layers.{layer}.{family.block}."
-    if at + "gate.weight" not in present and f"model.layers.{layer}.mlp.gate.weight" in present:
-        at = f"model.layers.{layer}.mlp."  # in-memory names of transformers 5, where the block is always `mlp`
-    yield TensorEntry("router", layer, "weight", (at + "gate.weight",), (moe.experts, dim))
-    fused = at + "experts.gate_up_proj" in present
-    for tensor_class in EXPERT_CLASSES:
-        shape = (moe.experts, moe.expert_width, dim)
-        shape = (moe.experts, dim, moe.expert_width) if tensor_class == "expert_down" else shape
-        if fused:
-            sources: tuple[str, ...] = (at + f"experts.{_FUSED[tensor_class]}",)
-        else:
-            _refuse_absurd("experts", moe.experts, present)
-            part = family.projections[tensor_class]
-            sources = tuple(f"{at}experts.{expert}.{part}.weight" for expert in range(moe.experts))
-        yield TensorEntry(tensor_class, layer, "weight", sources, shape)
-    if family.shared:
-        yield from _shared(at, layer, dim, moe.shared_width)
+    names = _style(family, at, present)
+    block = f"{at}{names.block}."
+    router = f"{block}{names.router}."
+    yield TensorEntry("router", layer, "weight", (router + names.weight,), (moe.experts, dim))
+    if moe.router_bias:
+        yield TensorEntry("router_bias", layer, "bias", (router + "bias",), (moe.experts,))
+    if moe.selection_bias:
+        yield TensorEntry("selection_bias", layer, "bias", (block + names.selection_bias,), (moe.experts,))
+    if not names.per_expert or block + names.fused_gate_up in present:
+        yield from _fused_experts(family, spec, layer, block, names)
+    else:
+        _refuse_absurd("experts", moe.experts, present)
+        yield from _experts(spec, layer, block, names)
+    if moe.shared_width:
+        yield from _shared(spec, layer, at, names)
 
 
-_FUSED: dict[TensorClass, str] = {
-    "expert_gate": "gate_up_proj", "expert_up": "gate_up_proj", "expert_down": "down_proj",
-}  # fmt: skip
+def _style(family: "Family", at: str, present: set[str]) -> "Names":
+    """The names of a saved checkpoint, unless this one has those of the loaded model."""
+    for names in (family.saved, family.in_memory):
+        fixed = [f"{names.router}.{names.weight}", *([names.selection_bias] if names.selection_bias else [])]
+        if all(f"{at}{names.block}.{name}" in present for name in fixed):
+            return names
+    return family.saved
 
 
-def _shared(at: str, layer: int, dim: int, width: int) -> Iterator[TensorEntry]:
-    yield TensorEntry("shared_gate", layer, "weight", (at + "shared_expert.gate_proj.weight",), (width, dim))
-    yield TensorEntry("shared_up", layer, "weight", (at + "shared_expert.up_proj.weight",), (width, dim))
-    yield TensorEntry("shared_down", layer, "weight", (at + "shared_expert.down_proj.weight",), (dim, width))
-    yield TensorEntry("shared_router", layer, "weight", (at + "shared_expert_gate.weight",), (1, dim))
+def _experts(spec: ModelSpec, layer: int, block: str, names: "Names") -> Iterator[TensorEntry]:
+    """Experts that the checkpoint names one by one."""
+    experts, width, dim = spec.moe.experts, spec.moe.expert_width, spec.hidden
+    parts: tuple[tuple[TensorClass, str, tuple[int, ...]], ...] = (
+        ("expert_gate", names.gate, (experts, width, dim)),
+        ("expert_up", names.up, (experts, width, dim)),
+        ("expert_down", names.down, (experts, dim, width)),
+    )
+    for tensor_class, part, shape in parts:
+        sources = tuple(f"{block}experts.{expert}.{part}.weight" for expert in range(experts))
+        yield TensorEntry(tensor_class, layer, "weight", sources, shape, "per_expert")
+
+
+def _fused_experts(family: "Family", spec: ModelSpec, layer: int, block: str, names: "Names") -> Iterator[TensorEntry]:
+    """Experts stacked in two tensors, with their biases where the family has some."""
+    experts, width, dim = spec.moe.experts, spec.moe.expert_width, spec.hidden
+    gate: Layout = "even" if family.interleaved else "first_half"
+    up: Layout = "odd" if family.interleaved else "second_half"
+    flip = family.interleaved
+    gate_up, down = (block + names.fused_gate_up,), (block + names.fused_down,)
+    yield TensorEntry("expert_gate", layer, "weight", gate_up, (experts, width, dim), gate, flip)
+    yield TensorEntry("expert_up", layer, "weight", gate_up, (experts, width, dim), up, flip)
+    yield TensorEntry("expert_down", layer, "weight", down, (experts, dim, width), "whole", flip)
+    if spec.moe.expert_biases:
+        gate_up, down = (gate_up[0] + "_bias",), (down[0] + "_bias",)
+        yield TensorEntry("expert_bias", layer, "gate_bias", gate_up, (experts, width), gate)
+        yield TensorEntry("expert_bias", layer, "up_bias", gate_up, (experts, width), up)
+        yield TensorEntry("expert_bias", layer, "down_bias", down, (experts, dim))
+
+
+def _shared(spec: ModelSpec, layer: int, at: str, names: "Names") -> Iterator[TensorEntry]:
+    width, dim = spec.moe.shared_width, spec.hidden
+    base = f"{at}{names.shared}."
+    gate, up, down = (f"{base}{part}.weight" for part in (names.gate, names.up, names.down))
+    layouts: tuple[Layout, Layout] = ("whole", "whole")
+    if names.shared_gate_up:
+        gate = up = base + names.shared_gate_up
+        down, layouts = base + names.shared_down, ("first_half", "second_half")
+    yield TensorEntry("shared_gate", layer, "weight", (gate,), (width, dim), layouts[0])
+    yield TensorEntry("shared_up", layer, "weight", (up,), (width, dim), layouts[1])
+    yield TensorEntry("shared_down", layer, "weight", (down,), (dim, width))
+    if spec.moe.shared_gated:
+        yield TensorEntry("shared_router", layer, "weight", (f"{at}{names.shared_router}.weight",), (1, dim))
 
 
 def _refuse_absurd(what: str, count: int, present: set[str]) -> None:
@@ -134,37 +178,45 @@ def _check_complete(used: set[str], present: set[str], tied: bool) -> None:
 
 
 def _check_shapes(entry: TensorEntry, infos: Mapping[str, Any]) -> None:
-    expected = entry.shape
-    if entry.tensor_class in EXPERT_CLASSES:
-        expected = fused_shape(entry) if is_fused(entry) else entry.shape[1:]
+    expected = source_shape(entry)
     for source in entry.sources:
         actual = tuple(infos[source].shape)
-        if actual != expected:
+        same_row = entry.tensor_class == "selection_bias" and actual == (1, *expected)  # one row per group of experts
+        if actual != expected and not same_row:
             why = f"config.json implies shape {expected}, the file has {actual}"
             raise InputRejected("a tensor contradicts config.json", where=source, why=why)
 
 
-def is_fused(entry: TensorEntry) -> bool:
-    """Does the checkpoint hold this expert tensor as one fused 3-D tensor?"""
-    return entry.sources[0].endswith(("experts.gate_up_proj", "experts.down_proj"))
+def source_shape(entry: TensorEntry) -> tuple[int, ...]:
+    """Shape of each source in the checkpoint, as (E, 2F, D) of a fused gate and up."""
+    shape = list(entry.shape)
+    if entry.layout == "per_expert":
+        return tuple(shape[1:])
+    if entry.layout != "whole":
+        shape[_halved_axis(entry)] *= 2
+    if entry.transposed:
+        shape[-2], shape[-1] = shape[-1], shape[-2]
+    return tuple(shape)
 
 
-def fused_shape(entry: TensorEntry) -> tuple[int, ...]:
-    """Shape of the fused source: (E, 2F, D) for gate and up, (E, D, F) for down."""
-    experts, rows, columns = entry.shape
-    return (experts, rows, columns) if entry.tensor_class == "expert_down" else (experts, 2 * rows, columns)
+def _halved_axis(entry: TensorEntry) -> int:
+    """The axis on which a source holds gate and up: the first after that of the experts."""
+    return 1 if entry.tensor_class in EXPERT_OWNED else 0
 
 
 def assemble(entry: TensorEntry, reader: Reader) -> "torch.Tensor":
     """The numbers of one neutral tensor, shape `entry.shape`, in the checkpoint's dtype."""
     import torch
 
-    if entry.tensor_class not in EXPERT_CLASSES:
-        return reader.get(entry.sources[0])
-    if not is_fused(entry):
+    if entry.layout == "per_expert":
         return torch.stack([reader.get(source) for source in entry.sources])
-    fused = reader.get(entry.sources[0])
-    if entry.tensor_class == "expert_down":
-        return fused
-    width = entry.shape[1]
-    return fused[:, :width] if entry.tensor_class == "expert_gate" else fused[:, width:]
+    source = reader.get(entry.sources[0])
+    if entry.transposed:
+        source = source.transpose(-1, -2)
+    axis = _halved_axis(entry)
+    if entry.layout in ("first_half", "second_half"):
+        half = source.shape[axis] // 2
+        source = source.narrow(axis, 0 if entry.layout == "first_half" else half, half)
+    elif entry.layout in ("even", "odd"):
+        source = source[(slice(None),) * axis + (slice(int(entry.layout == "odd"), None, 2),)]
+    return source.reshape(entry.shape)

@@ -10,10 +10,9 @@ OLMOE = Family(
         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "clip_qkv": None, "num_experts_per_tok": 8,
         "norm_topk_prob": False, "default_theta": 10000.0,
     },
+    refusals=((lambda v: bool(v.get("attention_bias")), "attention_bias: a bias on o_proj"),),
     expert_width_key="intermediate_size",
     qk_norm="full_width",
     norm_topk=None,
-    block="mlp",
-    projections={"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"},
-    refusals=((lambda v: bool(v.get("attention_bias")), "attention_bias: a bias on o_proj"),),
+    rotary="plain",
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Dropping experts of a loaded model: `masked` for a while without touching them, `prune` for good.
 
-Both give the same logits, because both let the router see only the kept rows: softmax, top-k and renormalisation then
-happen over the kept experts exactly as in the pruned model. `masked` copies a few router rows and no expert, so that a
-plan can try many choices.
+Both give the same logits, because both let the router see only the kept rows: gates, groups, top-k and renormalisation
+then happen over the kept experts exactly as in the pruned model. `masked` copies a few router rows and no expert, so that
+a plan can try many choices.
 
 Legend: E experts, K top-k, D model, F expert width.
 """
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.base import EXPERT_COUNT_KEYS
-from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.families.views import ExpertAxis, MoELayerView, moe_layers
 
 Kept = Mapping[int, Sequence[int]]
 
@@ -25,16 +24,17 @@ def check_kept(model: nn.Module, kept: Kept, top_k: int | None = None, *, unifor
     """Refuse an impossible choice before any work.
 
     Args:
-        kept: layer -> kept expert ids, ascending; a layer that is absent keeps all.
+        kept: decoder layer -> kept expert ids, ascending; a layer that is absent keeps all.
         uniform: must every layer keep the same number (what one config.json can say)?
 
     Raises:
-        ConfigError: unknown layer, ids out of range or not ascending, top-k above the kept experts, uneven counts.
+        ConfigError: unknown layer, ids out of range or not ascending, groups that keep different numbers, top-k above
+            the experts that a token can reach, uneven counts.
     """
     views = {view.index: view for view in moe_layers(model)}
     unknown = sorted(set(kept) - set(views))
     if unknown:
-        raise _bad(f"there is no MoE layer {unknown[0]}", f"the model has the layers 0..{len(views) - 1}")
+        raise _bad(f"there is no MoE layer {unknown[0]}", f"the MoE layers are {', '.join(map(str, views))}")
     for layer, view in views.items():
         _check_layer(view, list(kept.get(layer, range(view.count))), view.top_k if top_k is None else top_k)
     counts = {len(kept.get(layer, range(view.count))) for layer, view in views.items()}
@@ -48,6 +48,28 @@ def _check_layer(view: MoELayerView, ids: list[int], top_k: int) -> None:
     if not 1 <= top_k <= len(ids):
         why = f"each token needs {top_k} experts, only {len(ids)} are kept"
         raise _bad(f"layer {view.index}: top-k {top_k} exceeds the kept experts", why)
+    if view.family.fixed_top_k not in (None, top_k):
+        why = f"the router of {view.family.model_type} computes top-k {view.family.fixed_top_k} only"
+        raise _bad(f"layer {view.index}: top-k cannot be {top_k}", why)
+    _check_groups(view, ids, top_k)
+
+
+def _check_groups(view: MoELayerView, ids: list[int], top_k: int) -> None:
+    """The router splits its rows into equal contiguous groups, and searches only some of them."""
+    groups, used = view.groups
+    size = view.count // groups
+    per_group = [sum(group * size <= expert < (group + 1) * size for expert in ids) for group in range(groups)]
+    where = f"layer {view.index}"
+    if len(set(per_group)) > 1:
+        why = f"its router splits the experts into {groups} groups of {size}; kept per group: {per_group}"
+        raise _bad(f"{where}: every group must keep the same number of experts", why)
+    fewest = view.family.fewest_per_group
+    if per_group[0] < fewest:
+        why = f"a group is scored by its best {fewest} experts, only {per_group[0]} are kept"
+        raise _bad(f"{where}: too few experts in each of {groups} groups", why)
+    if top_k > used * per_group[0]:
+        why = f"a token searches {used} of {groups} groups, that is {used * per_group[0]} kept experts"
+        raise _bad(f"{where}: top-k {top_k} exceeds the reachable experts", why)
 
 
 def _bad(what: str, why: str) -> ConfigError:
@@ -65,14 +87,15 @@ def masked(model: nn.Module, kept: Kept, top_k: int | None = None) -> Iterator[n
         ConfigError: see `check_kept`; counts may differ between layers here.
     """
     check_kept(model, kept, top_k, uniform=False)
+    views = moe_layers(model)
     with ExitStack() as undo:
-        for view in moe_layers(model):
+        for view in views:
             ids = kept.get(view.index)
             if ids is not None and len(ids) < view.count:
                 _mask_layer(view, ids, undo)
             if top_k is not None:
                 _swap(view.router, "top_k", top_k, undo)
-        counts = {view.router.weight.shape[0] for view in moe_layers(model)}
+        counts = {len(kept.get(view.index, range(view.count))) for view in views}
         if len(counts) == 1:  # the balance loss of transformers reads these two
             _swap(model, "num_experts", counts.pop(), undo)
         if top_k is not None:
@@ -80,10 +103,16 @@ def masked(model: nn.Module, kept: Kept, top_k: int | None = None) -> Iterator[n
         yield model
 
 
+def mask_router(view: MoELayerView, ids: Sequence[int], undo: ExitStack) -> None:
+    """Until `undo` closes, the router knows only the given experts and counts them from 0."""
+    for found in view.router_axes():
+        _swap(found.owner, found.name, _selected(found, ids), undo)
+    _swap(view.router, "num_experts", len(ids), undo)
+
+
 def _mask_layer(view: MoELayerView, ids: Sequence[int], undo: ExitStack) -> None:
-    weight = view.router.weight
-    rows = torch.tensor(ids, device=weight.device)
-    _swap(view.router, "weight", nn.Parameter(weight.detach()[rows], requires_grad=weight.requires_grad), undo)
+    mask_router(view, ids, undo)
+    rows = torch.tensor(ids, device=view.router_weight.tensor.device)
     hook = view.experts.register_forward_pre_hook(_to_teacher_ids(rows), prepend=True)
     undo.callback(hook.remove)
 
@@ -97,13 +126,23 @@ def _to_teacher_ids(rows: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], t
 
 
 def _swap(owner: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
-    undo.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)
+    """Set an attribute that is there until `undo` closes."""
+    if hasattr(owner, name):
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+
+def _selected(found: ExpertAxis, ids: Sequence[int]) -> Tensor:
+    """The slices of some experts, as the kind of tensor that the module has."""
+    old = found.tensor
+    chosen = torch.tensor(ids, device=old.device)
+    new = old.detach().index_select(found.axis, chosen)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 @torch.no_grad()
 def prune(model: nn.Module, kept: Kept, top_k: int | None = None) -> None:
-    """Drop every expert that is not in `kept`, in place; router rows, counts and config follow.
+    """Drop every expert that is not in `kept`, in place; router rows, biases, counts and config follow.
 
     Keeping all experts changes no bit. Parameters are replaced, so an optimizer must be built afterwards.
 
@@ -114,27 +153,36 @@ def prune(model: nn.Module, kept: Kept, top_k: int | None = None) -> None:
     views = moe_layers(model)
     for view in views:
         ids = list(kept.get(view.index, range(view.count)))
-        for owner, name in ((view.experts, "gate_up_proj"), (view.experts, "down_proj"), (view.router, "weight")):
-            _keep_rows(owner, name, ids)
-        view.experts.num_experts = view.router.num_experts = len(ids)
+        if len(ids) < view.count:
+            _drop(view, ids)
         if top_k is not None:
-            view.router.top_k = top_k
-            if hasattr(view.block, "top_k"):
-                view.block.top_k = top_k
-    _write_counts(model, views[0].count, top_k)
+            for module in (view.router, view.block):
+                _set_present(module, "top_k", top_k)
+    _write_counts(model, views[0], top_k)
 
 
-def _keep_rows(owner: nn.Module, name: str, ids: Sequence[int]) -> None:
-    old = getattr(owner, name)
-    if len(ids) < old.shape[0]:
-        setattr(owner, name, nn.Parameter(old.detach()[list(ids)].contiguous(), requires_grad=old.requires_grad))
+def _drop(view: MoELayerView, ids: Sequence[int]) -> None:
+    for found in list(view.expert_axes()):
+        setattr(found.owner, found.name, _selected(found, ids))
+        _set_present(found.owner, "out_features", len(ids))
+    for module in (view.router, view.block, view.experts):
+        _set_present(module, "num_experts", len(ids))
 
 
-def _write_counts(model: nn.Module, count: int, top_k: int | None) -> None:
-    """The numbers that the model and its config keep besides the tensors; the config may carry either key or both."""
-    model.num_experts = count
-    for key in EXPERT_COUNT_KEYS:
+def _set_present(owner: Any, name: str, value: Any) -> None:
+    if hasattr(owner, name):
+        setattr(owner, name, value)
+
+
+def _write_counts(model: nn.Module, view: MoELayerView, top_k: int | None) -> None:
+    """The numbers that the model and its config keep besides the tensors; the config may carry any or all of the keys."""
+    for key in ("num_experts", *view.family.expert_keys):
+        _set_present(model.config, key, view.count)
+    _set_present(model, "num_experts", view.count)
+    if top_k is None:
+        return
+    for key in view.family.top_k_keys:
         if hasattr(model.config, key):
-            setattr(model.config, key, count)
-    if top_k is not None:
-        model.num_experts_per_tok = model.config.num_experts_per_tok = top_k
+            per_layer = isinstance(getattr(model.config, key), list)
+            setattr(model.config, key, [top_k] * model.config.num_hidden_layers if per_layer else top_k)
+    _set_present(model, "num_experts_per_tok", top_k)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_edge.families.base import Family
+from moe_edge.families.base import Family, Names
 
 
 def _some_layers_slide(values: Mapping[str, Any]) -> bool:
@@ -18,13 +18,12 @@ QWEN2_MOE = Family(
         "tie_word_embeddings": False, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
         "num_experts_per_tok": 4, "norm_topk_prob": False, "qkv_bias": True, "default_theta": 10000.0,
     },
-    expert_width_key="moe_intermediate_size",
-    qk_norm="none",
-    norm_topk=None,
-    block="mlp",
-    projections={"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"},
     refusals=((_some_layers_slide, "a sliding window on every second layer"),),
+    saved=Names(shared="mlp.shared_expert", shared_router="mlp.shared_expert_gate"),
+    norm_topk=None,
     bias_key="qkv_bias",
-    shared=True,
+    shared_width=lambda v: v["shared_expert_intermediate_size"],
+    shared_gated=True,
     sliding_key="use_sliding_window",
+    rotary="plain",
 )  # fmt: skip

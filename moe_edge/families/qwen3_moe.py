@@ -10,11 +10,9 @@ QWEN3_MOE = Family(
         "tie_word_embeddings": False, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "norm_topk_prob": False,
         "sliding_window": 4096, "default_theta": 10000.0,
     },
-    expert_width_key="moe_intermediate_size",
+    refusals=((lambda v: bool(v.get("attention_bias")), "attention_bias: a bias on o_proj"),),
     qk_norm="per_head",
     norm_topk=None,
-    block="mlp",
-    projections={"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"},
-    refusals=((lambda v: bool(v.get("attention_bias")), "attention_bias: a bias on o_proj"),),
     sliding_key="use_sliding_window",
+    rotary="plain",
 )  # fmt: skip

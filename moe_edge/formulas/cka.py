@@ -64,12 +64,18 @@ def hsic_from_grams(gram_ENN: Tensor) -> Tensor:
     experts, n = gram_ENN.shape[0], gram_ENN.shape[-1]
     if n < MIN_BLOCK_TOKENS:
         return gram_ENN.new_zeros(experts, experts, dtype=torch.float64)
+    flat_EF = u_centred(gram_ENN).view(experts, n * n)
+    return (flat_EF @ flat_EF.T).double() / (n * (n - 3))
+
+
+def u_centred(gram_ENN: Tensor) -> Tensor:
+    """Zero-diagonal Gram matrices without their row and column means: off the diagonal every row sums to zero."""
+    n = gram_ENN.shape[-1]
     row_EN = gram_ENN.sum(dim=-1) / (n - 2)
     shift_EN = row_EN - row_EN.sum(dim=-1, keepdim=True) / (n - 1)
     centred_ENN = (gram_ENN - row_EN.unsqueeze(-1)).sub_(shift_EN.unsqueeze(-2))
     centred_ENN.diagonal(dim1=-2, dim2=-1).zero_()
-    flat_EF = centred_ENN.view(experts, n * n)
-    return (flat_EF @ flat_EF.T).double() / (n * (n - 3))
+    return centred_ENN
 
 
 def hsic_all_pairs(features_END: Tensor) -> Tensor:
@@ -82,6 +88,34 @@ def hsic_all_pairs(features_END: Tensor) -> Tensor:
         [E, E] float64.
     """
     return hsic_from_grams(gram(features_END))
+
+
+def hsic_across(gram_ENN: Tensor, gram_JNN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC1 of every feature map of one set with every one of another, on one block of the same n tokens.
+
+    Add the results of all blocks, then `cka_across`. Zero where the block has fewer than four tokens (no evidence).
+
+    Args:
+        gram_ENN, gram_JNN: zero-diagonal Gram matrices; they are overwritten.
+
+    Returns:
+        (across [E, J], of each map of the first set with itself [E], of the second [J]), float64.
+    """
+    n = gram_ENN.shape[-1]
+    if n < MIN_BLOCK_TOKENS:
+        shapes = ((len(gram_ENN), len(gram_JNN)), (len(gram_ENN),), (len(gram_JNN),))
+        across, own, other = (gram_ENN.new_zeros(shape, dtype=torch.float64) for shape in shapes)
+        return across, own, other
+    own_EF, other_JF = (u_centred(gram).flatten(1) for gram in (gram_ENN, gram_JNN))
+    sums = (own_EF @ other_JF.T, own_EF.square().sum(dim=1), other_JF.square().sum(dim=1))
+    across, own, other = (part.double() / (n * (n - 3)) for part in sums)
+    return across, own, other
+
+
+def cka_across(across_EJ: Tensor, own_E: Tensor, other_J: Tensor) -> Tensor:
+    """CKA from the sums of `hsic_across`, [E, J]; NaN where a side has no variance (no evidence)."""
+    scale_EJ = torch.sqrt(own_E.clamp(min=0).unsqueeze(-1) * other_J.clamp(min=0).unsqueeze(-2))
+    return torch.where(scale_EJ > 0, across_EJ / scale_EJ, torch.nan)
 
 
 def cka_from_hsic(hsic_EE: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 The experts' forward is replaced by one that computes the same result expert by expert and takes the sums on the
 way, so that statistics cost a few passes over activations and no expert runs twice. On the few tokens of a CKA
-block every expert runs. Routing is what the experts module receives (hidden, index, weight), never recomputed.
+block every expert runs (evidence.py). Routing is what the experts module receives (hidden, index, weight), never
+recomputed.
 
-Shape suffixes: T tokens of a batch, K top-k, E experts, D model width, N tokens of a block, L layers.
+Shape suffixes: T tokens of a batch, S slots (token, k) of it, K top-k, E experts, n tokens of an expert, D model width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,21 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_edge.families.taps import decoder_layers, dense_taps, down_project
-from moe_edge.families.views import MoELayerView, expert_activations, moe_layers
-from moe_edge.formulas.cka import gate_gram, gram, hsic_from_grams, normalise_rows, sink_mask
+from moe_edge.families.expert_weights import read_expert
+from moe_edge.families.streaming import replaced_forward
+from moe_edge.families.taps import Tap
+from moe_edge.families.views import MoELayerView, down_project, expert_activations, router_scores
+from moe_edge.formulas.cka import gram, normalise_rows, sink_mask
+from moe_edge.profiling.evidence import Block, Evidence
 from moe_edge.profiling.sums import IMATRIX, Sums
-
-
-@dataclass
-class Block:
-    """Tokens of the current batch that run through every expert, and what the layers said about them."""
-
-    token_N: Tensor  # indices into the flattened batch
-    position_N: Tensor  # in their row
-    residual_sink_N: Tensor | None = None  # of the layer that is running
-    any_sink_N: Tensor | None = None  # of any layer so far
-    layer_grams: list[Tensor] = field(default_factory=list)  # L of [N, N]
 
 
 @dataclass
@@ -40,23 +33,36 @@ class Batch:
 
 
 @contextmanager
-def observing(model: nn.Module, sums: Sums, batch: Batch) -> Iterator[None]:
-    """Listen to every layer of `model` while the context is open; the model's results stay the same."""
+def observing(view: MoELayerView | None, taps: Sequence[Tap], sums: Sums, batch: Batch) -> Iterator[None]:
+    """Listen to one decoder layer while the context is open; the model's results stay the same.
+
+    Args:
+        view: its experts; None for a dense layer.
+        taps: of this layer.
+    """
     with ExitStack() as stack:
-        for view, layer in zip(moe_layers(model), decoder_layers(model), strict=True):
+        if view is not None:
             observer = ExpertsObserver(view, sums, batch)
-            stack.callback(view.experts.__dict__.pop, "forward", None)
-            view.experts.forward = observer.forward
+            stack.enter_context(replaced_forward(view.experts, observer.forward))
             for handle in (
-                view.router.register_forward_hook(observer.on_router),
-                layer.register_forward_pre_hook(observer.on_layer_input, with_kwargs=True),
-                layer.register_forward_hook(observer.on_layer_output),
+                view.layer.register_forward_pre_hook(observer.on_layer_input, with_kwargs=True),
+                view.layer.register_forward_hook(observer.on_layer_output),
             ):
                 stack.callback(handle.remove)
-        for tap in dense_taps(model):
-            adder = SquareAdder(sums[IMATRIX + tap.name][tap.layer])
+        for tap in taps:
+            adder = SquareAdder(sums[IMATRIX + tap.name])
             stack.callback(tap.module.register_forward_pre_hook(adder).remove)
         yield
+
+
+def add_weight_sizes(view: MoELayerView, sums: Sums) -> None:
+    """Mean |w| and root mean square of every expert's gate, up and down matrices; once per pass, not once per batch."""
+    for expert in range(view.count):
+        weights = read_expert(view, expert)
+        matrices = [matrix.float() for matrix in (weights.gate_FD, weights.up_FD, weights.down_DF)]
+        count = sum(matrix.numel() for matrix in matrices)
+        sums["weight_mean_abs"][expert] = sum(matrix.abs().sum().double() for matrix in matrices) / count
+        sums["weight_rms"][expert] = (sum(matrix.square().sum().double() for matrix in matrices) / count) ** 0.5
 
 
 @dataclass
@@ -78,17 +84,7 @@ class ExpertsObserver:
     """Runs the experts of one layer and adds up what they do."""
 
     def __init__(self, view: MoELayerView, sums: Sums, batch: Batch) -> None:
-        self.view = view
-        self.sums = {name: tensor[view.index] for name, tensor in sums.items() if tensor.ndim > 1 or name in _PER_LAYER}
-        self.batch = batch
-        self.gate_TE = torch.empty(0)
-
-    def on_router(self, module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep the softmax over all experts; add its entropy (nats)."""
-        logits_TE = output[0].float()
-        log_gate_TE = torch.log_softmax(logits_TE, dim=-1)
-        self.gate_TE = log_gate_TE.exp()
-        self.sums["entropy"] -= (self.gate_TE * log_gate_TE).sum()
+        self.view, self.sums, self.batch = view, sums, batch
 
     def on_layer_input(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Find the tokens whose residual is a sink before the layer adds to it."""
@@ -101,41 +97,41 @@ class ExpertsObserver:
         hidden = output[0] if isinstance(output, tuple) else output
         for block in self.batch.blocks:
             features_ND = hidden.flatten(0, -2)[block.token_N]
-            sink_N = sink_mask(features_ND, block.position_N)
-            block.any_sink_N = sink_N if block.any_sink_N is None else block.any_sink_N | sink_N
-            block.layer_grams.append(gram(normalise_rows(features_ND)))
+            block.sinks.append(sink_mask(features_ND, block.position_N))
+            block.grams.append(gram(normalise_rows(features_ND)))
 
     def forward(self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The experts' result, as transformers computes it: sum over k of weight times expert output."""
-        experts, (tokens, top_k) = self.view.count, index_TK.shape
-        order_S = torch.argsort(index_TK.flatten(), stable=True)  # slots (token, k), grouped by expert
-        count_E = torch.bincount(index_TK.flatten(), minlength=experts)
-        routed_TE = torch.zeros(tokens, experts, device=hidden_TD.device).scatter_(1, index_TK, 1.0)
-        cka = [CkaBlock(block, hidden_TD, routed_TE) for block in self.batch.blocks]
+        tokens, top_k = index_TK.shape
+        count_E = torch.bincount(index_TK.flatten(), minlength=self.view.count)
+        order_S = torch.argsort(index_TK.flatten(), stable=True)  # grouped by expert
+        evidence = [Evidence(self.view, block, hidden_TD, index_TK, weight_TK) for block in self.batch.blocks]
         gate_S = weight_TK.flatten()
-        weighted_SD = hidden_TD.new_empty(tokens * top_k, hidden_TD.shape[-1])
-        for expert, slot_n in enumerate(order_S.split(count_E.tolist())):
-            out_nD = self._run_expert(expert, hidden_TD, slot_n // top_k, cka)
-            gate_n = gate_S[slot_n]
-            self._add_outputs(expert, out_nD.float(), gate_n.double())
-            weighted_SD[slot_n] = (out_nD * gate_n.unsqueeze(-1)).to(hidden_TD.dtype)
-        self._add_routing(hidden_TD, routed_TE, count_E, weight_TK)
-        for block in cka:
-            self._add_similarity(block)
-        return weighted_SD.view(tokens, top_k, -1).sum(dim=1)
+        result_TD = torch.zeros(hidden_TD.shape, device=hidden_TD.device)
+        for expert, slot_n in enumerate(torch.split(order_S, count_E.tolist())):
+            token_n, gate_n = slot_n // top_k, gate_S[slot_n]
+            out_nD = self._run_expert(expert, hidden_TD, token_n, evidence).float()
+            self._add_outputs(expert, out_nD, gate_n.double())
+            result_TD.index_add_(0, token_n, out_nD * gate_n.float().unsqueeze(-1))
+        self._add_routing(hidden_TD, index_TK, weight_TK, count_E)
+        score_TE = router_scores(self.view, hidden_TD)
+        self.sums["entropy"] += entropy(score_TE).sum()
+        for block in evidence:
+            block.add_to(self.sums, score_TE[block.token_n])
+        return result_TD.to(hidden_TD.dtype)
 
-    def _run_expert(self, expert: int, hidden_TD: Tensor, token_n: Tensor, cka: list["CkaBlock"]) -> Tensor:
+    def _run_expert(self, expert: int, hidden_TD: Tensor, token_n: Tensor, evidence: Sequence[Evidence]) -> Tensor:
         """Raw outputs on the routed tokens; the other tokens of CKA blocks run along in the same products."""
         n = len(token_n)
-        token_m = torch.cat([token_n, *(block.not_routed_to(expert) for block in cka)]) if cka else token_n
+        token_m = torch.cat([token_n, *(block.not_routed_to(expert) for block in evidence)]) if evidence else token_n
         active_mF = expert_activations(self.view, hidden_TD[token_m], expert)
         out_mD = down_project(self.view, active_mF, expert)
         self.sums[IMATRIX + "expert_down"][expert] += column_squares(active_mF[:n])
-        if cka:
+        if evidence:
             row_T = token_m.new_empty(len(hidden_TD))
             row_T[token_m] = torch.arange(len(token_m), device=token_m.device)
-            for block in cka:
-                block.gram_ENN[expert] = gram(normalise_rows(out_mD[row_T[block.token_N]]))
+            for block in evidence:
+                block.see(expert, out_mD[row_T[block.token_n]])
         return out_mD[:n]
 
     def _add_outputs(self, expert: int, out_nD: Tensor, gate_n: Tensor) -> None:
@@ -152,8 +148,9 @@ class ExpertsObserver:
         if len(norm_n):
             self.sums["norm_max"][expert].clamp_(min=norm_n.max())
 
-    def _add_routing(self, hidden_TD: Tensor, routed_TE: Tensor, count_E: Tensor, weight_TK: Tensor) -> None:
-        """Counts, and the squares of the block's input: of all tokens, and of those routed to each expert."""
+    def _add_routing(self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, count_E: Tensor) -> None:
+        """Counts, gates, and the squares of the block's input: of all tokens, and of those routed to each expert."""
+        routed_TE = torch.zeros(len(index_TK), self.view.count, device=hidden_TD.device).scatter_(1, index_TK, 1.0)
         square_TD = hidden_TD.float().square()
         self.sums["counts"] += count_E
         self.sums["coroute"] += (routed_TE.T @ routed_TE).round().long()
@@ -161,39 +158,8 @@ class ExpertsObserver:
         self.sums[IMATRIX + "ffn_in"] += square_TD.sum(dim=0)
         self.sums[IMATRIX + "expert_in"] += routed_TE.T @ square_TD
 
-    def _add_similarity(self, block: "CkaBlock") -> None:
-        """HSIC of all pairs of experts, plain and with rows scaled by the softmax gate."""
-        self.sums["hsic"] += hsic_from_grams(block.gram_ENN)
-        self.sums["gated_hsic"] += hsic_from_grams(gate_gram(block.gram_ENN, self.gate_TE[block.token_N].T))
-        self.sums["sinks"] += block.dropped
 
-
-class CkaBlock:
-    """One block in one layer: the tokens left after dropping sinks, and a Gram matrix per expert."""
-
-    def __init__(self, block: Block, hidden_TD: Tensor, routed_TE: Tensor) -> None:
-        sink_N = sink_mask(hidden_TD[block.token_N], block.position_N)
-        if block.residual_sink_N is not None:
-            sink_N = sink_N | block.residual_sink_N
-        self.token_N = block.token_N[~sink_N]
-        self.dropped = int(sink_N.sum())
-        n = len(self.token_N)
-        self.gram_ENN = torch.empty(routed_TE.shape[1], n, n, device=hidden_TD.device)
-        self._routed_NE = routed_TE[self.token_N] > 0
-
-    def not_routed_to(self, expert: int) -> Tensor:
-        """Indices of the block's tokens that the router did not send to `expert`."""
-        return self.token_N[~self._routed_NE[:, expert]]
-
-
-def add_layer_similarity(batch: Batch, sums: Sums) -> None:
-    """HSIC between the layers' residual outputs, on the tokens that are a sink in no layer; call it after the
-    forward."""
-    for block in batch.blocks:
-        keep_N = ~block.any_sink_N if block.any_sink_N is not None else slice(None)
-        gram_LNN = torch.stack(block.layer_grams)[:, keep_N][:, :, keep_N]
-        sums["layer_hsic"] += hsic_from_grams(gram_LNN)
-        sums["cka_tokens"] += len(block.token_N)
-
-
-_PER_LAYER = ("entropy", "gate_mass", "sinks")
+def entropy(score_TE: Tensor) -> Tensor:
+    """Nats per token, of the scores as shares of their sum."""
+    share_TE = score_TE / score_TE.sum(dim=1, keepdim=True)
+    return -torch.xlogy(share_TE, share_TE).sum(dim=1)

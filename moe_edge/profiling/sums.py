@@ -1,89 +1,164 @@
-"""The running sums of a calibration pass: one dictionary of tensors whose size does not depend on the number of tokens.
+"""The running sums of a calibration pass: a dictionary of tensors per decoder layer and one for the model.
 
-A flat dictionary, because it is saved after every shard of rows and read back after a kill; `to_statistics` turns
-it into the file that later stages read. Sums are float64, counts int64.
+Their size does not depend on the number of tokens. A layer's sums stand alone, because a teacher larger than memory is
+read layer by layer; sums of different rows add up to the sums of all rows, because several processes may share the
+work. `to_statistics` turns them into the file that later stages read. Sums are float64, counts int64.
 
-Shape suffixes: L layers, E experts, D model width, F expert width, V vocabulary.
+Shape suffixes: L MoE layers, A all decoder layers, E experts, D model width, F expert width, G groups of blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_edge.families.taps import dense_taps
-from moe_edge.families.views import moe_layers
-from moe_edge.storage.statistics import Statistics
+from moe_edge.families.expert_weights import expert_width
+from moe_edge.families.taps import Tap
+from moe_edge.families.views import MoELayerView
+from moe_edge.storage.statistics import Statistics, load_tensors, save_tensors
 
 Sums = dict[str, Tensor]
 IMATRIX = "imatrix."
-EXPERT_SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "norm_max")
+PER_EXPERT = (
+    "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "norm_max", "loo_sq_sum", "weight_mean_abs", "weight_rms",
+)  # fmt: skip
+MAXIMA = ("norm_max", "weight_mean_abs", "weight_rms")  # of several processes the largest; weights are the same in all
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Axis lengths of the sums."""
+class PassSums:
+    """What a pass has added up so far."""
 
-    layers: int
-    experts: int
-    hidden: int
-    width: int
-    taps: dict[str, int]  # input columns of each dense matrix product
+    layers: list[Sums]  # one per decoder layer
+    model: Sums
+
+    def save(self, path: Path, header: dict[str, Any]) -> None:
+        """One safetensors file, atomically."""
+        tensors = {f"{index}.{name}": tensor for index, sums in enumerate(self.layers) for name, tensor in sums.items()}
+        save_tensors(path, tensors | {f"model.{name}": tensor for name, tensor in self.model.items()}, header)
+
+    def to(self, device: torch.device | str) -> "PassSums":
+        """The same sums on a device."""
+        layers = [{name: tensor.to(device) for name, tensor in sums.items()} for sums in self.layers]
+        return PassSums(layers, {name: tensor.to(device) for name, tensor in self.model.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple["PassSums", dict[str, Any]]:
+        """What `save` wrote, on the CPU, and its header. Raises InputRejected when the file cannot be read."""
+        tensors, header = load_tensors(path)
+        owners: dict[str, Sums] = {}
+        for key, tensor in tensors.items():
+            owner, _, name = key.partition(".")
+            owners.setdefault(owner, {})[name] = tensor
+        model = owners.pop("model", {})
+        return cls(
+            [owners.get(str(index), {}) for index in range(max(map(int, owners), default=-1) + 1)], model
+        ), header
 
 
-def sizes_of(model: nn.Module) -> Sizes:
-    """Read the sizes from the model's own tensors."""
-    views = moe_layers(model)
-    columns = {tap.name: tap.module.in_features for tap in dense_taps(model)}
-    hidden, width = views[0].experts.down_proj.shape[1:]
-    return Sizes(len(views), views[0].count, hidden, width, columns)
+def layer_sums(
+    view: MoELayerView | None, taps: Sequence[Tap], hidden: int, groups: int, device: torch.device | str = "cpu"
+) -> Sums:
+    """The sums of one decoder layer at zero.
+
+    Args:
+        view: its experts; None for a dense layer.
+        taps: the inputs of its dense matrix products.
+        groups: G.
+    """
+    shapes: dict[str, tuple[int, ...]] = {IMATRIX + tap.name: (columns_of(tap),) for tap in taps}
+    counts: dict[str, tuple[int, ...]] = {}
+    if view is not None:
+        experts, width = view.count, expert_width(view)
+        shapes |= dict.fromkeys(PER_EXPERT, (experts,)) | dict.fromkeys(("out_sum", "out_sq_sum"), (experts, hidden))
+        shapes |= dict.fromkeys(("hsic", "gated_hsic", "null_hsic"), (experts, experts))
+        shapes |= {"hsic_groups": (groups, experts, experts), "entropy": (), "gate_mass": (), "out_energy": ()}
+        shapes |= {IMATRIX + "ffn_in": (hidden,), IMATRIX + "expert_in": (experts, hidden)}
+        shapes |= {IMATRIX + "expert_down": (experts, width)}
+        counts = {"counts": (experts,), "loo_counts": (experts,), "coroute": (experts, experts), "sinks": ()}
+    return _zeros(shapes, counts, device)
 
 
-def new_sums(sizes: Sizes, device: torch.device | str = "cpu") -> Sums:
-    """All sums at zero."""
-    layers, experts, hidden, width = sizes.layers, sizes.experts, sizes.hidden, sizes.width
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(EXPERT_SUMS, (layers, experts))
-    shapes |= {"out_sum": (layers, experts, hidden), "out_sq_sum": (layers, experts, hidden)}
-    shapes |= {
-        "hsic": (layers, experts, experts),
-        "gated_hsic": (layers, experts, experts),
-        "layer_hsic": (layers, layers),
-    }
-    shapes |= {"entropy": (layers,), "gate_mass": (layers,)}
-    shapes |= {IMATRIX + "expert_in": (layers, experts, hidden), IMATRIX + "expert_down": (layers, experts, width)}
-    shapes |= {IMATRIX + "ffn_in": (layers, hidden), IMATRIX + "head_in": (hidden,)}
-    shapes |= {IMATRIX + name: (layers, columns) for name, columns in sizes.taps.items()}
+def columns_of(tap: Tap) -> int:
+    """Input columns of a tap's matrix."""
+    columns: int = tap.module.in_features  # type: ignore[assignment]
+    return columns
+
+
+def model_sums(moe_layers: int, hidden: int, device: torch.device | str = "cpu") -> Sums:
+    """The sums that belong to no single layer at zero."""
+    shapes = {"layer_hsic": (moe_layers, moe_layers), IMATRIX + "head_in": (hidden,)}
+    return _zeros(shapes, {"tokens": (), "cka_tokens": ()}, device)
+
+
+def _zeros(shapes: dict[str, tuple[int, ...]], counts: dict[str, tuple[int, ...]], device: torch.device | str) -> Sums:
     sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-    counts: dict[str, tuple[int, ...]] = {"tokens": (), "cka_tokens": (), "sinks": (layers,)}
-    counts |= {"counts": (layers, experts), "coroute": (layers, experts, experts)}
     return sums | {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in counts.items()}
 
 
-def to_statistics(sums: Sums, meta: dict[str, Any]) -> Statistics:
+def merged(parts: Sequence[PassSums]) -> PassSums:
+    """The sums of all rows from those of disjoint sets of rows."""
+    layers = [_merged(sums) for sums in zip(*(part.layers for part in parts), strict=True)]
+    return PassSums(layers, _merged([part.model for part in parts]))
+
+
+def _merged(parts: Sequence[Sums]) -> Sums:
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return {name: tensor.amax(dim=0) if name in MAXIMA else tensor.sum(dim=0) for name, tensor in stacked.items()}
+
+
+def to_statistics(sums: PassSums, meta: dict[str, Any]) -> Statistics:
     """The final statistics; means are over the calibration tokens, the sink share over the CKA tokens."""
-    tokens, cka_tokens = int(sums["tokens"]), int(sums["cka_tokens"])
-    imatrix = {name.removeprefix(IMATRIX): tensor.clone() for name, tensor in sums.items() if name.startswith(IMATRIX)}
-    imatrix["expert_count"] = sums["counts"].double()
-    imatrix["dense_count"] = sums["tokens"].double()
+    moe = [index for index, layer in enumerate(sums.layers) if "counts" in layer]
+    tokens, cka_tokens = int(sums.model["tokens"]), int(sums.model["cka_tokens"])
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([sums.layers[index][name].cpu() for index in moe])
+
     return Statistics(
-        counts_LE=sums["counts"],
-        gate_sum_LE=sums["gate_sum"],
-        norm_sum_LE=sums["norm_sum"],
-        norm_sq_sum_LE=sums["norm_sq_sum"],
-        gated_norm_sum_LE=sums["gated_norm_sum"],
-        norm_max_LE=sums["norm_max"],
-        out_sum_LED=sums["out_sum"],
-        out_sq_sum_LED=sums["out_sq_sum"],
-        router_entropy_L=sums["entropy"] / max(tokens, 1),
-        coroute_LEE=sums["coroute"],
-        gate_mass_L=sums["gate_mass"] / max(tokens, 1),
-        hsic_LEE=sums["hsic"],
-        gated_hsic_LEE=sums["gated_hsic"],
-        layer_hsic_LL=sums["layer_hsic"],
-        sink_share_L=sums["sinks"].double() / max(cka_tokens, 1),
+        counts_LE=stacked("counts"),
+        gate_sum_LE=stacked("gate_sum"),
+        norm_sum_LE=stacked("norm_sum"),
+        norm_sq_sum_LE=stacked("norm_sq_sum"),
+        gated_norm_sum_LE=stacked("gated_norm_sum"),
+        norm_max_LE=stacked("norm_max"),
+        out_sum_LED=stacked("out_sum"),
+        out_sq_sum_LED=stacked("out_sq_sum"),
+        router_entropy_L=stacked("entropy") / max(tokens, 1),
+        coroute_LEE=stacked("coroute"),
+        gate_mass_L=stacked("gate_mass") / max(tokens, 1),
+        hsic_LEE=stacked("hsic"),
+        gated_hsic_LEE=stacked("gated_hsic"),
+        hsic_groups_GLEE=stacked("hsic_groups").float().transpose(0, 1),
+        null_hsic_LEE=stacked("null_hsic"),
+        layer_hsic_LL=sums.model["layer_hsic"].cpu(),
+        sink_share_L=stacked("sinks").double() / max(cka_tokens, 1),
+        loo_sq_sum_LE=stacked("loo_sq_sum"),
+        loo_counts_LE=stacked("loo_counts"),
+        out_energy_L=stacked("out_energy"),
+        weight_mean_abs_LE=stacked("weight_mean_abs"),
+        weight_rms_LE=stacked("weight_rms"),
         cka_tokens=cka_tokens,
         tokens=tokens,
-        imatrix=imatrix,
-        meta=meta,
+        imatrix=_imatrix(sums),
+        meta={"moe_layers": moe} | meta,
     )
+
+
+def _imatrix(sums: PassSums) -> dict[str, Tensor]:
+    """Expert rows are of the MoE layers [L, ...], all others of all decoder layers [A, ...]; zero where there is none."""
+    moe = [layer for layer in sums.layers if "counts" in layer]
+    names = {name for layer in sums.layers for name in layer if name.startswith(IMATRIX)}
+    imatrix = {}
+    for name in sorted(names):
+        layers = moe if name.startswith(IMATRIX + "expert_") else sums.layers
+        shape = next(layer[name].shape for layer in layers if name in layer)
+        rows = [layer[name] if name in layer else torch.zeros(shape, dtype=torch.float64) for layer in layers]
+        imatrix[name.removeprefix(IMATRIX)] = torch.stack([row.cpu() for row in rows])
+    imatrix["head_in"] = sums.model[IMATRIX + "head_in"].cpu()
+    imatrix["expert_count"] = torch.stack([layer["counts"].cpu() for layer in moe]).double()
+    imatrix["dense_count"] = sums.model["tokens"].cpu().double()
+    return imatrix

@@ -28,10 +28,19 @@ from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import StageSchedule, schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.families.loading import load_model, save_student, stored_dtype
+from moe_edge.families.students import (
+    TRAINABLE,
+    is_shared_core,
+    load_student,
+    mirror_student,
+    plain_form,
+    save_trainable,
+    trainable_folder,
+)
 from moe_edge.formulas.divergence import temperature_index
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
-from moe_edge.storage.folders import mirror, written_beside
+from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
 
 log = logging.getLogger(__name__)
@@ -60,7 +69,7 @@ def run(context: StageContext) -> Record:
     source, config = context.inputs["compress"] / "model", context.config.distill
     if reason := _nothing_to_do(context):
         log.info("distill: %s, the student goes on unchanged", reason)
-        mirror(source, context.out / "model")
+        mirror_student(source.parent, context.out)
         _write(context.out, [], {"trained": False, "reason": reason})
         return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
     if config.data != "calibration":
@@ -80,8 +89,8 @@ def run(context: StageContext) -> Record:
 def _nothing_to_do(context: StageContext) -> str | None:
     if not context.config.distill.stages:
         return "distill.stages is empty"
-    if not Plan.read(context.inputs["plan"] / "plan.json").prunes:
-        return "the plan removes no expert, so there is nothing to recover"
+    if not Plan.read(context.inputs["plan"] / "plan.json").alters:
+        return "the plan changes no expert, so there is nothing to recover"
     return None
 
 
@@ -93,7 +102,7 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
         active_weights(schedule.config.losses, config.alpha, config.temperature)
     temperature_index(config.temperature, signal.temperatures)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_model(source).to(device)
+    student = load_student(trainable_folder(source.parent)).to(device)
     recovery = Recovery(config, ids_NS, signal, student.config.vocab_size, context.teacher, context.out / "checkpoints")
     recovery.check(student, schedules)
     judge = _judge(context, ids_NS[held_out_rows], signal, schedules)
@@ -104,13 +113,16 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     after = judge(student)
     better = math.isfinite(after.kl_nats) and after.kl_nats < before.kl_nats
     if better:
+        student.to("cpu", dtype)
+        if is_shared_core(student):
+            save_trainable(student, source, context.out / TRAINABLE)
         with written_beside(context.out / "model") as folder:
-            save_student(student.to("cpu", dtype), source, folder)
+            save_student(plain_form(student), source, folder)
     else:
         log.warning(
             "distill: held-out KL %.4f is not below %.4f, the untrained student stays", after.kl_nats, before.kl_nats
         )
-        mirror(source, context.out / "model")
+        mirror_student(source.parent, context.out)
     shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
     summary = _summary(records, before, after, better, len(held_out_rows) * ids_NS.shape[1], signal.k)
     _write(context.out, records, summary)

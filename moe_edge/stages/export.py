@@ -7,7 +7,7 @@ Every file is written beside and renamed, so that a killed export goes on after 
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import psutil
 
 from moe_edge.compression.estimate import Packing, file_bytes
 from moe_edge.compression.headers import model_headers
+from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
@@ -27,6 +29,7 @@ from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.export.onnx import export_onnx
 from moe_edge.families import family_of
 from moe_edge.families.counting import count_params
+from moe_edge.families.dense import DENSE_TYPES
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes import open_runtime
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
@@ -54,25 +57,38 @@ class Job:
     statistics: Statistics | None
     kept: dict[int, list[int]] | None
     provenance: dict[str, str]
+    mix: dict[str, str]  # of the main recipe: types per class that the plan chose instead of the recipe's
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Export the distilled student of a build; returns {"artifacts": [...], "parity": [...]}."""
     plan = Plan.read(context.inputs["plan"] / "plan.json")
+    _refuse_dense(context.inputs["distill"] / "model")
     statistics = Statistics.load(context.inputs["profile"] / "statistics.safetensors")
+    imatrix, kept = student_imatrix(statistics.imatrix, plan.kept if plan.prunes else None, context.inputs["compress"])
     return export_model(
         plan_job(
             context.config, context.inputs["distill"] / "model", context.out,
             main=plan.quantization, precision=plan.onnx_precision,
-            statistics=statistics, kept=plan.kept if plan.prunes else None,
+            statistics=replace(statistics, imatrix=imatrix), kept=None if kept is None else plan.kept,
             provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
+            mix=plan.quantization_by_class,
         )
     )  # fmt: skip
 
 
+def _refuse_dense(model: Path) -> None:
+    kind = inspect_checkpoint(model).config.get("model_type")
+    if kind in DENSE_TYPES:
+        raise InputRejected(
+            "a dense student cannot be exported yet", where=str(model), why=f"it is a plain {kind} checkpoint",
+            next_command="--until distill; any tool for that family can convert the folder",
+        )  # fmt: skip
+
+
 def plan_job(
     config: BuildConfig, model: Path, out: Path, *, main: str, precision: str, statistics: Statistics | None,
-    kept: dict[int, list[int]] | None, provenance: dict[str, str],
+    kept: dict[int, list[int]] | None, provenance: dict[str, str], mix: dict[str, str] | None = None,
 ) -> Job:  # fmt: skip
     """Read the model's headers and settle names, formats and types."""
     headers = inspect_checkpoint(model)
@@ -85,7 +101,8 @@ def plan_job(
     onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
     name = f"{model_name(config)}-{spec.moe.experts}e"
     return Job(
-        model, out, name, spec, counts.total, tuple(formats), tuple(recipes), onnx_precision, config, statistics, kept, provenance
+        model, out, name, spec, counts.total, tuple(formats), tuple(recipes), onnx_precision, config, statistics, kept,
+        provenance, mix or {},
     )  # fmt: skip
 
 
@@ -141,11 +158,13 @@ def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple
     reopened.append(("gguf F16", "llama_cpp", full))
     imatrix = imatrix_arrays(job.statistics.imatrix, job.spec, job.kept) if job.statistics else None
     for recipe in job.recipes:
-        path = job.out / "gguf" / f"{job.name}-{recipe}.gguf"
+        mix = job.mix if recipe == job.recipes[0] else {}
+        label = f"{recipe}-mix" if mix else recipe
+        path = job.out / "gguf" / f"{job.name}-{label}.gguf"
         log.info("quantizing %s", path.name)
-        _once(path, lambda path, recipe=recipe: quantize_gguf(full, path, recipe, imatrix, _threads(job)))
-        reopened.append((f"gguf {recipe}", "llama_cpp", path))
-        artifacts.append(_artifact(job, "gguf", "llama_cpp", f"artifacts/gguf/{path.name}", path, recipe))
+        _once(path, lambda path, recipe=recipe, mix=mix: quantize_gguf(full, path, recipe, imatrix, _threads(job), mix))
+        reopened.append((f"gguf {label}", "llama_cpp", path))
+        artifacts.append(_artifact(job, "gguf", "llama_cpp", f"artifacts/gguf/{path.name}", path, label))
 
 
 def _export_onnx(

@@ -1,37 +1,40 @@
 """plan: which experts stay and how the student is stored, from headers, statistics and masked KL; changes nothing.
 
-The budget is solved first, from headers alone. If experts must go, every criterion's choice is masked in the teacher
-on the same calibration tokens and the least KL wins; `random` is always beside it, because on some models no
-criterion beats it. The KL of the chosen one is the build's prediction. Writes plan.json: readable, editable, without
-tensors, the same bytes every time.
+The budget is solved first, from headers alone. If experts must go, every criterion's choice is improved on by a search
+over some calibration rows, and all of them are masked in the teacher on other rows, where the least KL wins; `random` is
+always beside them, because on some models no criterion beats it. The KL of the winner is the build's prediction. Writes
+plan.json: readable, editable, without tensors, the same bytes every time.
 
-Shape suffixes: L layers, E experts, N rows, S tokens of a row.
+Shape suffixes: L MoE layers, E experts, N rows, S tokens of a row.
 """
 
 import logging
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from moe_edge.compression.allocation import Feasible, describe, header_plan, settle, shown_options
-from moe_edge.compression.masking import Kept, MaskedKl, masked_kl
+from moe_edge.compression.actions import check_action, with_action
+from moe_edge.compression.allocation import Feasible, header_plan, settle, shown_options
+from moe_edge.compression.candidates import Kept, criteria_to_compare
+from moe_edge.compression.decision import Quantization, bits_are_free, quantization_of
+from moe_edge.compression.masking import MaskedKl
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
+from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.plan import Candidate, Plan
 from moe_edge.families.counting import describe_model
-from moe_edge.families.loading import load_model
-from moe_edge.formulas.selection import CRITERIA, select
+from moe_edge.stages.plan_budget import check_safe, measure_budget, write_curve
+from moe_edge.stages.plan_judge import Desk, calibration_rows, candidates_of, choose, honesty, student_top_k
+from moe_edge.stages.plan_teacher import open_teacher
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_text_atomic
-from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
 KEEP_ALL = "keep-all"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -41,14 +44,22 @@ def run(context: StageContext) -> dict[str, Any]:
         InfeasibleError: nothing fits the budget, or the masked KL exceeds plan.max_kl_nats.
         ConfigError, InputRejected: as `header_plan`; a profile that does not belong to the teacher.
     """
-    feasible = header_plan(inspect_checkpoint(context.teacher), context.config)
+    headers = inspect_checkpoint(context.teacher)
+    feasible = header_plan(headers, context.config)
+    check_action(context.config, headers, feasible.model.spec)
     if changes_routing(feasible):
-        plan = _measured_plan(feasible, context)
+        plan = _measured_plan(feasible, headers, context)
     else:
         why = "Every expert is kept, so there is no masked KL to measure and no criterion to choose."
-        plan = make_plan(feasible, KEEP_ALL, _all_experts(feasible), {}, (why,))
+        plan = make_plan(feasible, KEEP_ALL, _all_experts(feasible), {}, (why,), quantization_of(feasible))
+    plan = with_action(
+        plan, context.config, feasible.model.spec, lambda: read_statistics(context.inputs["profile"], feasible)
+    )
     write_text_atomic(context.out / "plan.json", plan.to_json())
-    log.info("plan: %s, predicted KL %s nats", describe(feasible.choice, feasible.model), plan.predicted_kl_nats)
+    log.info(
+        "plan: %d of %d experts, %s, predicted KL %s nats",
+        plan.experts_kept, plan.experts_total, plan.main_label, plan.predicted_kl_nats,
+    )  # fmt: skip
     return plan.model_dump(mode="json", by_alias=True, exclude={"kept"})
 
 
@@ -59,118 +70,66 @@ def changes_routing(feasible: Feasible) -> bool:
 
 def _all_experts(feasible: Feasible) -> Kept:
     spec = feasible.model.spec
-    return {layer: list(range(spec.moe.experts)) for layer in range(spec.layers)}
+    return {layer: list(range(spec.moe.experts)) for layer in spec.moe_layers}
 
 
-def _measured_plan(feasible: Feasible, context: StageContext) -> Plan:
+def _measured_plan(feasible: Feasible, headers: CheckpointHeaders, context: StageContext) -> Plan:
     """Score the choices by masked KL, take the least, and let "quantize harder" compete with it."""
     config, folder = context.config, context.inputs["profile"]
-    choices = {KEEP_ALL: _all_experts(feasible)}
-    if not feasible.keeps_all:
-        choices = choose(feasible, config, read_statistics(folder, feasible))
-    ids_NS, where = calibration_rows(folder / "rows.safetensors", config.plan.tokens)
-    top_k = feasible.space.top_k
-    results = masked_kl(
-        _load_teacher(context), choices, ids_NS, top_k if top_k != feasible.model.spec.moe.top_k else None
-    )
-    best = (
-        min(results, key=lambda name: results[name].kl_nats)
-        if config.plan.criterion == "auto"
-        else config.plan.criterion
-    )
-    best = best if best in results else KEEP_ALL
-    settled = settle(feasible, results[best].kl_nats)
-    if settled.choice is not feasible.choice:
-        return make_plan(settled, KEEP_ALL, _all_experts(feasible), results, (where,))
-    _refuse_beyond_limit(settled, best, results, config)
-    return make_plan(settled, best, choices[best], results, (where, *_honesty(best, results)))
+    rows = calibration_rows(folder / "rows.safetensors", config.plan.tokens)
+    if feasible.keeps_all:  # a lower top-k alone
+        with open_teacher(context, headers, student_top_k(feasible)) as teacher:
+            results = dict(teacher.score({KEEP_ALL: _all_experts(feasible)}, rows.judged_NS))
+        return make_plan(feasible, KEEP_ALL, _all_experts(feasible), results, [rows.where], quantization_of(feasible))
+    chosen = candidates_of(feasible, config, read_statistics(folder, feasible))
+    criteria_to_compare(config.plan.criterion, chosen.stats)  # refuses before the teacher is loaded
+    with open_teacher(context, headers, student_top_k(feasible)) as teacher:
+        return _settled_plan(Desk(config, chosen, teacher, rows), feasible, context.out)
 
 
-def _load_teacher(context: StageContext) -> torch.nn.Module:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    auto = torch.bfloat16 if device == "cuda" else torch.float32
-    return load_model(context.teacher, dtype=_DTYPES.get(context.config.teacher.dtype, auto)).to(device)
+def _settled_plan(desk: Desk, feasible: Feasible, out: Path) -> Plan:
+    """Judge the candidates, settle how many experts stay and in which bits, and say what must be said."""
+    config = desk.config
+    free = bits_are_free(feasible, config)
+    judged = desk.judge(feasible, searching=not free)  # where bits are free the count may still change: no search yet
+    budget = measure_budget(
+        feasible, config, desk.teacher.score, desk.teacher.model, desk.rows.judged_NS, desk.chosen.stats.imatrix,
+        judged.ranking, partial(desk.chosen.kept, judged.ranking),
+    )  # fmt: skip
+    settled = budget.feasible if budget.free else settle(feasible, judged.best_nats)
+    write_curve(out, budget.curve, config.plan, settled.choice.experts)
+    if settled.keeps_all:
+        return make_plan(settled, KEEP_ALL, _all_experts(settled), judged.results, judged.notes, budget.quantization)
+    if free:
+        judged = desk.judge(settled, searching=True)
+    table = ", ".join(f"{name} {kl:.3f}" for name, kl in judged.ranked)
+    notes = [*judged.notes, *check_safe(settled, judged.best_nats, budget.curve, config.plan, table)]
+    notes += honesty(judged.best, judged.results)
+    return make_plan(settled, judged.best, judged.choices[judged.best], judged.results, notes, budget.quantization)
 
 
 def read_statistics(folder: Path, feasible: Feasible) -> Statistics:
     """The profile's statistics. Raises InputRejected when they are of a model with other layers or experts."""
     path = folder / "statistics.safetensors"
     stats, spec = Statistics.load(path), feasible.model.spec
-    if tuple(stats.counts_LE.shape) != (spec.layers, spec.moe.experts):
+    expected = (len(spec.moe_layers), spec.moe.experts)
+    if tuple(stats.counts_LE.shape) != expected:
         raise InputRejected(
             "the profile belongs to another teacher",
             where=str(path),
-            why=f"it has (layers, experts) = {tuple(stats.counts_LE.shape)}, not ({spec.layers}, {spec.moe.experts})",
+            why=f"it has (MoE layers, experts) = {tuple(stats.counts_LE.shape)}, not {expected}",
             next_command="moe-edge profile TEACHER --fresh",
         )
     return stats
 
 
-def choose(feasible: Feasible, config: BuildConfig, stats: Statistics) -> dict[str, Kept]:
-    """The kept experts under every criterion (auto), or under the named one with `random` beside it.
-
-    Raises:
-        ConfigError: cka-diverse was asked for and the profile has no CKA.
-    """
-    wanted = (
-        list(CRITERIA) if config.plan.criterion == "auto" else list(dict.fromkeys([config.plan.criterion, "random"]))
-    )
-    if not stats.cka_tokens and "cka-diverse" in wanted:
-        if config.plan.criterion != "auto":
-            raise ConfigError(
-                "cka-diverse needs a profile with CKA",
-                where="plan.criterion",
-                why="profile.cka_tokens is 0",
-                next_command="--set profile.cka_tokens=8192, or --set plan.criterion=auto",
-            )
-        wanted.remove("cka-diverse")
-    return {name: select(name, stats, feasible.choice.experts, config.plan.seed) for name in wanted}
-
-
-def calibration_rows(path: Path, tokens: int) -> tuple[Tensor, str]:
-    """The last whole rows of the calibration set that hold about `tokens` tokens, and a sentence that says which.
-
-    Returns:
-        ids_NS int64 (at least one row).
-    """
-    ids_NS = torch.from_numpy(TokenRows.load(path).ids_NS).long()
-    total, width = ids_NS.shape
-    rows = min(total, max(1, tokens // width))
-    where = (
-        f"Masked KL on the calibration rows {total - rows}..{total - 1} of {total} ({rows * width} tokens); the "
-        "profile's statistics saw these rows too, so the prediction is slightly optimistic on other text."
-    )
-    return ids_NS[-rows:], where
-
-
-def _refuse_beyond_limit(feasible: Feasible, best: str, results: dict[str, MaskedKl], config: BuildConfig) -> None:
-    limit, value = config.plan.max_kl_nats, results[best].kl_nats
-    if limit is None or value <= limit or config.plan.force:
-        return
-    ranked = sorted(results, key=lambda name: results[name].kl_nats)
-    table = ", ".join(f"{name} {results[name].kl_nats:.3f}" for name in ranked)
-    raise InfeasibleError(
-        f"{describe(feasible.choice, feasible.model)} loses {value:.3f} nats per token, the limit is {limit:g}",
-        where="plan.max_kl_nats",
-        why=f"masked KL before recovery, per criterion: {table}",
-        next_command="keep more experts (--set plan.experts=... or a larger budget), or --set plan.force=true",
-    )
-
-
-def _honesty(best: str, results: dict[str, MaskedKl]) -> list[str]:
-    """What the numbers do not support, said beside them."""
-    chosen, chance = results[best], results.get("random")
-    notes = []
-    if chance is not None and best != "random" and not chosen.clearly_below(chance):
-        numbers = f"{chosen.kl_nats:.3f} against {chance.kl_nats:.3f} nats"
-        notes.append(f"'{best}' is not clearly better than a random choice on these rows ({numbers}).")
-    if best == "random":
-        notes.append("A random choice did best: no criterion describes this teacher's experts.")
-    return notes
-
-
 def make_plan(
-    feasible: Feasible, criterion: str, kept: Kept, results: dict[str, MaskedKl], notes: tuple[str, ...]
+    feasible: Feasible,
+    criterion: str,
+    kept: Kept,
+    results: dict[str, MaskedKl],
+    notes: Sequence[str],
+    quantization: Quantization,
 ) -> Plan:
     """The plan as a document; candidates in ascending KL."""
     ranked = sorted(results.items(), key=lambda item: item[1].kl_nats)
@@ -181,6 +140,9 @@ def make_plan(
         top_k=feasible.space.top_k,
         kept={layer: list(ids) for layer, ids in kept.items()},
         quantization=feasible.quantization,
+        quantization_by_class=dict(feasible.choice.packing.mix),
+        quantization_kl_nats=dict(quantization.nats),
+        quantization_kl_source=quantization.source,
         onnx_precision=feasible.onnx_precision,
         predicted_kl_nats=results[criterion].kl_nats if criterion in results else None,
         candidates=[
@@ -204,6 +166,7 @@ def dry_run(headers: CheckpointHeaders, config: BuildConfig, profile: Path | Non
     """
     feasible = header_plan(headers, config)
     spec = feasible.model.spec
+    check_action(config, headers, spec)
     return {
         "teacher": describe_model(headers),
         "target": config.target.name,
@@ -228,16 +191,19 @@ def _previews(feasible: Feasible, config: BuildConfig, profile: Path | None) -> 
     if profile is None or feasible.keeps_all or not (profile / "statistics.safetensors").is_file():
         return []
     stats = read_statistics(profile, feasible)
+    chosen = candidates_of(feasible, config, stats)
     return [
         {
             "criterion": name,
-            "routed_share_kept": _share(stats.counts_LE, kept),
-            "gate_share_kept": _share(stats.gate_sum_LE, kept),
+            "routed_share_kept": _share(stats.counts_LE, kept.values()),
+            "gate_share_kept": _share(stats.gate_sum_LE, kept.values()),
         }
-        for name, kept in choose(feasible, config, stats).items()
+        for name, kept in choose(feasible, config, chosen).items()
     ]
 
 
-def _share(sums_LE: Tensor, kept: Kept) -> float:
+def _share(sums_LE: Tensor, kept: Collection[Sequence[int]]) -> float:
+    """What the kept experts of every position hold of the total."""
     total = float(sums_LE.sum())
-    return sum(float(sums_LE[layer, list(ids)].sum()) for layer, ids in kept.items()) / total if total else 0.0
+    held = sum(float(sums_E[list(ids)].sum()) for sums_E, ids in zip(sums_LE, kept, strict=True))
+    return held / total if total else 0.0

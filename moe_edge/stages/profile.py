@@ -1,15 +1,18 @@
 """Stage profile: one pass of the teacher over the calibration rows; all later decisions are functions of its results.
 
 Writes statistics.safetensors, logits.h5 (the teacher's top-k for distillation), imatrix.gguf, rows.safetensors (the
-very tokens) and calibration.json (where they came from). After a kill it goes on behind the last saved shard of
-rows.
+very tokens) and calibration.json (where they came from). The teacher is read whole, or layer by layer where it does not
+fit into memory. After a kill the pass goes on behind the last saved shard of rows, or layer. Several processes share
+the rows (profiling/ranks.py); each leaves its sums and logits in a folder of its own, and rank 0 merges them.
 
-Shape suffixes: L layers, E experts, N rows, S tokens of a row, V vocabulary.
+Shape suffixes: N rows, S tokens of a row, V vocabulary.
 """
 
 import hashlib
-import logging
 import shutil
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,52 +26,71 @@ from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.imatrix import write_imatrix_gguf
 from moe_edge.families import family_of
 from moe_edge.families.loading import load_model, load_tokenizer
-from moe_edge.formulas.cka import cka_from_hsic
+from moe_edge.families.streaming import StreamedModel, fits_in_memory
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.profiling.calibration import calibration_rows
-from moe_edge.profiling.passes import OnLogits, run_pass
+from moe_edge.profiling.layerwise import run_layerwise
+from moe_edge.profiling.passes import STATE, OnLogits, run_pass, share_of
+from moe_edge.profiling.ranks import Ranks, current_ranks
 from moe_edge.profiling.recipes import LoadedRecipe, load_recipe
-from moe_edge.profiling.sums import to_statistics
-from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files
-from moe_edge.storage.files import sha256_file, write_json_atomic
-from moe_edge.storage.logits import LogitCacheWriter
+from moe_edge.profiling.sums import PassSums, merged, to_statistics
+from moe_edge.stages.profile_summary import profile_summary
+from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.files import sha256_file, write_json_atomic, write_text_atomic
+from moe_edge.storage.logits import LogitCache, LogitCacheWriter
 from moe_edge.storage.rows import TokenRows
-from moe_edge.storage.statistics import Statistics
 
-log = logging.getLogger(__name__)
-DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOGITS, PARTIAL, MODE = "logits.h5", "partial", "mode.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's pass, settled."""
+
+    context: StageContext
+    spec: ModelSpec
+    rows: TokenRows
+    ranks: Ranks
+    device: torch.device
+    dtype: str
+    mode: str  # whole | layerwise
+    identity: dict[str, str]  # of the logit cache; what pins the results
+
+    def folder(self, rank: int) -> Path:
+        """What a process leaves for resuming and merging; another number of processes begins anew."""
+        return self.context.out / PARTIAL / f"rank-{rank}-of-{self.ranks.world}"
+
+    def logits(self, rank: int) -> Path:
+        """The logit cache of a process; one process alone writes the final one."""
+        return (self.context.out if self.ranks.world == 1 else self.folder(rank)) / LOGITS
+
+    def cache_writer(self, path: Path) -> LogitCacheWriter:
+        wanted = self.context.config.profile.logits
+        temperatures = sorted({1.0, *wanted.temperatures})
+        return LogitCacheWriter(path, self.spec.vocab, wanted.k, temperatures, self.identity)
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Profile the teacher; returns tokens, rows, dead experts, sink share, mean CKA and gate mass per layer.
+    """Profile the teacher; returns `profile_summary`, and nothing in the processes that only help.
 
     Raises:
-        ConfigError: mode layerwise, rows longer than the model's context, no or too little text.
+        ConfigError: rows longer than the model's context, no or too little text.
         InputRejected: the teacher or the text cannot be read.
     """
-    config = context.config
-    spec = _spec(context)
+    config, headers = context.config, inspect_checkpoint(context.teacher)
+    spec = family_of(headers.config).spec(headers.config)
     _check(config, spec)
     recipe, tokenizer = load_recipe(config.calibration.recipe), load_tokenizer(context.teacher)
     asked = config.calibration
     rows = calibration_rows(recipe, tokenizer, asked.tokens, asked.sequence_length, asked.seed)
-    statistics = _profile(context, spec, recipe, rows)
-    rows.save(context.out / "rows.safetensors")
-    statistics.save(context.out / "statistics.safetensors")
-    write_imatrix_gguf(context.out / "imatrix.gguf", statistics, spec)
-    write_json_atomic(context.out / "calibration.json", _origin(config, recipe, rows))
-    shutil.rmtree(context.out / "partial")
-    return _summary(statistics, rows)
-
-
-def _spec(context: StageContext) -> ModelSpec:
-    config = inspect_checkpoint(context.teacher).config
-    return family_of(config).spec(config)
+    job = _job(context, headers, spec, rows)
+    sums = _pass(job)
+    job.ranks.wait()
+    return _results(job, sums, recipe) if job.ranks.leads else {}
 
 
 def _check(config: BuildConfig, spec: ModelSpec) -> None:
-    if config.profile.mode == "layerwise":
-        raise ConfigError("profile.mode 'layerwise' is not available in this version", why="available: whole, auto")
     if config.calibration.sequence_length > spec.context_length:
         raise ConfigError(
             f"calibration.sequence_length {config.calibration.sequence_length} exceeds the model's context",
@@ -77,35 +99,82 @@ def _check(config: BuildConfig, spec: ModelSpec) -> None:
         )
 
 
-def _identity(context: StageContext, spec: ModelSpec, rows: TokenRows) -> dict[str, str]:
-    """What pins the logit cache and the saved state of the pass."""
+def _job(context: StageContext, headers: CheckpointHeaders, spec: ModelSpec, rows: TokenRows) -> Job:
+    ranks, cuda = current_ranks(), torch.cuda.is_available()
+    device = torch.device(f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if cuda else "cpu")
+    dtype = context.config.teacher.dtype
+    dtype = dtype if dtype != "auto" else "bfloat16" if cuda else "float32"
     tokenizer = hashlib.sha256("".join(sha256_file(path) for path in tokenizer_files(context.teacher)).encode())
-    return {
+    identity = {
         "teacher": context.teacher_digest,
         "tokenizer": tokenizer.hexdigest(),
         "calibration": rows.digest,
         "vocab": str(spec.vocab),
     }
+    mode = ranks.share(_mode(context, headers, DTYPES[dtype], device, ranks) if ranks.leads else "")
+    return Job(context, spec, rows, ranks, device, dtype, mode, identity)
 
 
-def _profile(context: StageContext, spec: ModelSpec, recipe: LoadedRecipe, rows: TokenRows) -> Statistics:
-    """The pass itself; the logit cache is written while it runs."""
-    profile, asked = context.config.profile, context.config.calibration
-    dtype = context.config.teacher.dtype
-    model = load_model(context.teacher, DTYPES[dtype])
-    identity = _identity(context, spec, rows)
-    temperatures = sorted({1.0, *profile.logits.temperatures})
-    with LogitCacheWriter(context.out / "logits.h5", spec.vocab, profile.logits.k, temperatures, identity) as cache:
-        sums = run_pass(
-            model,
-            rows.ids_NS,
-            cka_tokens=profile.cka_tokens,
-            partial=context.out / "partial",
-            identity=identity | {"cka_tokens": profile.cka_tokens, "dtype": dtype},
-            on_logits=cache_logits(cache, spec.vocab),
-        )
-    meta = {"teacher_digest": context.teacher_digest, "calibration_digest": rows.digest, "recipe": recipe.name}
-    return to_statistics(sums, meta | {"seed": asked.seed, "sequence_length": asked.sequence_length, "dtype": dtype})
+def _mode(
+    context: StageContext, headers: CheckpointHeaders, dtype: torch.dtype, device: torch.device, ranks: Ranks
+) -> str:
+    """Whole or layerwise; a resumed pass goes on as it began, whatever memory is free by then."""
+    chosen, path = context.config.profile.mode, context.out / PARTIAL / MODE
+    if chosen != "auto":
+        return chosen
+    if path.is_file():
+        return path.read_text()
+    mode = "whole" if fits_in_memory(headers, dtype, device, ranks.local_world) else "layerwise"
+    write_text_atomic(path, mode)
+    return mode
+
+
+def _pass(job: Job) -> PassSums:
+    """This process's share of the rows; the logit cache is written while it runs."""
+    config, folder = job.context.config.profile, job.folder(job.ranks.rank)
+    work = share_of(job.rows.ids_NS, config.cka_tokens, job.ranks.rank, job.ranks.world)
+    identity = job.identity | {"cka_tokens": config.cka_tokens, "dtype": job.dtype, "mode": job.mode}
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = job.cache_writer(job.logits(job.ranks.rank))
+    settings: dict[str, Any] = {"partial": folder, "identity": identity}
+    settings["on_logits"] = cache_logits(cache, job.spec.vocab)
+    with cache if work.shards else nullcontext():
+        if job.mode == "whole":
+            model = load_model(job.context.teacher, DTYPES[job.dtype])
+            model.to(job.device)  # type: ignore[arg-type]  # transformers hides nn.Module.to
+            return run_pass(model, work, **settings)
+        with closing(StreamedModel(job.context.teacher, DTYPES[job.dtype], job.device, compact=True)) as teacher:
+            return run_layerwise(teacher, work, **settings)
+
+
+def _results(job: Job, sums: PassSums, recipe: LoadedRecipe) -> dict[str, Any]:
+    """Merge what the processes left, write the stage's files, and sum up."""
+    out, config = job.context.out, job.context.config
+    if job.ranks.world > 1:
+        sums = merged([PassSums.load(job.folder(rank) / STATE)[0] for rank in range(job.ranks.world)])
+        _merge_logits(job)
+    meta = {
+        "teacher_digest": job.context.teacher_digest, "calibration_digest": job.rows.digest, "recipe": recipe.name,
+        "seed": config.calibration.seed, "sequence_length": config.calibration.sequence_length,
+        "dtype": job.dtype, "mode": job.mode,
+    }  # fmt: skip
+    statistics = to_statistics(sums, meta)
+    job.rows.save(out / "rows.safetensors")
+    statistics.save(out / "statistics.safetensors")
+    write_imatrix_gguf(out / "imatrix.gguf", statistics, job.spec)
+    write_json_atomic(out / "calibration.json", _origin(config, recipe, job.rows))
+    shutil.rmtree(out / PARTIAL)
+    return profile_summary(statistics, job.rows)
+
+
+def _merge_logits(job: Job) -> None:
+    """One cache with the rows in their order: the bytes that one process would have written."""
+    paths = [job.logits(rank) for rank in range(job.ranks.world)]
+    with ExitStack() as stack:
+        caches = [stack.enter_context(LogitCache(path, job.identity)) for path in paths if path.is_file()]
+        with job.cache_writer(job.context.out / LOGITS) as merged_cache:
+            for ids_S in job.rows.ids_NS:
+                merged_cache.take(ids_S, next(cache for cache in caches if ids_S in cache))
 
 
 def cache_logits(cache: LogitCacheWriter, vocab: int) -> OnLogits:
@@ -114,7 +183,7 @@ def cache_logits(cache: LogitCacheWriter, vocab: int) -> OnLogits:
     def on_logits(ids_S: np.ndarray, logits_SV: Tensor) -> None:
         if ids_S not in cache:
             top = teacher_topk(logits_SV, cache.k, cache.temperatures, vocab)
-            cache.append(ids_S, top.logprobs_TK, top.indices_TK, top.tail_logmass_TH)
+            cache.append(ids_S, top.logprobs_TK.cpu(), top.indices_TK.cpu(), top.tail_logmass_TH.cpu())
 
     return on_logits
 
@@ -131,36 +200,3 @@ def _origin(config: BuildConfig, recipe: LoadedRecipe, rows: TokenRows) -> dict[
         "digest": rows.digest,
         "row_digests": rows.row_digests(),
     }
-
-
-def _summary(statistics: Statistics, rows: TokenRows) -> dict[str, Any]:
-    """What the report tells about the pass; lists have one entry per layer."""
-    dead_LE = statistics.counts_LE == 0
-    summary: dict[str, Any] = {
-        "tokens": statistics.tokens,
-        "asked_tokens": rows.asked_tokens,
-        "rows": len(rows.ids_NS),
-        "calibration_digest": rows.digest,
-        "cka_tokens": statistics.cka_tokens,
-        "dead_experts": [dead_E.nonzero().flatten().tolist() for dead_E in dead_LE],
-        "sink_share": _rounded(statistics.sink_share_L),
-        "gate_mass": _rounded(statistics.gate_mass_L),
-        "router_entropy_nats": _rounded(statistics.router_entropy_L),
-        "mean_cka": [_mean_cka(hsic_EE) for hsic_EE in statistics.hsic_LEE],
-        "mean_gated_cka": [_mean_cka(hsic_EE) for hsic_EE in statistics.gated_hsic_LEE],
-    }
-    if rows.short:
-        summary["note"] = f"the calibration text has only {rows.n_tokens} of the {rows.asked_tokens} tokens asked for"
-    return summary
-
-
-def _rounded(values_L: Tensor) -> list[float]:
-    return [round(float(value), 6) for value in values_L]
-
-
-def _mean_cka(hsic_EE: Tensor) -> float | None:
-    """Mean over pairs of different experts with evidence; None when there is none."""
-    cka_EE = cka_from_hsic(hsic_EE)
-    pairs = cka_EE[~torch.eye(len(cka_EE), dtype=torch.bool)]
-    known = pairs[~pairs.isnan()]
-    return round(float(known.mean()), 6) if len(known) else None

@@ -10,10 +10,10 @@ from typing import Any
 
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Plan
-from moe_edge.contracts.report import REPORT_SCHEMA, Artifact, GateResult, ModelInfo, ReportV1, StageInfo
+from moe_edge.contracts.report import REPORT_SCHEMA, Artifact, GateResult, ModelInfo, Prediction, ReportV1, StageInfo
 from moe_edge.metrics import quality, speed
 from moe_edge.stages.report_markdown import render
-from moe_edge.storage.files import write_json_atomic, write_text_atomic
+from moe_edge.storage.files import read_json, write_json_atomic, write_text_atomic
 
 NOT_VALIDATED: dict[str, Any] = {
     "verdict": "fail",
@@ -64,7 +64,7 @@ def build_report(
     measured = summaries.get("validate", NOT_VALIDATED)
     teacher, student = _models(config, summaries["compress"])
     artifacts = [_with_bits(Artifact(**row), student) for row in measured["artifacts"]]
-    baseline = measured.get("baseline")
+    baseline, plan = measured.get("baseline"), _plan(run_dir)
     return ReportV1(
         schema=REPORT_SCHEMA,
         verdict=measured["verdict"],
@@ -76,7 +76,10 @@ def build_report(
         artifacts=artifacts,
         baseline=_with_bits(Artifact(**baseline), teacher) if baseline else None,
         gates=[GateResult(**row) for row in measured["gates"]],
-        plan=_plan(run_dir),
+        plan=plan,
+        predictions=predictions(plan, artifacts),
+        curve=_read_json(run_dir / "plan" / "curve.json"),
+        routing_health=finite(summaries["compress"].get("routing_health")),
         distillation=finite(dict(summaries["distill"])) if "distill" in summaries else None,
         parity=finite(list(summaries.get("export", {}).get("parity", []))),
         machine=measured.get("machine", {}),
@@ -90,7 +93,7 @@ def build_report(
 def _models(config: BuildConfig, compress: Mapping[str, Any]) -> tuple[ModelInfo, ModelInfo]:
     """Teacher and student as the compress stage counted them."""
     name = Path(config.teacher.path).name if config.teacher.path else "demo teacher"
-    student = {key: value for key, value in compress.items() if key not in ("teacher", "notes")}
+    student = {key: value for key, value in compress.items() if key not in ("teacher", "notes", "routing_health")}
     return ModelInfo.model_validate(compress["teacher"] | {"name": name}), ModelInfo.model_validate(student)
 
 
@@ -116,6 +119,40 @@ def _plan(run_dir: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return Plan.read(path).model_dump(mode="json", by_alias=True, exclude={"kept"})
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def predictions(plan: Mapping[str, Any] | None, artifacts: Sequence[Artifact]) -> list[Prediction]:
+    """Expected against achieved KL of every quantized artifact."""
+    if plan is None:
+        return []
+    return [_prediction(plan, artifact) for artifact in artifacts if artifact.format != "hf"]
+
+
+def _prediction(plan: Mapping[str, Any], artifact: Artifact) -> Prediction:
+    masked = plan["predicted_kl_nats"]
+    if masked is None and plan["experts_kept"] == plan["experts_total"]:
+        masked = 0.0  # nothing is dropped
+    bits = plan["quantization_kl_nats"].get(artifact.quantization) if artifact.format == "gguf" else None
+    known = masked is not None and bits is not None
+    reasons = [artifact.quality.reason] if artifact.quality.kl_nats is None else []
+    if bits is None:
+        reasons.append(f"no prediction for {artifact.format} {artifact.quantization or ''}".rstrip())
+    if masked is None:
+        reasons.append("the plan has no masked KL")
+    return Prediction(
+        artifact=artifact.path,
+        masked_kl_nats=masked,
+        quantization_kl_nats=bits,
+        quantization_source=plan["quantization_kl_source"],
+        kl_nats=masked + bits if known else None,
+        achieved_kl_nats=artifact.quality.kl_nats,
+        achieved_quantization_kl_nats=artifact.quality.kl_to_student_nats,
+        reason="; ".join(reason for reason in reasons if reason) or None,
+    )
 
 
 def _notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:

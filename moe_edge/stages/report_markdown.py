@@ -4,45 +4,24 @@ A number that was not measured is printed as `n/a` and its reason is listed belo
 messages) are made inert: no table breaks, no HTML.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moe_edge.contracts.report import Artifact, ReportV1
 from moe_edge.contracts.units import format_bytes
+from moe_edge.stages.markdown import inert, number, table
+from moe_edge.stages.report_plan import plan_section, routing_section
 
-NOT_MEASURED = "n/a"
+__all__ = ["inert", "number", "render", "table"]
 
 
 def render(report: ReportV1) -> str:
     """The whole page."""
     sections = (
-        _head, _results, _gates, _plan, _distillation, _parity, _stages, _machine, _definitions, _notes, _next,
+        _head, _results, _gates, plan_section, routing_section, _distillation, _parity, _stages, _machine, _definitions,
+        _notes, _next,
     )  # fmt: skip
     return "\n\n".join(text for text in (section(report) for section in sections) if text) + "\n"
-
-
-def number(value: float | None, digits: int = 3, unit: str = "") -> str:
-    """Significant digits, never scientific between 0.001 and 1e6; null is n/a."""
-    if value is None:
-        return NOT_MEASURED
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}{unit}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    text = f"{value:.{max(digits - whole, 0)}f}" if whole else f"{value:.{digits + 1}f}"
-    return text + unit
-
-
-def inert(value: Any) -> str:
-    """Text for a table cell or a list item: one line, no HTML, no column break."""
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(inert(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def _head(report: ReportV1) -> str:
@@ -128,47 +107,6 @@ def _gates(report: ReportV1) -> str:
         for gate in report.gates
     ]  # fmt: skip
     return "## Gates\n\n" + (table(("artifact", "gate", "limit", "value", ""), rows) if rows else "None is configured.")
-
-
-def _plan(report: ReportV1) -> str:
-    plan = report.plan
-    if not plan:
-        return ""
-    rows = [
-        (f"**{c['criterion']}** (chosen)" if c["criterion"] == plan["criterion"] else c["criterion"],
-         number(c["kl_nats"]), _interval(c.get("kl_nats_ci95")), c["n_tokens"])
-        for c in plan["candidates"]
-    ]  # fmt: skip
-    share = plan["estimate"]["routed_expert_share_kept"]
-    lines = [
-        f"{plan['action']}: {plan['experts_kept']} of {plan['experts_total']} experts per layer "
-        f"({share:.1%} of the routed-expert parameters), chosen by {inert(plan['criterion'])}; "
-        f"GGUF {inert(plan['quantization'])}, ONNX {inert(plan['onnx_precision'])}.",
-        _prediction(report, plan),
-    ]
-    if rows:
-        lines.append(table(("criterion", "masked KL, nats", "95 %", "tokens"), rows))
-    if plan.get("competitor"):
-        lines.append(inert(plan["competitor"]))
-    return "## Plan\n\n" + "\n\n".join(lines)
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    return f"[{number(interval[0])}, {number(interval[1])}]" if interval else NOT_MEASURED
-
-
-def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
-    student = next((artifact for artifact in report.artifacts if artifact.format == "hf"), None)
-    before = (report.distillation or {}).get("before", {}).get("kl_nats")
-    measured = student.quality.kl_nats if student else None
-    estimate = plan["estimate"]
-    memory = format_bytes(estimate["peak_memory_bytes"])
-    return (
-        f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])}, "
-        f"before training {number(before)} (held-out calibration rows), of the student {number(measured)} (held-out text). "
-        f"Predicted file {format_bytes(estimate['file_bytes'])}, peak memory {memory}, "
-        f"decode {number(estimate['decode_tokens_per_s'])} tokens/s (roofline of the target)."
-    )
 
 
 def _distillation(report: ReportV1) -> str:

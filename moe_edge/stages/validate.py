@@ -105,10 +105,10 @@ def _teacher_quality(qualities: Sequence[Quality]) -> Quality:
 
 def conclude(session: Session, artifacts: list[Artifact], baseline: Artifact, with_student: bool) -> dict[str, Any]:
     """Apply the gates, write results.json, return the summary."""
-    gates = session.config.target.gates
+    gates, exported = session.config.target.gates, any(artifact.format != "hf" for artifact in artifacts)
     without = [
         *(["decode_tokens_per_s"] if not gates.host_speed else []),
-        *(["kl_to_student_nats"] if not with_student else []),
+        *(["kl_to_student_nats"] if not with_student or not exported else []),  # the student alone is its own reference
     ]
     results = apply_gates(gates, artifacts, baseline.bytes, without)
     outcome, reasons = verdict(results, artifacts)

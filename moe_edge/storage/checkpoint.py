@@ -27,6 +27,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _BACKEND_KEYS = ("attn_implementation", "experts_implementation")
 _OWN_BACKENDS = (None, "eager", "sdpa", "grouped_mm", "batched_mm", "flash_attention_2", "flex_attention")
+# A model with shared cores (families/shared_core.py) names its modeling file for users of transformers alone. We never run
+# that file either: the classes come from this package.
+SHARED_CORE_TYPE = "moe_edge_shared_core"
+SHARED_CORE_AUTO_MAP = {
+    "AutoConfig": "modeling_shared_core.SharedCoreConfig",
+    "AutoModelForCausalLM": "modeling_shared_core.SharedCoreForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def inspect_checkpoint(folder: Path, require_tokenizer: bool = True) -> Checkpoi
 def _refuse_foreign_code(config: dict[str, Any], path: Path) -> None:
     """Raises InputRejected when a config names code to run: `auto_map`, or a kernel of the hub as its backend."""
     for level in _objects(config):
-        if "auto_map" in level:
+        if "auto_map" in level and not (level is config and is_own_code(config)):
             raise InputRejected("the model asks for its own code", where=f"{path}: auto_map", why="never executed")
         for key, value in level.items():
             names_backend = key.endswith("_implementation_internal") or (
@@ -68,6 +75,11 @@ def _refuse_foreign_code(config: dict[str, Any], path: Path) -> None:
             if names_backend:
                 why = f"{value!r} could be a kernel downloaded from the hub"
                 raise InputRejected("the config names a foreign backend", where=f"{path}: {key}", why=why)
+
+
+def is_own_code(config: dict[str, Any]) -> bool:
+    """Does `auto_map` name what moe-edge writes beside shared cores, and builds from its own package?"""
+    return config.get("model_type") == SHARED_CORE_TYPE and config.get("auto_map") == SHARED_CORE_AUTO_MAP
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

@@ -112,7 +112,24 @@ class LogitCacheWriter:
         if key in self._keys:
             return
         arrays = (np.asarray(logprobs_SK, np.float32), np.asarray(indices_SK, np.int64))
-        record = self._codec.encode(*arrays, np.asarray(tail_logmass_SH, np.float32))
+        self._write(key, self._codec.encode(*arrays, np.asarray(tail_logmass_SH, np.float32)))
+
+    def take(self, ids_S: ArrayLike, cache: "LogitCache") -> None:
+        """Add a row of another cache as it lies there, unless it is here already.
+
+        Raises:
+            InputRejected: the caches differ in layout, or that one does not hold the row.
+        """
+        key = row_key(ids_S)
+        if self._codec is None:
+            self._start(cache.codec.sequence_length)
+        assert self._codec is not None
+        _same("logit cache", cache.path, _layout(cache.codec), _layout(self._codec))
+        if key not in self._keys:
+            self._write(key, cache.record(cache.index(ids_S)).tobytes())
+
+    def _write(self, key: bytes, record: bytes) -> None:
+        assert self._journal is not None
         self._journal.write(key + record)
         self._journal.flush()
         self._keys.add(key)
@@ -232,6 +249,14 @@ class LogitCache:
     def __contains__(self, ids_S: ArrayLike) -> bool:
         return row_key(ids_S) in self._index
 
+    def index(self, ids_S: ArrayLike) -> int:
+        """Where the row of these tokens lies. Raises InputRejected when it is not here."""
+        key = row_key(ids_S)
+        if key not in self._index:
+            why = f"none of its {len(self)} rows has the digest {key.hex()[:16]}..."
+            raise InputRejected("the logit cache does not hold this row", where=str(self.path), why=why)
+        return self._index[key]
+
     def record(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The raw bytes of the row at `index`."""
         _, raw = self._rows.id.read_direct_chunk((index, 0))
@@ -243,12 +268,9 @@ class LogitCache:
         Raises:
             InputRejected: these tokens are not in the cache, or the file is damaged.
         """
-        key = row_key(ids_S)
-        if key not in self._index:
-            why = f"none of its {len(self)} rows has the digest {key.hex()[:16]}..."
-            raise InputRejected("the logit cache does not hold this row", where=str(self.path), why=why)
+        index = self.index(ids_S)
         try:
-            logprobs_SK, indices_SK, tail_SH = self.codec.decode(self.record(self._index[key]))
+            logprobs_SK, indices_SK, tail_SH = self.codec.decode(self.record(index))
         except (OSError, ValueError) as error:
             raise InputRejected("the logit cache is damaged", where=str(self.path), why=str(error)) from error
         return TeacherRow(indices_SK, logprobs_SK, tail_SH)

@@ -30,6 +30,7 @@ class TensorInfo:
     dtype: str  # as safetensors writes it: F32, F16, BF16, ...
     shape: tuple[int, ...]
     bytes: int
+    offset: int  # of its first byte in the file
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -42,7 +43,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     refuse_lfs_pointer(path)
     header, data_bytes = _load(path)
     header.pop("__metadata__", None)
-    found = sorted((_tensor(path, name, entry) for name, entry in header.items()), key=lambda pair: pair[1:])
+    data_start = path.stat().st_size - data_bytes
+    found = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    found.sort(key=lambda pair: pair[1:])
     position = 0
     for info, start, stop in found:
         if start != position:
@@ -82,7 +85,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _tensor(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[TensorInfo, int, int]:
     """One entry with its data offsets [start, stop)."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -95,7 +98,7 @@ def _tensor(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     needed = prod(shape) * item_bytes
     if stop - start != needed:
         raise _bad(path, f"tensor {name}: {dtype} {list(shape)} needs {needed} bytes, offsets give {stop - start}")
-    return TensorInfo(name, path.name, dtype, shape, needed), start, stop
+    return TensorInfo(name, path.name, dtype, shape, needed, data_start + start), start, stop
 
 
 def _bad(path: Path, why: str, what: str = "not a valid safetensors file") -> InputRejected:

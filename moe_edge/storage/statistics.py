@@ -4,7 +4,11 @@ Sums are float64 over all calibration tokens; means are left to the reader (`sum
 stays visible as "no evidence". The file's header holds one JSON entry: two entries would be written in an arbitrary
 order.
 
-Shape suffixes: L MoE layers, E experts, D model width, F expert width, V vocabulary.
+The axis L counts the MoE layers in order; `meta["moe_layers"]` holds the decoder layer of each, which differs where a
+model begins with dense layers. "Evidence tokens" are the tokens of the CKA blocks, sinks left out: they ran through
+every expert of every layer.
+
+Shape suffixes: L MoE layers, A all decoder layers, E experts, D model width, F expert width, G groups of blocks.
 """
 
 import json
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
 
-STATISTICS_SCHEMA = "moe-edge/statistics@1"
+STATISTICS_SCHEMA = "moe-edge/statistics@2"
 HEADER_KEY = "moe-edge"
 IMATRIX_PREFIX = "imatrix."
 
@@ -43,15 +47,22 @@ class Statistics:
     gate_mass_L: Tensor  # mean over tokens of the sum of the chosen weights
     hsic_LEE: Tensor  # debiased HSIC between experts' outputs, summed over blocks
     gated_hsic_LEE: Tensor  # the same, rows scaled by the softmax gate
+    hsic_groups_GLEE: Tensor  # float32, hsic_LEE in parts: the sum over g of it; for a bootstrap over blocks
+    null_hsic_LEE: Tensor  # debiased HSIC of expert i with the shuffled rows of expert j: what chance gives
     layer_hsic_LL: Tensor  # debiased HSIC between the layers' residual outputs
     sink_share_L: Tensor  # dropped share of the CKA tokens
+    loo_sq_sum_LE: Tensor  # sum of ||y - y_without_e||^2, y the routed output, e removed and its tokens routed again
+    loo_counts_LE: Tensor  # int64, the terms of that sum: evidence tokens that had chosen e
+    out_energy_L: Tensor  # sum of ||y||^2 over all evidence tokens
+    weight_mean_abs_LE: Tensor  # mean |w| over all weights of an expert
+    weight_rms_LE: Tensor  # root of the mean w^2
     cka_tokens: int  # tokens that ran through every expert
     tokens: int  # calibration tokens
-    # Sums of squares per input column: attention_in [L,D], attention_o [L,heads*head_dim], ffn_in [L,D], expert_in
-    # [L,E,D], expert_down [L,E,F], shared_down [L,FS] (if any), head_in [D]; counts: expert_count [L,E],
-    # dense_count [].
+    # Sums of squares per input column. Of all A decoder layers, zero where a layer has no such matrix: attention_in
+    # [A,D], attention_o [A,heads*head_dim], ffn_in [A,D], shared_down [A,FS] and the like (families/taps.py); of the MoE
+    # layers expert_in [L,E,D], expert_down [L,E,F]; head_in [D]. Counts: expert_count [L,E], dense_count [].
     imatrix: dict[str, Tensor] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)  # teacher digest, calibration digest, ...
+    meta: dict[str, Any] = field(default_factory=dict)  # moe_layers, teacher digest, calibration digest, ...
 
     def save(self, path: Path) -> None:
         """Write the file beside and rename it."""

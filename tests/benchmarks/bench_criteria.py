@@ -1,83 +1,178 @@
-"""Masked KL of every pruning criterion at several kept-expert counts: one JSON line each, plus one per random seed.
+"""KL and perplexity of every criterion and of the search at several kept-expert counts: JSON lines, then a Markdown table.
 
-    python tests/benchmarks/bench_criteria.py MODEL --keep 12 10 8
+    python -m tests.benchmarks.bench_criteria MODEL --keep 12 10 8
 
-The statistics come from one profile pass over the default calibration recipe; the KL is measured on held-out text,
-which the pass did not see. Every line has the model, the counts, the tokens and the 95 % interval over rows.
+The statistics come from a build's profile, so that a profile in the cache is used again. The search starts from the best
+criterion and reads the profile's calibration rows; KL and perplexity are measured by masking experts in the teacher on the
+held-out split of the calibration text, which neither the profile nor the search has seen. Random choices and the search run
+with several seeds. Intervals are bootstraps over rows; `gain_ci95` is that of the paired difference to the best criterion.
 """
 
 import argparse
 import json
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from math import exp
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from moe_edge.compression.masking import masked_kl
-from moe_edge.contracts.artifacts import StageContext
-from moe_edge.contracts.config_io import resolve_config
-from moe_edge.contracts.targets_io import read_target
+from moe_edge.build import Request, build
+from moe_edge.compression.candidates import AUTO, Candidates, Kept, criteria_to_compare
+from moe_edge.compression.masking import distinct_choices
+from moe_edge.compression.search import Rules, search
+from moe_edge.contracts.progress import track
+from moe_edge.contracts.spec import ModelSpec
+from moe_edge.families import family_of
 from moe_edge.families.loading import load_model, load_tokenizer
-from moe_edge.formulas.selection import CRITERIA, select
+from moe_edge.families.pruning import masked
+from moe_edge.formulas.divergence import cross_entropy, kl_dense
+from moe_edge.metrics.quality import bootstrap_ci95
 from moe_edge.profiling.calibration import heldout_rows
-from moe_edge.stages import profile
-from moe_edge.storage.checkpoint import checkpoint_digest
+from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 
 RANDOM_SEEDS = (0, 1, 2)
+Row = dict[str, Any]
 
 
 def main() -> None:
     options = _arguments()
     with tempfile.TemporaryDirectory(prefix="moe-edge-criteria-") as scratch:
-        folder = options.work or Path(scratch)
-        stats = _statistics(options, folder)
-    rows = heldout_rows(options.text, load_tokenizer(options.model), options.tokens, options.sequence_length)
-    ids_NS = torch.from_numpy(rows.ids_NS).long()
-    model = load_model(options.model)
+        rows = list(_lines(options, options.work or Path(scratch)))
+    print(_table(rows, options.keep))
+
+
+def _lines(options: argparse.Namespace, work: Path) -> Iterator[Row]:
+    headers = inspect_checkpoint(options.model)
+    spec = family_of(headers.config).spec(headers.config)
+    stats, search_NS = _profile(options, work)
+    held = heldout_rows(options.text, load_tokenizer(options.model), options.tokens, options.sequence_length)
+    judged_NS, model = torch.from_numpy(held.ids_NS).long(), _teacher(options.model)
     for n_keep in options.keep:
-        choices = {name: select(name, stats, n_keep) for name in CRITERIA if name != "random"}
-        choices |= {f"random-{seed}": select("random", stats, n_keep, seed) for seed in RANDOM_SEEDS}
-        for name, result in masked_kl(model, choices, ids_NS).items():
+        choices, told = _choices(options, spec, stats, model, search_NS, n_keep)
+        scores = score(model, choices, judged_NS)
+        best = min(
+            (name for name in choices if not name.startswith(("random", "search"))), key=lambda n: scores[n][0].mean()
+        )
+        for name, (kl_N, nll_N) in scores.items():
             line = {
-                "benchmark": "criteria",
-                "model": options.model.name,
-                "experts": stats.counts_LE.shape[1],
-                "kept": n_keep,
-                "criterion": name,
-                "kl_nats": round(result.kl_nats, 4),
-                "ci95": [round(value, 4) for value in result.ci95 or ()],
-                "tokens": result.n_tokens,
-                "profile_tokens": stats.tokens,
-            }
-            print(json.dumps(line), flush=True)
+                "benchmark": "criteria", "model": options.model.name, "experts": spec.moe.experts, "kept": n_keep,
+                "criterion": name, "kl_nats": round(float(kl_N.mean()), 4), "ci95": _interval(kl_N),
+                "perplexity": round(exp(float(nll_N.mean())), 3), "tokens": judged_NS.numel(),
+                "profile_tokens": stats.tokens, "best_criterion": best, "gain_ci95": _interval(scores[best][0] - kl_N),
+            }  # fmt: skip
+            print(json.dumps(line | told.get(name, {})), flush=True)
+            yield line
+    teacher_N = score(model, {"teacher": {}}, judged_NS)["teacher"][1]
+    print(
+        json.dumps({"benchmark": "criteria", "teacher_perplexity": round(exp(float(teacher_N.mean())), 3)}), flush=True
+    )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("--keep", type=int, nargs="+", required=True, help="experts kept per layer")
-    parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens")
-    parser.add_argument("--profile-tokens", type=int, default=16384)
-    parser.add_argument("--cka-tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens that judge")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--text", default="default", help="held-out text: default, or a path")
-    parser.add_argument("--work", type=Path, help="folder that keeps the statistics between runs")
+    parser.add_argument("--search-tokens", type=int, default=100_000, help="plan.search_tokens; 0 = no search")
+    parser.add_argument("--search-seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--set", action="append", default=[], help="settings of the profile, such as profile.cka_tokens=4096"
+    )
+    parser.add_argument("--work", type=Path, help="folder of the profile's build, kept between runs")
     return parser.parse_args()
 
 
-def _statistics(options: argparse.Namespace, folder: Path) -> Statistics:
-    path = folder / "statistics.safetensors"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = [
-            f"calibration.tokens={options.profile_tokens}",
-            f"calibration.sequence_length={options.sequence_length}",
-            f"profile.cka_tokens={options.cka_tokens}",
-        ]
-        config = resolve_config(read_target("cpu"), settings=settings)
-        profile.run(StageContext(config, options.model, checkpoint_digest(options.model), folder))
-    return Statistics.load(path)
+def _profile(options: argparse.Namespace, work: Path) -> tuple[Statistics, Tensor]:
+    """The statistics, and the rows that they were taken on."""
+    settings = [f"calibration.sequence_length={options.sequence_length}", *options.set]
+    out, _, _ = build(Request("cpu", str(options.model), out=work, settings=settings), until="profile")
+    rows = TokenRows.load(out / "profile" / "rows.safetensors")
+    return Statistics.load(out / "profile" / "statistics.safetensors"), torch.from_numpy(rows.ids_NS).long()
+
+
+def _teacher(path: Path) -> PreTrainedModel:
+    cuda = torch.cuda.is_available()
+    model = load_model(path, dtype=torch.bfloat16 if cuda else torch.float32)
+    model.to("cuda" if cuda else "cpu")  # type: ignore[arg-type]
+    return model
+
+
+def _choices(
+    options: argparse.Namespace,
+    spec: ModelSpec,
+    stats: Statistics,
+    model: PreTrainedModel,
+    search_NS: Tensor,
+    n_keep: int,
+) -> tuple[dict[str, Kept], dict[str, Row]]:
+    """Name -> kept experts, and what else there is to tell about some of them."""
+    chosen = Candidates(stats, spec.moe_layers, spec.moe.groups)
+    starts = {name: chosen.kept(name, n_keep) for name in criteria_to_compare(AUTO, stats) if name != "random"}
+    choices, told = dict(starts), {}
+    for seed in options.search_seeds if options.search_tokens else ():
+        rules, started = Rules(None, spec.moe.groups, chosen.guard, spec.residual_scale), time.monotonic()
+        found = search(model, starts, search_NS, budget_tokens=options.search_tokens, rules=rules, seed=seed)
+        name = f"search-{seed}"
+        choices[name] = found.kept
+        told[name] = {
+            "start": found.start, "swapped": found.swapped, "sweeps": found.sweeps, "search_tokens": found.tokens,
+            "seconds": round(time.monotonic() - started, 1),
+        }  # fmt: skip
+    for seed in RANDOM_SEEDS:
+        seeded = Candidates(stats, spec.moe_layers, spec.moe.groups, seed)
+        choices[f"random-{seed}"] = seeded.kept("random", n_keep)
+    return choices, told
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, choices: Mapping[str, Kept], ids_NS: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per choice (KL to the teacher, negative log-likelihood of the next token), mean of each row [N], nats."""
+    distinct, place = distinct_choices(choices)
+    rows: list[list[tuple[float, float]]] = [[] for _ in distinct]
+    for ids_S in track(ids_NS.to(model.device), "judging"):
+        teacher_SV = model(input_ids=ids_S[None], use_cache=False).logits[0, :-1]
+        for row, kept in zip(rows, distinct, strict=True):
+            with masked(model, kept):
+                student_SV = model(input_ids=ids_S[None], use_cache=False).logits[0, :-1]
+            kl, nll = kl_dense(teacher_SV, student_SV), cross_entropy(student_SV, ids_S[1:])
+            row.append((float(kl.double().mean()), float(nll.double().mean())))
+    columns = [torch.tensor(row, dtype=torch.float64).unbind(dim=1) for row in rows]
+    return {name: (columns[index][0], columns[index][1]) for name, index in place.items()}
+
+
+def _interval(values_N: Tensor) -> list[float]:
+    """Bootstrap over rows; shifted, because the bootstrap clips at zero and a difference may be negative."""
+    shift = max(0.0, -float(values_N.min()))
+    found = bootstrap_ci95((values_N + shift).tolist(), [1] * len(values_N))
+    return [round(value - shift, 4) for value in found or ()]
+
+
+def _table(rows: list[Row], counts: list[int]) -> str:
+    """Criteria as rows, counts as columns: KL [95 % interval], perplexity."""
+    names = list(dict.fromkeys(row["criterion"] for row in rows))
+    cells = {(row["criterion"], row["kept"]): row for row in rows}
+    names.sort(key=lambda name: cells[name, counts[0]]["kl_nats"])
+    lines = [
+        "| criterion | " + " | ".join(f"{count} kept" for count in counts) + " |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
+    for name in names:
+        texts = []
+        for count in counts:
+            row = cells[name, count]
+            interval = f" [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]" if row["ci95"] else ""
+            texts.append(f"{row['kl_nats']:.3f}{interval}, {row['perplexity']:.2f}")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

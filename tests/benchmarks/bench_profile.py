@@ -24,7 +24,7 @@ from moe_edge.demo import demo_teacher_path
 from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.metrics.memory import high_water_bytes
 from moe_edge.profiling.calibration import calibration_rows
-from moe_edge.profiling.passes import BATCH_ROWS, run_pass
+from moe_edge.profiling.passes import BATCH_ROWS, run_pass, share_of
 from moe_edge.profiling.recipes import load_recipe
 from moe_edge.stages.profile import cache_logits
 from moe_edge.storage.logits import LogitCacheWriter
@@ -48,14 +48,8 @@ def profile_pass(model: PreTrainedModel, rows: TokenRows) -> None:
     vocab = model.config.vocab_size
     with tempfile.TemporaryDirectory(prefix="moe-edge-bench-") as folder:
         with LogitCacheWriter(Path(folder) / "logits.h5", vocab, K, TEMPERATURES, {}) as cache:
-            run_pass(
-                model,
-                rows.ids_NS,
-                cka_tokens=rows.n_tokens // CKA_SHARE,
-                partial=Path(folder) / "partial",
-                identity={},
-                on_logits=cache_logits(cache, vocab),
-            )
+            work = share_of(rows.ids_NS, rows.n_tokens // CKA_SHARE)
+            run_pass(model, work, partial=Path(folder) / "partial", identity={}, on_logits=cache_logits(cache, vocab))
 
 
 def timed(

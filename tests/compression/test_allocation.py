@@ -84,7 +84,8 @@ def test_bits_are_obeyed_and_an_export_list_narrows_the_types(teacher):
         ("plan.experts=0", "cannot keep 0 experts"),
         ("plan.bits=Q4_KM", "did you mean 'Q4_K_M'"),
         ("plan.criterion=reep", "did you mean 'reap'"),
-        ("export.formats=[]", "nothing to deliver"),
+        ("plan.expert_width=100", "impossible expert width"),
+        ("plan.expert_width=512", "impossible expert width"),
     ],
 )
 def test_impossible_wishes_are_a_config_error(teacher, setting, message):
@@ -138,6 +139,14 @@ def test_a_forbidden_rival_is_named_with_its_numbers(teacher):
     assert any("would lose less" in note for note in settled.notes)
 
 
+def test_a_type_that_was_not_asked_for_cannot_win(teacher):
+    budget = f"target.budget.weights={size(teacher, 8, 'Q4_K_M') - 1}"
+    settled = settle(solve(teacher, NO_SHARE, budget, "plan.bits=Q4_K_M"), masked_kl_nats=2.0)
+    assert settled.choice.packing.name == "Q4_K_M" and "not allowed, plan.bits=Q4_K_M" in settled.competitor
+    listed = settle(solve(teacher, NO_SHARE, budget, "export.gguf.types=[Q4_K_M, Q3_K_M]"), masked_kl_nats=2.0)
+    assert listed.keeps_all and listed.quantization != "Q4_K_M"
+
+
 def test_a_model_that_a_format_cannot_represent_is_refused_before_any_work(tmp_path):
     odd = headers(tmp_path, "qwen3_moe", norm_topk_prob=False)
     with pytest.raises(InputRejected, match="norm_topk_prob") as caught:
@@ -151,3 +160,59 @@ def test_the_options_of_a_dry_run_hold_the_choice(teacher):
     options = shown_options(answer)
     assert any(o.experts == 5 and o.packing.name == "Q4_K_M" and o.fits for o in options)
     assert {o.experts for o in options} >= {8, 6, 5, 4}
+
+
+def test_no_format_means_the_checkpoint_alone(teacher):
+    answer = solve(teacher, "export.formats=[]")
+    assert (answer.choice.experts, answer.quantization, answer.rival) == (5, "F16", None)
+    assert any("Only the transformers checkpoint" in note for note in answer.notes)
+
+
+def test_narrower_experts_count_in_a_share_and_in_the_sizes(teacher):
+    answer = solve(teacher, "plan.expert_width=128")
+    assert answer.keeps_all and answer.choice.estimate.routed_expert_share_kept == 0.5
+    assert answer.choice.estimate.file_bytes < size(teacher, 5, "Q4_K_M")
+    assert any("expert width 128" in note for note in answer.notes)
+
+
+def test_actions_that_cannot_work_are_refused_from_headers(teacher):
+    with pytest.raises(InfeasibleError, match="shared core"):
+        solve(teacher, "plan.action=shared-core", "target.budget.weights=4GiB")
+    assert solve(teacher, "plan.action=shared-core", "plan.force=true").choice.fits
+
+
+def test_a_dense_student_reads_all_that_it_keeps(teacher):
+    dense, sparse = (solve(teacher, f"plan.action={action}", target="mobile") for action in ("dense", "drop"))
+    assert dense.choice.estimate.file_bytes == sparse.choice.estimate.file_bytes
+    assert dense.choice.estimate.decode_tokens_per_s < sparse.choice.estimate.decode_tokens_per_s
+
+
+def test_an_8_bit_cache_is_taken_where_only_it_fits(teacher):
+    generous = solve(teacher, NO_SHARE, "target.context_length=65536")
+    needed = generous.choice.estimate.peak_memory_bytes
+    assert generous.choice.estimate.kv_precision == "f16"
+    tight = solve(teacher, NO_SHARE, "target.context_length=65536", f"target.budget.peak_memory={needed - 1}")
+    assert (
+        tight.keeps_all
+        and tight.choice.estimate.kv_precision == "q8_0"
+        and tight.choice.estimate.peak_memory_bytes < needed
+    )
+    assert any("-ctk q8_0" in note for note in tight.notes)
+    fixed = solve(
+        teacher, NO_SHARE, "target.context_length=65536", f"target.budget.peak_memory={needed - 1}",
+        "target.runtime.kv_cache=f16",
+    )  # fmt: skip
+    assert fixed.choice.estimate.kv_precision == "f16" and not fixed.keeps_all
+
+
+def test_a_shorter_context_is_taken_only_where_the_target_allows_it(teacher):
+    settings = (NO_SHARE, "target.context_length=1048576", "target.budget.peak_memory=110MiB")
+    with pytest.raises(InfeasibleError, match="fits .* tokens of context") as caught:
+        solve(teacher, *settings)
+    assert caught.value.next_command.startswith("--set target.context_length=")
+    answer = solve(teacher, *settings, "target.context_least=1024")
+    assert (
+        1024 <= answer.space.context_length < 1048576
+        and answer.choice.estimate.context_length == answer.space.context_length
+    )
+    assert any("target.context_least allows 1024" in note for note in answer.notes)

@@ -4,18 +4,20 @@ import pytest
 
 from moe_edge.compression.estimate import (
     ONNX_BITS,
+    Cache,
     Packing,
     buffer_bytes,
     decode_bytes,
     estimate,
     file_bytes,
     kv_cache_bytes,
+    kv_precisions,
     machine_of,
     stored_groups,
     tensor_data_bytes,
 )
 from moe_edge.compression.headers import model_headers
-from moe_edge.contracts.quantization import RECIPE_ORDER
+from moe_edge.contracts.quantization import RECIPE_ORDER, layer_thirds
 from moe_edge.contracts.targets_io import load_target
 from moe_edge.export.onnx_precision import PRECISIONS
 from moe_edge.families import family_of
@@ -52,7 +54,7 @@ def test_the_f16_file_is_predicted(tmp_path, family, tied):
     write_gguf(folder, tmp_path / "model.gguf", name="tiny")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert tensor_data_bytes(seen, 6, F16) == sum(int(tensor.n_bytes) for tensor in reader.tensors)
-    assert sum(count for _, _, count in stored_groups(seen, 6, F16)) == len(reader.tensors)
+    assert sum(group.tensors for group in stored_groups(seen, 6, F16)) == len(reader.tensors)
     real = (tmp_path / "model.gguf").stat().st_size
     assert abs(file_bytes(seen, 6, F16) - real) < 16_384, "hyperparameters and chat template are a round number"
 
@@ -87,36 +89,74 @@ def test_int4_blocks_carry_a_scale_and_a_zero_point(tmp_path):
 def test_decoding_reads_what_is_used_once(tmp_path):
     """Dropping experts leaves the bytes per token alone, halving top-k does not."""
     seen = model(tmp_path)
-    full, kept = decode_bytes(seen, 8, 2, Q4, 100), decode_bytes(seen, 4, 2, Q4, 100)
+    cache = Cache(100)
+    full, kept = decode_bytes(seen, 8, 2, Q4, cache), decode_bytes(seen, 4, 2, Q4, cache)
     assert full - kept == 4 * 2 * 4 * 256, "only the router's four rows"
     experts = (
-        sum(count * 8 * 256 * 256 for name, _, count in seen.groups if name in ("expert_gate", "expert_up"))
+        sum(
+            group.tensors * 8 * 256 * 256 for group in seen.groups if group.tensor_class in ("expert_gate", "expert_up")
+        )
         // 256
         * 144
     )
-    assert decode_bytes(seen, 8, 1, Q4, 100) < full - experts // 8
-    untied = tensor_data_bytes(seen, 8, Q4) + kv_cache_bytes(seen, 100)
+    assert decode_bytes(seen, 8, 1, Q4, cache) < full - experts // 8
+    untied = tensor_data_bytes(seen, 8, Q4) + kv_cache_bytes(seen, cache)
     assert full < untied - 320 * 256 // 2, "the embedding is one row where the head is a tensor of its own"
 
 
-def test_the_kv_cache_is_two_float16_per_head_layer_and_token(tmp_path):
+def test_the_kv_cache_is_two_numbers_per_head_layer_and_token(tmp_path):
     seen = model(tmp_path)
-    assert kv_cache_bytes(seen, 1000) == 2 * 2 * 2 * seen.spec.head_dim * 2 * 1000
+    values = 2 * 2 * 2 * seen.spec.head_dim * 1000  # keys and values, layers, key-value heads
+    assert kv_cache_bytes(seen, Cache(1000)) == 2 * values
+    assert kv_cache_bytes(seen, Cache(1000, "q8_0")) == values // 32 * 34, "a float16 scale per block of 32"
+    assert kv_cache_bytes(seen, Cache(1000), "onnx") == 4 * values, "our graphs cache in float32"
+
+
+def test_an_8_bit_cache_needs_gguf_and_whole_blocks(tmp_path):
+    seen, target = model(tmp_path), load_target("jetson")
+    assert kv_precisions(seen, target, "gguf") == ("f16", "q8_0") and kv_precisions(seen, target, "onnx") == ("f16",)
+    odd = model(tmp_path / "odd", head_dim=48, hidden=192)
+    assert kv_precisions(odd, target, "gguf") == ("f16",)
+    fixed = target.model_copy(update={"runtime": target.runtime.model_copy(update={"kv_cache": "q8_0"})})
+    assert kv_precisions(seen, fixed, "gguf") == ("q8_0",)
+
+
+def test_narrower_experts_shrink_the_file_and_the_bytes_per_token(tmp_path):
+    seen, half = model(tmp_path, width=512), model(tmp_path / "half", width=256)
+    assert seen.params_total(8, 256) == half.params_total(8) and seen.params_active(8, 2, 256) == half.params_active(
+        8, 2
+    )
+    assert file_bytes(seen, 8, Q4, 256) == file_bytes(half, 8, Q4)
+    assert decode_bytes(seen, 8, 2, Q4, Cache(9), 256) == decode_bytes(half, 8, 2, Q4, Cache(9))
+    expected = estimate(seen, load_target("mobile"), 4, 2, Q4, width=256)
+    assert expected.routed_expert_share_kept == 0.25
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_a_mix_replaces_types_per_class_and_third_of_the_layers(tmp_path, layers):
+    seen = model(tmp_path, layers=layers)
+    plain = tensor_data_bytes(seen, 8, Q4)
+    everywhere = tensor_data_bytes(seen, 8, Q4._replace(mix=(("expert_down", "Q2_K"),)))
+    down = layers * 8 * 256  # rows of 256 weights, one block each
+    assert plain - everywhere == down * (176 - 84), "Q5_K to Q2_K"
+    first = layer_thirds(layers)[0]
+    part = tensor_data_bytes(seen, 8, Q4._replace(mix=((f"expert_down@0-{first[-1]}", "Q2_K"),)))
+    assert plain - part == len(first) * 8 * 256 * (176 - 84)
+    assert Q4._replace(mix=(("shared", "Q8_0"),)).label == "Q4_K_M-mix"
 
 
 def test_peak_memory_and_speed_add_up(tmp_path):
     seen, target = model(tmp_path), load_target("mobile")
     expected = estimate(seen, target, 6, 2, Q4)
-    kv = kv_cache_bytes(seen, target.context_length)
+    cache = Cache(target.context_length)
+    kv = kv_cache_bytes(seen, cache)
     assert expected.peak_memory_bytes == expected.file_bytes + kv + buffer_bytes(seen)
     bandwidth = 76.8e9 * 0.6
-    assert expected.decode_tokens_per_s == pytest.approx(
-        bandwidth / decode_bytes(seen, 6, 2, Q4, target.context_length)
-    )
+    assert expected.decode_tokens_per_s == pytest.approx(bandwidth / decode_bytes(seen, 6, 2, Q4, cache))
     assert expected.routed_expert_share_kept == 0.75
     assert machine_of(target).bandwidth_bytes_per_s == pytest.approx(bandwidth)
     onnx = estimate(seen, target, 6, 2, Packing("onnx", "int4"))
-    assert onnx.peak_memory_bytes == int(onnx.file_bytes * 1.5) + kv + buffer_bytes(seen)
+    assert onnx.peak_memory_bytes == int(onnx.file_bytes * 1.5) + 2 * kv + buffer_bytes(seen), "a float32 cache"
 
 
 def test_without_a_bandwidth_there_is_no_speed_and_the_hosts_memory_is_probed(tmp_path):

@@ -30,6 +30,26 @@ def test_plan_round_trips(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "alters", "fits"),
+    [
+        ({}, True, False),
+        ({"action": "merge", "merges": {0: {1: 0, 2: 3}, 1: {0: 1}}}, True, True),
+        ({"action": "merge"}, True, False),
+        ({"action": "shared-core", "shared_rank": 4}, True, True),
+        ({"experts_kept": 4, "kept": {}}, False, False),
+        ({"experts_kept": 4, "kept": {}, "expert_width": 64}, True, False),
+        ({"experts_kept": 4, "kept": {}, "compensate": True}, False, True),
+        ({"experts_kept": 4, "kept": {}, "action": "dense"}, True, True),
+    ],
+)
+def test_a_plan_knows_what_it_changes_and_whether_it_is_fitted(tmp_path, changes, alters, fits):
+    given = plan(**changes)
+    assert (given.alters, given.fits) == (alters, fits)
+    (tmp_path / "plan.json").write_text(given.to_json())
+    assert Plan.read(tmp_path / "plan.json") == given
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"kept": {0: [0]}},
@@ -38,6 +58,18 @@ def test_plan_round_trips(tmp_path):
         {"kept": {0: [0, 4]}},
         {"top_k": 3},
         {"experts": 1},
+        {"action": "melt"},
+        {"merges": {0: {1: 0}}},  # not the action merge
+        {"action": "merge", "merges": {0: {3: 0}}},  # from a kept expert
+        {"action": "merge", "merges": {0: {1: 2}}},  # into a dropped one
+        {"action": "merge", "merges": {2: {1: 0}}},  # an unknown layer
+        {"action": "merge", "merges": {0: {4: 0}}},  # an unknown expert
+        {"expert_width": 0},
+        {"expert_width": 48},
+        {"shared_rank": 4},
+        {"action": "shared-core", "shared_rank": 0},
+        {"action": "shared-core", "compensate": True},
+        {"action_tokens": 0},
     ],
 )
 def test_contradictions_are_refused(changes):

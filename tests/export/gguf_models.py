@@ -9,12 +9,20 @@ import torch
 from moe_edge.families.loading import load_model
 from tests.tiny import tiny_checkpoint
 
-# llama.cpp's olmoe ignores clip_qkv and needs one key-value head per head
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# llama.cpp's olmoe ignores clip_qkv and needs one key-value head per head; its gpt-oss clamps at 7 and rounds yarn's range
 REPRESENTABLE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "qwen2_moe": {},
     "mixtral": {},
     "olmoe": {"clip_qkv": None, "num_key_value_heads": 4},
+    "granitemoe": {},
+    "granitemoeshared": {},
+    "ernie4_5_moe": {},
+    "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": YARN},
 }
 
 

@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from moe_edge.contracts.capabilities import capability
 from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.quantization import ALWAYS_F32
 from moe_edge.export.gguf import SMALLEST_GATE, interleave_rope, write_gguf
-from moe_edge.export.gguf_layout import TENSOR_NAMES, class_of, gguf_name
+from moe_edge.export.gguf_layout import LAYOUTS, TENSOR_NAMES, class_of, gguf_name
+from moe_edge.export.parity import LIMITS, log_softmax
 from moe_edge.families.loading import load_model
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
-from tests.export.gguf_models import REPRESENTABLE, reference_logits, representable, some_ids
+from tests.export.gguf_models import REPRESENTABLE, YARN, reference_logits, representable, some_ids
 
 
 def export(checkpoint: Path, **kwargs) -> Path:
@@ -40,8 +42,12 @@ def test_logits_and_greedy_tokens_equal_transformers(tmp_path, family, tied):
 
 
 @pytest.mark.parametrize(
-    ("family", "stored"), [("qwen2_moe", True), ("olmoe", True), ("qwen3_moe", False), ("mixtral", False)]
-)
+    ("family", "stored"),
+    [
+        ("qwen2_moe", True), ("olmoe", True), ("gpt_oss", True), ("qwen3_moe", False), ("mixtral", False),
+        ("granitemoe", False), ("ernie4_5_moe", False),
+    ],
+)  # fmt: skip
 def test_a_tied_head_is_stored_only_where_the_architecture_demands_it(tmp_path, family, stored):
     checkpoint = representable(tmp_path, family, tied=True)
     assert ("output.weight" in check_gguf_header(export(checkpoint)).tensors) == stored
@@ -65,10 +71,35 @@ def test_metadata_says_what_the_model_is(tmp_path):
     assert metadata["qwen3moe.context_length"] == 256
 
 
-def test_norms_and_routers_are_float32_and_weights_float16(tmp_path):
-    for tensor in check_gguf_header(export(representable(tmp_path, "qwen2_moe"))).tensors.values():
-        exact = class_of(tensor.name) in ("norm", "router", "shared_router", "attention_bias")
-        assert tensor.kind == ("F32" if exact else "F16"), tensor.name
+METADATA = {
+    "granitemoe": {
+        "granitemoe.embedding_scale": 2.0, "granitemoe.attention.scale": 0.2, "granitemoe.residual_scale": 0.7,
+        "granitemoe.logit_scale": 1.5, "granitemoe.feed_forward_length": 32, "granitemoe.expert_gating_func": 1,
+    },
+    "ernie4_5_moe": {
+        "ernie4_5-moe.leading_dense_block_count": 1, "ernie4_5-moe.interleave_moe_layer_step": 1,
+        "ernie4_5-moe.feed_forward_length": 64, "ernie4_5-moe.expert_feed_forward_length": 32,
+        "ernie4_5-moe.expert_shared_feed_forward_length": 64, "ernie4_5-moe.expert_gating_func": 1,
+    },
+    "gpt_oss": {
+        "gpt-oss.attention.sliding_window": 8, "gpt-oss.expert_feed_forward_length": 32, "gpt-oss.rope.scaling.type": "yarn",
+        "gpt-oss.rope.scaling.factor": 4.0, "gpt-oss.rope.scaling.original_context_length": 64,
+        "gpt-oss.expert_gating_func": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", METADATA)
+def test_metadata_has_what_a_graph_needs_beside_the_sizes(tmp_path, family):
+    metadata = check_gguf_header(export(representable(tmp_path, family))).metadata
+    assert {key: metadata[key] for key in METADATA[family]} == pytest.approx(METADATA[family])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "ernie4_5_moe"])
+def test_norms_routers_biases_and_sinks_are_float32_and_weights_float16(tmp_path, family):
+    for tensor in check_gguf_header(export(representable(tmp_path, family))).tensors.values():
+        assert tensor.kind == ("F32" if class_of(tensor.name) in ALWAYS_F32 else "F16"), tensor.name
+        assert tensor.kind == "F32" or not tensor.name.endswith((".bias", "sinks.weight", "norm.weight"))
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path):
@@ -104,6 +135,14 @@ REFUSED = [
     ("olmoe", {"clip_qkv": 4.0}, "clip_qkv"),
     ("olmoe", {"num_key_value_heads": 2}, "key-value heads"),
     ("mixtral", {"sliding_window": 16}, "sliding window"),
+    ("granitemoe", {"rope_parameters": YARN}, "scaled rotary"),
+    ("ernie4_5_moe", {"layers": 4, "moe_layer_interval": 2}, "to be the first ones"),
+    ("gpt_oss", {"swiglu_limit": 1.5}, "clamps"),
+    ("gpt_oss", {"attention_bias": False}, "needs a bias on the attention's output"),
+    ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}}, "rounds yarn's range"),
+    ("gpt_oss", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "attention_factor"),
+    ("gpt_oss", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "of type yarn only"),
 ]
 
 
@@ -113,6 +152,19 @@ def test_a_model_that_llama_cpp_would_compute_differently_is_refused(tmp_path, f
     with pytest.raises(InputRejected, match=reason):
         export(checkpoint)
     assert not checkpoint.with_suffix(".gguf").exists()
+
+
+def test_the_yarn_range_of_real_gpt_oss_is_rounded_harmlessly(tmp_path):
+    """llama.cpp rounds 8.1..17.4 to 8..18: a small drift that parity admits, unlike that of the refused tiny one."""
+    rope = YARN | {
+        "rope_theta": 150000.0, "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096
+    }  # fmt: skip
+    sizes = {"head_dim": 64, "max_position_embeddings": 131072}
+    checkpoint, ids = representable(tmp_path, "gpt_oss", rope_parameters=rope, **sizes), some_ids(150)
+    with LlamaCppRuntime(export(checkpoint), threads=1, context_length=256, kv_float32=True) as runtime:
+        p_SV, q_SV = (log_softmax(logits) for logits in (reference_logits(checkpoint, ids), runtime.logits(ids)))
+    kl_S = (np.exp(p_SV) * (p_SV - q_SV)).sum(-1)
+    assert np.median(kl_S) < LIMITS["gguf F16"].median_kl_nats / 10
 
 
 @pytest.mark.parametrize(("value", "reason"), [(float("nan"), "not finite"), (1e6, "65504")])
@@ -132,7 +184,8 @@ def test_a_missing_folder_is_a_usage_error(tmp_path):
 
 def test_names_and_classes_are_inverse():
     for tensor_class, part in TENSOR_NAMES:
-        assert class_of(gguf_name(tensor_class, part, 7)) == tensor_class
+        for family in LAYOUTS:
+            assert class_of(gguf_name(tensor_class, part, 7, family)) == tensor_class
     with pytest.raises(InputRejected, match=r"blk\.0\.unknown"):
         class_of("blk.0.unknown.weight")
 

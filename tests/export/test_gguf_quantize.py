@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moe_edge.compression.estimate import Packing, tensor_data_bytes
+from moe_edge.compression.headers import model_headers
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.contracts.quantization import pinned_type, tensor_bytes
 from moe_edge.export import gguf_quantize
@@ -15,6 +17,7 @@ from moe_edge.export.gguf_layout import class_of
 from moe_edge.export.gguf_quantize import FILE_TYPES, quantize_gguf
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.export.gguf_models import REPRESENTABLE, reference_logits, representable, some_ids
 
 
@@ -34,9 +37,9 @@ def test_every_tensor_has_its_pinned_type(tmp_path, family):
         expected = pinned_type("Q4_K_M", class_of(tensor.name), tensor.shape[-1])
         assert tensor.kind == expected, tensor.name
         assert tensor.bytes == tensor_bytes(expected, tensor.shape)
-    assert kinds["blk.0.ffn_gate_exps.weight"] == "Q4_K"
-    assert kinds["blk.0.ffn_down_exps.weight"] == "F16"
-    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+    assert kinds["blk.1.ffn_gate_exps.weight"] == "Q4_K"
+    assert kinds["blk.1.ffn_down_exps.weight"] == "F16"
+    assert kinds["blk.1.ffn_gate_inp.weight"] == "F32"
 
 
 @pytest.mark.parametrize("recipe", [*FILE_TYPES, "F16"])
@@ -55,6 +58,22 @@ def test_fallbacks_follow_the_row_length(tmp_path):
     assert kinds["blk.0.ffn_gate_exps.weight"] == "Q5_0"
     assert kinds["blk.0.ffn_down_exps.weight"] == "Q5_1"
     assert kinds["blk.0.ffn_down_shexp.weight"] == "F16"
+
+
+def test_a_plans_mix_replaces_the_recipes_types(tmp_path):
+    """Per class and range of layers; what the mix does not name keeps the recipe, and the planner's bytes hold."""
+    mix = {"expert_down@1-1": "Q3_K", "expert_down": "Q2_K", "attention": "Q8_0"}
+    src = source(tmp_path, "qwen3_moe", hidden=256, width=256)
+    kinds = quantize_gguf(src, tmp_path / "q.gguf", "Q4_K_M", None, 1, mix)
+    assert (kinds["blk.0.ffn_down_exps.weight"], kinds["blk.1.ffn_down_exps.weight"]) == ("Q2_K", "Q3_K")
+    assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["blk.0.ffn_up_exps.weight"] == "Q4_K"
+    assert kinds["blk.1.ffn_gate_inp.weight"] == "F32" and kinds["token_embd.weight"] == "Q6_K"
+    with LlamaCppRuntime(tmp_path / "q.gguf", threads=1, context_length=64) as runtime:
+        assert np.isfinite(runtime.logits(some_ids())).all()
+    packing = Packing("gguf", "Q4_K_M", mix=tuple(mix.items()))
+    seen = model_headers(inspect_checkpoint(tmp_path / "tiny-qwen3_moe", False))
+    stored = sum(tensor.bytes for tensor in check_gguf_header(tmp_path / "q.gguf").tensors.values())
+    assert tensor_data_bytes(seen, 6, packing) == stored
 
 
 def test_bytes_do_not_depend_on_threads_or_on_the_run(tmp_path):
@@ -78,8 +97,9 @@ def test_an_imatrix_changes_the_weights_and_keeps_the_types(tmp_path):
     assert (tmp_path / "plain.gguf").read_bytes() != (tmp_path / "weighted.gguf").read_bytes()
 
 
-def test_q8_stays_close_to_transformers(tmp_path):
-    checkpoint, ids = representable(tmp_path, "qwen3_moe"), some_ids()
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "ernie4_5_moe", "gpt_oss"])
+def test_q8_stays_close_to_transformers(tmp_path, family):
+    checkpoint, ids = representable(tmp_path, family), some_ids()
     write_gguf(checkpoint, tmp_path / "f.gguf", name="x")
     quantize_gguf(tmp_path / "f.gguf", tmp_path / "q.gguf", "Q8_0", None, 1)
     expected = reference_logits(checkpoint, ids)

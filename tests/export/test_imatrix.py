@@ -1,5 +1,8 @@
 """The importance matrix: names, per-expert means, blending, kept experts and llama.cpp's file format."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,14 @@ import torch
 from moe_edge.contracts.spec import ModelSpec, MoESpec
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
-from moe_edge.export.imatrix import PRIOR_TOKENS, imatrix_arrays, write_imatrix_gguf
+from moe_edge.export.imatrix import imatrix_arrays, write_imatrix_gguf
+from moe_edge.families import family_of
+from moe_edge.formulas.importance import PRIOR_TOKENS
+from moe_edge.profiling.sums import to_statistics
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
 from tests.export.gguf_models import representable
+from tests.profiling.runs import whole_pass
 
 LAYERS, EXPERTS, DIM, WIDTH, SHARED = 2, 6, 64, 32, 48
 
@@ -81,12 +88,47 @@ def test_models_without_a_shared_expert_have_no_shared_entries():
     np.testing.assert_array_equal(arrays["token_embd.weight"], arrays["output.weight"])
 
 
+def test_dense_layers_have_their_own_entries_and_experts_count_from_the_first_moe_layer():
+    values = sums()
+    generator = torch.Generator().manual_seed(1)
+    values |= {
+        "dense_in": torch.rand(LAYERS, DIM, generator=generator), "dense_down": torch.rand(LAYERS, WIDTH, generator=generator),
+        "expert_in": values["expert_in"][1:], "expert_down": values["expert_down"][1:],
+        "expert_count": values["expert_count"][1:],
+    }  # fmt: skip
+    ernie = replace(spec(), family="ernie4_5_moe", dense_layers=(0,), dense_width=WIDTH)
+    arrays = imatrix_arrays(values, ernie, {1: [0, 2, 5]})
+    np.testing.assert_allclose(arrays["blk.0.ffn_up.weight"], values["dense_in"][0].numpy() / 3000, rtol=1e-6)
+    assert arrays["blk.0.ffn_down.weight"].shape == (WIDTH,) and "blk.1.ffn_down.weight" not in arrays
+    assert "blk.0.ffn_gate_shexp.weight" not in arrays and "blk.0.ffn_gate_exps.weight" not in arrays
+    expected = values["expert_in"][0, [0, 2, 5]].numpy().ravel()
+    assert np.corrcoef(arrays["blk.1.ffn_gate_exps.weight"], expected)[0, 1] > 0.99
+
+
 def test_the_quantizer_accepts_it(tmp_path):
     write_gguf(representable(tmp_path, "qwen2_moe"), tmp_path / "f.gguf", name="x")
     arrays = imatrix_arrays(sums(), spec(), None)
     kinds = quantize_gguf(tmp_path / "f.gguf", tmp_path / "q.gguf", "Q3_K_M", arrays, 1)
     quantized = {name for name, kind in kinds.items() if kind not in ("F32", "F16")}
     assert quantized - set(arrays) == {"token_embd.weight"}
+
+
+@pytest.mark.parametrize("family", ["granitemoeshared", "ernie4_5_moe", "gpt_oss"])
+def test_a_profile_weighs_every_matrix_of_the_pruned_file(tmp_path, family):
+    """From the teacher's six experts to a student with four, with dense layers, shared experts and biases."""
+    teacher = representable(tmp_path, family)
+    statistics = to_statistics(whole_pass(teacher, tmp_path / "partial"), {})
+    student = representable(tmp_path, family, experts=4, name="student")
+    config = json.loads((student / "config.json").read_text())
+    student_spec = family_of(config).spec(config)
+    kept = {layer: [0, 2, 3, 5] for layer in student_spec.moe_layers}
+    write_gguf(student, tmp_path / "f.gguf", name="x")
+    arrays = imatrix_arrays(statistics.imatrix, student_spec, kept)
+    kinds = quantize_gguf(tmp_path / "f.gguf", tmp_path / "q.gguf", "Q4_K_M", arrays, 1)
+    quantized = {name for name, kind in kinds.items() if kind not in ("F32", "F16")}
+    assert quantized - set(arrays) == {"token_embd.weight"} and set(arrays) <= set(kinds)
+    shapes = {name: tensor.shape for name, tensor in check_gguf_header(tmp_path / "q.gguf").tensors.items()}
+    assert all(array.size == np.prod(shapes[name]) // shapes[name][-2] for name, array in arrays.items())
 
 
 def test_llama_cpps_own_file_format(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_edge.families.kernels import ALL_AT_ONCE, DENSE_SHARE, SORTED_LOOP, fastest_kernel
-from tests.tiny import tiny_model
+from tests.tiny import ALL_FAMILIES, tiny_model
 
 
 def run(model, kernel: str) -> list[torch.Tensor]:
@@ -13,11 +13,11 @@ def run(model, kernel: str) -> list[torch.Tensor]:
     ids_BS = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.manual_seed(3))
     logits_BSV = model(input_ids=ids_BS).logits
     logits_BSV.square().mean().backward()
-    return [logits_BSV.detach(), *(weight.grad.clone() for weight in model.parameters())]
+    return [logits_BSV.detach(), *(weight.grad.clone() for weight in model.parameters() if weight.requires_grad)]
 
 
 @pytest.mark.parametrize("kernel", [SORTED_LOOP, ALL_AT_ONCE])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_kernel_equals_the_stock_loop(family: str, kernel: str) -> None:
     model = tiny_model(family).float()
     for ours, stock in zip(run(model, kernel), run(model, "eager"), strict=True):

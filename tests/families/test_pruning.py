@@ -203,7 +203,13 @@ def test_expert_outputs_add_up_to_the_block(family: str) -> None:
     assert (view.shared is not None) == (family == "qwen2_moe")
 
 
-def test_a_dense_layer_is_refused() -> None:
-    model = tiny_model("qwen3_moe", mlp_only_layers=[0])
-    with pytest.raises(InputRejected, match="layer 0 is not a mixture"):
-        moe_layers(model)
+def test_dense_layers_are_skipped() -> None:
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0], layers=3)
+    assert [(view.index, view.position) for view in moe_layers(model)] == [(1, 0), (2, 1)]
+    with pytest.raises(ConfigError, match="no MoE layer 0"):
+        prune(model, {0: [0, 1]})
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    with pytest.raises(InputRejected, match="none of the 2 layers has experts"):
+        moe_layers(tiny_model("qwen3_moe", mlp_only_layers=[0, 1]))

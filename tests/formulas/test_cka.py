@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from moe_edge.formulas.cka import (
+    cka_across,
     cka_from_hsic,
     gate_gram,
     gram,
+    hsic_across,
     hsic_all_pairs,
     hsic_from_grams,
     normalise_rows,
@@ -114,3 +116,22 @@ def test_gated_gram_is_the_gram_of_gated_rows() -> None:
 def test_rows_are_normalised_and_zero_rows_stay_zero() -> None:
     rows = normalise_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16))
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_cka_across_two_sets_equals_the_pairs_of_their_union() -> None:
+    features = normalise_rows(_features(5, 60) + _related(60).sum(dim=0))
+    whole = cka_from_hsic(hsic_all_pairs(features))
+    grams = gram(features)
+    across = cka_across(*hsic_across(grams[:3].clone(), grams[3:].clone()))
+    torch.testing.assert_close(across, whole[:3, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_cka_across_sums_blocks_first_and_knows_no_evidence() -> None:
+    features = normalise_rows(_features(4, 80))
+    features[0] = 0
+    parts = [hsic_across(gram(part[:2]), gram(part[2:])) for part in features.split(40, dim=1)]
+    summed = [sum(column) for column in zip(*parts, strict=True)]
+    across = cka_across(*summed)
+    assert torch.isnan(across[0]).all() and torch.isfinite(across[1]).all()
+    torch.testing.assert_close(across[1], _blockwise_cka(features, 40)[1, 2:], rtol=1e-4, atol=1e-5)
+    assert all(part.abs().sum() == 0 for part in hsic_across(gram(features[:2, :3]), gram(features[2:, :3])))

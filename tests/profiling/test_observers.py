@@ -13,11 +13,11 @@ import torch
 from moe_edge.families.taps import head
 from moe_edge.families.views import expert_activations, expert_outputs, moe_layers
 from moe_edge.formulas.cka import cka_from_hsic, hsic_all_pairs, normalise_rows
-from moe_edge.profiling.observers import Batch, Block, observing
-from moe_edge.profiling.passes import run_pass
-from moe_edge.profiling.sums import new_sums, sizes_of, to_statistics
+from moe_edge.profiling.evidence import Block
+from moe_edge.profiling.passes import new_sums, observing_all, run_pass, share_of
+from moe_edge.profiling.sums import to_statistics
 from moe_edge.storage.statistics import Statistics
-from tests.tiny import FAMILY_NAMES, tiny_ids, tiny_model
+from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
 
 ROWS, TOKENS = 3, 32
 
@@ -26,7 +26,7 @@ def _calls(model: torch.nn.Module, ids_NS: torch.Tensor) -> list[dict[str, torch
     """Per layer what experts and router really saw and said, and the residual stream behind the layer."""
     calls: list[dict[str, Any]] = [{} for _ in moe_layers(model)]
     handles = []
-    for view, call, layer in zip(moe_layers(model), calls, model.model.layers, strict=True):
+    for view, call in zip(moe_layers(model), calls, strict=True):
 
         def on_experts(module: Any, inputs: Any, call: dict[str, Any] = call) -> None:
             call.update(hidden=inputs[0], index=inputs[1], weight=inputs[2])
@@ -39,7 +39,7 @@ def _calls(model: torch.nn.Module, ids_NS: torch.Tensor) -> list[dict[str, torch
 
         handles.append(view.experts.register_forward_pre_hook(on_experts))
         handles.append(view.router.register_forward_hook(on_router))
-        handles.append(layer.register_forward_hook(on_layer))
+        handles.append(view.layer.register_forward_hook(on_layer))
     with torch.no_grad():
         model(input_ids=ids_NS)
     for handle in handles:
@@ -48,29 +48,31 @@ def _calls(model: torch.nn.Module, ids_NS: torch.Tensor) -> list[dict[str, torch
 
 
 def _profile(model: torch.nn.Module, ids_NS: torch.Tensor, tmp_path: Path, cka_tokens: int = 0) -> Statistics:
-    sums = run_pass(model, ids_NS.int().numpy(), cka_tokens=cka_tokens, partial=tmp_path / "partial", identity={})
+    work = share_of(ids_NS.int().numpy(), cka_tokens)
+    sums = run_pass(model, work, partial=tmp_path / "partial", identity={})
     return to_statistics(sums, {})
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_observing_does_not_change_the_logits(family: str) -> None:
-    model, ids = tiny_model(family), tiny_ids(TOKENS, ROWS)
+    model, ids = tiny_model(family, layers=3), tiny_ids(TOKENS, ROWS)
     positions = torch.arange(8, 24)
-    batch = Batch([Block(positions + TOKENS, positions)])
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with observing(model, new_sums(sizes_of(model)), batch):
+        with observing_all(model, new_sums(model, 1, "cpu")) as batch:
+            batch.blocks = [Block(positions + TOKENS, positions)]
             observed = model(input_ids=ids).logits
         again = model(input_ids=ids).logits
     torch.testing.assert_close(observed, plain, rtol=1e-4, atol=1e-4)
     assert torch.equal(again, plain)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("cka_tokens", [0, 48])
 def test_sums_equal_a_separate_computation(family: str, cka_tokens: int, tmp_path: Path) -> None:
-    model, ids = tiny_model(family), tiny_ids(TOKENS, ROWS)
+    model, ids = tiny_model(family, layers=3), tiny_ids(TOKENS, ROWS)
     found = _profile(model, ids, tmp_path, cka_tokens)
+    assert found.meta["moe_layers"] == [view.index for view in moe_layers(model)]
     assert found.tokens == ROWS * TOKENS
     for layer, (view, call) in enumerate(zip(moe_layers(model), _calls(model, ids), strict=True)):
         outputs_ETD = expert_outputs(view, call["hidden"]).double()

@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_edge.compression.layers import Material
+from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.artifacts import StageContext
-from moe_edge.contracts.config import BuildConfig, DistillConfig, StageConfig
+from moe_edge.contracts.config import _EXPERTS_FIRST, BuildConfig, DistillConfig, StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.plan import Estimate, Plan
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.families.loading import load_model, save_student
 from moe_edge.families.pruning import prune
-from moe_edge.stages import distill
+from moe_edge.families.students import load_student
+from moe_edge.stages import compress, distill
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.rows import TokenRows
 from tests.distillation.parts import write_cache
@@ -130,7 +133,7 @@ def test_nothing_pruned_or_no_stages_means_no_training(tmp_path: Path) -> None:
     assert digests(run.out / "model") == digests(tmp_path / "compress" / "model")
     (tmp_path / "plan" / "plan.json").write_text(plan({0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}).to_json())
     summary = distill.run(context(tmp_path, teacher))
-    assert summary["tokens_trained"] == 0 and "removes no expert" in summary["reason"]
+    assert summary["tokens_trained"] == 0 and "changes no expert" in summary["reason"]
     assert (run.out / "train_log.jsonl").read_text() == ""
 
 
@@ -156,3 +159,30 @@ def test_what_cannot_be_is_refused_before_training(
 def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRejected, match="found digest, expected other"):
         distill.run(context(tmp_path, inputs(tmp_path), digest="other"))
+
+
+@pytest.mark.parametrize("action", ["shared-core", "dense"])
+def test_students_of_other_actions_are_trained_and_leave_a_plain_model(tmp_path: Path, action: str) -> None:
+    teacher = inputs(tmp_path)
+    changed = plan(KEPT).model_copy(update={"action": action, "shared_rank": 2 if action == "shared-core" else None})
+    (tmp_path / "plan" / "plan.json").write_text(changed.to_json())
+    rows = torch.from_numpy(TokenRows.load(tmp_path / "profile" / "rows.safetensors").ids_NS)
+    applied = apply_plan(load_model(teacher), changed, Material(None, rows))
+    with torch.no_grad():  # damage that a few steps can repair
+        for name, parameter in applied.model.named_parameters():
+            if name.endswith(("output_wrapper.scale", "mlp.down_proj.weight")):
+                parameter.mul_(-1)
+    compress.write_student(applied, teacher, tmp_path / "compress")
+    stages = [StageConfig(stage_name="experts", steps=8, learning_rate=0.02, parameter_lr_multipliers=_EXPERTS_FIRST)]
+    run = context(tmp_path, teacher, alpha=1.0, stages=stages)
+    summary = distill.run(run)
+    assert summary["kept"] == "trained" and summary["after"]["kl_nats"] < summary["before"]["kl_nats"]
+    plain = load_student(run.out / "model")
+    with torch.no_grad():
+        logits = plain(tiny_ids(vocab=VOCAB)).logits
+    assert plain.config.model_type == ("qwen3" if action == "dense" else "qwen3_moe") and logits.isfinite().all()
+    assert (run.out / "shared_core").is_dir() == (action == "shared-core")
+    if action == "shared-core":
+        with torch.no_grad():
+            trainable = load_student(run.out / "shared_core")(tiny_ids(vocab=VOCAB)).logits
+        assert float((trainable - logits).abs().max()) < 1e-5

@@ -1,19 +1,23 @@
 """The plan stage: measured choices, honest notes, refusals before work, the same bytes twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from moe_edge.compression.masking import masked_kl
+from moe_edge.compression.masking import MaskedKl, masked_kl
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.quantization import LEVELS
 from moe_edge.families.loading import load_model
-from moe_edge.formulas.selection import CRITERIA
+from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS
 from moe_edge.stages import plan as stage
+from moe_edge.stages import plan_judge
+from moe_edge.stages.plan_judge import honesty
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
@@ -40,6 +44,9 @@ def write_profile(folder: Path, experts: int = EXPERTS, cka_tokens: int = 64) ->
         "gated_norm_sum_LE": ramp.sqrt(), "norm_max_LE": ramp, "out_sum_LED": features, "out_sq_sum_LED": features,
         "router_entropy_L": layers, "coroute_LEE": square.long(), "gate_mass_L": layers, "hsic_LEE": square,
         "gated_hsic_LEE": square, "layer_hsic_LL": torch.eye(LAYERS, dtype=torch.float64), "sink_share_L": layers * 0,
+        "hsic_groups_GLEE": square[None].float(), "null_hsic_LEE": square * 0, "loo_sq_sum_LE": ramp * 5,
+        "loo_counts_LE": ramp.long(), "out_energy_L": layers, "weight_mean_abs_LE": ramp * 0 + 0.8,
+        "weight_rms_LE": ramp * 0 + 1.0,
     }  # fmt: skip
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     Statistics(**copies, cka_tokens=cka_tokens, tokens=360).save(folder / "statistics.safetensors")
@@ -58,7 +65,7 @@ def run(teacher: Path, out: Path, *settings: str, profile: Path | None = None) -
 
 def test_auto_takes_the_least_masked_kl_of_all_criteria(teacher, tmp_path):
     summary, plan = run(teacher, tmp_path)
-    assert {c.criterion for c in plan.candidates} == set(CRITERIA)
+    assert {c.criterion for c in plan.candidates} == {*CRITERIA, "search"}
     kls = [c.kl_nats for c in plan.candidates]
     assert kls == sorted(kls) and plan.predicted_kl_nats == kls[0] == min(kls) > 0
     assert plan.experts_kept == 5 and len(plan.kept) == LAYERS and plan.prunes
@@ -109,20 +116,44 @@ def test_a_kl_beyond_the_limit_is_refused_unless_forced(teacher, tmp_path):
 
 
 def test_quantizing_harder_replaces_pruning_where_it_loses_less(teacher, tmp_path, monkeypatch):
-    """A weights budget just below all experts at Q4_K_M; this teacher suffers far more from a lost expert."""
+    """A weights budget just below all experts at Q4_K_M, where the bits of every class are free."""
     from moe_edge.compression import allocation
+    from moe_edge.compression.bits import Sensitivity, recipe_types
+    from moe_edge.stages import plan_budget
 
     space = allocation.header_plan(inspect_checkpoint(teacher), config(NO_SHARE)).space
     limit = space.option(EXPERTS, allocation.Packing("gguf", "Q4_K_M")).estimate.file_bytes - 1
-    settings = (NO_SHARE, f"target.budget.weights={limit}", "plan.criterion=msan")
-    monkeypatch.setattr(allocation, "RECIPE_KL_NATS", dict.fromkeys(allocation.HARDER_ORDER, 0.0))
-    _, plan = run(teacher, tmp_path / "a", *settings)
-    assert not plan.prunes and plan.quantization != "Q4_K_M" and plan.estimate.file_bytes <= limit
-    assert plan.candidates and plan.predicted_kl_nats is None and "before recovery" in plan.competitor
-    dear = {name: 9.0 for name in allocation.HARDER_ORDER} | {"Q4_K_M": 0.0}
-    monkeypatch.setattr(allocation, "RECIPE_KL_NATS", dear)
-    _, plan = run(teacher, tmp_path / "b", *settings)
-    assert plan.prunes and plan.quantization == "Q4_K_M" and "loses more" in plan.competitor
+    settings = (NO_SHARE, f"target.budget.weights={limit}", "plan.criterion=msan", "plan.curve_tokens=32")
+    cells = recipe_types("Q8_0", LAYERS)
+    for name, nats in (("a", 1e-6), ("b", 9.0)):  # of the coarsest type: bits cost next to nothing, or a lot
+        table = {kind: nats / 4**place for place, kind in enumerate(LEVELS)}
+        known = Sensitivity(dict.fromkeys(cells, table), "measured", 32)
+        monkeypatch.setattr(plan_budget, "measure_sensitivity", lambda *_args, known=known: known)
+        _, plan = run(teacher, tmp_path / name, *settings)
+        assert plan.estimate.file_bytes <= limit and plan.candidates and "before recovery" in plan.competitor
+        assert plan.quantization_by_class and plan.quantization_kl_source == "measured"
+        assert plan.prunes == (name == "b") and (plan.predicted_kl_nats is None) == (name == "a")
+        assert len(plan.kept[0]) == plan.experts_kept
+    assert plan.quantization_kl_nats[f"{plan.quantization}-mix"] > 0
+
+
+def test_the_safe_ratio_curve_lies_beside_the_plan(teacher, tmp_path):
+    _, plan = run(teacher, tmp_path, "plan.criterion=frequency", "plan.curve_tokens=32")
+    data = json.loads((tmp_path / "curve.json").read_text())
+    assert data["criterion"] == "frequency" and data["n_tokens"] == 32
+    assert [point["experts"] for point in data["points"]] == [8, 7, 6, 5, 4, 3]
+    assert f"chosen: {plan.experts_kept}" in (tmp_path / "curve.svg").read_text()
+
+
+def test_an_unsafe_ratio_stops_unless_forced(teacher, tmp_path, monkeypatch):
+    from moe_edge.stages import plan_budget
+
+    monkeypatch.setattr(plan_budget, "UNSAFE_KL_NATS", 1e-6)
+    with pytest.raises(InfeasibleError, match="the safe limit"):
+        run(teacher, tmp_path / "a", "plan.criterion=frequency")
+    assert (tmp_path / "a/curve.json").exists() and not (tmp_path / "a/plan.json").exists()
+    _, plan = run(teacher, tmp_path / "b", "plan.criterion=frequency", "plan.force=true")
+    assert any(note.startswith("Forced") for note in plan.notes)
 
 
 def test_cka_diverse_needs_cka(teacher, tmp_path):
@@ -130,7 +161,53 @@ def test_cka_diverse_needs_cka(teacher, tmp_path):
     with pytest.raises(ConfigError, match="cka-diverse needs a profile with CKA"):
         run(teacher, tmp_path / "a", "plan.criterion=cka-diverse", profile=without)
     _, plan = run(teacher, tmp_path / "b", profile=without)
-    assert {c.criterion for c in plan.candidates} == set(CRITERIA) - {"cka-diverse"}
+    assert {c.criterion for c in plan.candidates} == {*CRITERIA, "search"} - set(NEEDS_EVIDENCE_BLOCKS)
+
+
+def test_the_search_reads_other_rows_than_those_that_judge(teacher, tmp_path, monkeypatch):
+    read = {}
+    real = plan_judge.search
+    monkeypatch.setattr(plan_judge, "search", lambda *args, **kw: read.update(rows=args[2], kw=kw) or real(*args, **kw))
+    _, plan = run(teacher, tmp_path, "plan.search_tokens=3000", "plan.seed=5")
+    rows = torch.from_numpy(TokenRows.load(tmp_path / "profile" / "rows.safetensors").ids_NS).long()
+    assert torch.equal(read["rows"], rows[:2]), "the last four judge"
+    assert read["kw"]["budget_tokens"] == 3000 and read["kw"]["seed"] == 5
+    note = next(note for note in plan.notes if note.startswith("'search' started from"))
+    assert "of 3000 tokens" in note and "the first 2 calibration rows" in note
+
+
+@pytest.mark.parametrize("setting", ["plan.search_tokens=0", "plan.tokens=96"])
+def test_without_rows_or_budget_there_is_no_search(teacher, tmp_path, setting):
+    _, plan = run(teacher, tmp_path, setting)
+    assert "search" not in {c.criterion for c in plan.candidates}
+    assert any(note.startswith("No search:") for note in plan.notes)
+
+
+def test_a_named_criterion_is_taken_without_a_search(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_judge, "search", lambda *_args, **_kw: pytest.fail("nobody asked for a search"))
+    assert run(teacher, tmp_path, "plan.criterion=loo-mse")[1].criterion == "loo-mse"
+
+
+def test_super_experts_stay_and_the_plan_says_so(teacher, tmp_path):
+    """The last expert of the first layer has by far the largest output and the least of everything else."""
+    folder = write_profile(tmp_path / "profile")
+    stats = Statistics.load(folder / "statistics.safetensors")
+    largest = torch.ones(LAYERS, EXPERTS, dtype=torch.float64)
+    largest[0, EXPERTS - 1] = 100.0
+    replace(stats, norm_max_LE=largest).save(folder / "statistics.safetensors")
+    _, plan = run(teacher, tmp_path / "a", "plan.search_tokens=3000", profile=folder)
+    assert plan.kept[0][-1] == EXPERTS - 1 and any("super experts" in note for note in plan.notes)
+    _, plan = run(teacher, tmp_path / "b", "plan.criterion=ean", "plan.super_expert_guard=false", profile=folder)
+    assert plan.kept[0] == [0, 1, 2, 3, 4] and not any("super experts" in note for note in plan.notes)
+
+
+def test_a_streamed_teacher_is_judged_and_not_searched(teacher, tmp_path):
+    _, whole = run(teacher, tmp_path / "a", "plan.search_tokens=0")
+    _, streamed = run(teacher, tmp_path / "b", "profile.mode=layerwise")
+    assert any("does not fit in memory" in note for note in streamed.notes)
+    assert streamed.kept == whole.kept
+    assert streamed.predicted_kl_nats == pytest.approx(whole.predicted_kl_nats, rel=1e-4)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.is_dir()) == ["profile"]
 
 
 def test_a_profile_of_another_teacher_is_rejected(teacher, tmp_path):
@@ -140,17 +217,17 @@ def test_a_profile_of_another_teacher_is_rejected(teacher, tmp_path):
 
 def test_a_choice_no_better_than_chance_is_called_that(teacher, tmp_path):
     results = {
-        "ean": stage.MaskedKl(1.0, None, 4, (1.0, 1.0)),
-        "random": stage.MaskedKl(1.0, None, 4, (0.9, 1.1)),
+        "ean": MaskedKl(1.0, None, 4, (1.0, 1.0)),
+        "random": MaskedKl(1.0, None, 4, (0.9, 1.1)),
     }
-    assert "not clearly better than a random choice" in stage._honesty("ean", results)[0]
-    assert "random choice did best" in stage._honesty("random", results)[0]
-    results["random"] = stage.MaskedKl(2.0, None, 4, (2.1, 1.9))
-    assert stage._honesty("ean", results) == []
+    assert "not clearly better than a random choice" in honesty("ean", results)[0]
+    assert "random choice did best" in honesty("random", results)[0]
+    results["random"] = MaskedKl(2.0, None, 4, (2.1, 1.9))
+    assert honesty("ean", results) == []
 
 
 def test_a_dry_run_reads_headers_only(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "load_model", lambda *_args, **_kw: pytest.fail("a dry run loads no model"))
+    monkeypatch.setattr(stage, "open_teacher", lambda *_args, **_kw: pytest.fail("a dry run loads no model"))
     report = stage.dry_run(inspect_checkpoint(teacher), config())
     assert report["choice"]["experts_kept"] == 5 and report["criteria"] == [] and report["budget"] == {"experts": 0.625}
     assert any(row["experts_kept"] == 8 and row["fits"] for row in report["options"])

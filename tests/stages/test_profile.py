@@ -1,22 +1,29 @@
 """The profile stage on a tiny teacher: its files, its summary, resuming after a kill, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.profiling import passes
+from moe_edge.families import streaming
+from moe_edge.formulas.cka import cka_from_hsic
+from moe_edge.profiling import sums
 from moe_edge.stages import profile
-from moe_edge.storage.checkpoint import checkpoint_digest
+from moe_edge.stages.profile_summary import profile_summary
+from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
-from moe_edge.storage.statistics import Statistics
+from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
 from tests.tiny import tiny_checkpoint
 
 FILES = ["calibration.json", "imatrix.gguf", "logits.h5", "rows.safetensors", "statistics.safetensors"]
@@ -53,7 +60,11 @@ def test_everything_is_written_and_fits_together(tmp_path: Path) -> None:
         assert len(cache) == 20 and cache.temperatures == (1, 1.5, 2, 3, 4)
         assert cache.row(rows.ids_NS[7]).indices_SK.shape == (32, 8)
     assert summary["tokens"] == 640 and summary["rows"] == 20
-    assert len(summary["mean_cka"]) == len(summary["sink_share"]) == len(summary["dead_experts"]) == 2
+    assert len(summary["mean_cka"]) == len(summary["sink_share"]) == len(summary["no_evidence"]) == 2
+    assert summary["mode"] == "whole" and summary["dtype"] == "float32" and summary["moe_layers"] == [0, 1]
+    for mean, (low, high), null in zip(*(summary[k] for k in ("mean_cka", "mean_cka_ci95", "cka_null")), strict=True):
+        assert low < mean < high and abs(null) < 0.2
+    assert sum(len(ids) for ids in summary["super_experts"]) == 1  # of twelve
     assert "note" not in summary
 
 
@@ -68,8 +79,8 @@ def test_a_killed_stage_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: py
         if len(saves) == 2:
             raise KeyboardInterrupt
 
-    save = passes.save_tensors
-    monkeypatch.setattr(passes, "save_tensors", dying_save)
+    save = sums.save_tensors
+    monkeypatch.setattr(sums, "save_tensors", dying_save)
     with pytest.raises(KeyboardInterrupt):
         profile.run(killed)
     monkeypatch.undo()
@@ -90,9 +101,61 @@ def test_without_cka_and_with_little_text(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "profile" / "calibration.json").read_text()
 
 
-def test_layerwise_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"layerwise(.|\n)*available: whole, auto"):
-        profile.run(_context(tmp_path, config=_config(mode="layerwise")))
+def test_layer_by_layer_gives_the_same_statistics_and_logits(tmp_path: Path) -> None:
+    whole = _context(tmp_path, "whole", _config(mode="whole"))
+    layered = _context(tmp_path, "layered", _config(mode="layerwise"))
+    expected, found = profile.run(whole), profile.run(layered)
+    assert found.pop("mode") == "layerwise" and expected.pop("mode") == "whole" and found == expected
+    one, other = (Statistics.load(context.out / FILES[4]) for context in (whole, layered))
+    for name in TENSOR_FIELDS:
+        scale = float(getattr(one, name).abs().max())
+        torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-5, atol=1e-5 * scale, msg=name)
+    assert one.imatrix.keys() == other.imatrix.keys()
+    with LogitCache(whole.out / "logits.h5") as caches, LogitCache(layered.out / "logits.h5") as others:
+        assert caches.keys == others.keys
+        for ids_S in TokenRows.load(whole.out / FILES[3]).ids_NS:
+            first, second = caches.row(ids_S), others.row(ids_S)
+            assert np.array_equal(first.indices_SK, second.indices_SK)
+            np.testing.assert_allclose(first.logprobs_SK, second.logprobs_SK, atol=1e-5)
+
+
+def test_auto_reads_layer_by_layer_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = _context(tmp_path, "little")
+    needed = sum(info.bytes for info in inspect_checkpoint(context.teacher).tensors.values())
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(needed / 0.6) - 1))
+    assert profile.run(context)["mode"] == "layerwise"
+    context = _context(tmp_path, "enough")
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(needed / 0.6) + 9))
+    assert profile.run(context)["mode"] == "whole"
+
+
+def test_a_resumed_pass_keeps_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = _context(tmp_path)
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(profile, "profile_summary", lambda *_: None)
+        patch.setattr(profile, "run_layerwise", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        profile.run(context)
+    monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+    assert profile.run(context)["mode"] == "layerwise"
+
+
+def test_unrouted_experts_are_no_evidence_and_no_similarity(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    before = profile.run(context)
+    statistics, rows = Statistics.load(context.out / FILES[4]), TokenRows.load(context.out / FILES[3])
+    counts_LE, hsic_LEE = statistics.counts_LE.clone(), statistics.hsic_LEE.clone()
+    counts_LE[1, [0, 3]] = 0
+    hsic_LEE[:, 3, :] = hsic_LEE[:, :, 3] = 1e6  # whatever is said about them
+    summary = profile_summary(replace(statistics, counts_LE=counts_LE, hsic_LEE=hsic_LEE), rows)
+    assert summary["no_evidence"] == [[], [0, 3]]
+    others = [1, 2, 4, 5]
+    expected = cka_from_hsic(statistics.hsic_LEE[1][others][:, others])[~torch.eye(4, dtype=torch.bool)].mean()
+    assert summary["mean_cka"][1] == pytest.approx(float(expected), abs=1e-6)
+    assert summary["mean_cka"][0] != before["mean_cka"][0]
+    nothing = profile_summary(replace(statistics, counts_LE=torch.zeros_like(counts_LE)), rows)
+    for name in ("mean_cka", "mean_cka_ci95", "cka_null", "mean_gated_cka"):
+        assert nothing[name] == [None, None]
 
 
 def test_rows_beyond_the_context_are_refused(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from moe_edge.compression.curve import Curve, CurvePoint
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Candidate, Estimate, Plan
-from moe_edge.contracts.report import GateResult, Memory, Quality, ReportV1, Speed
+from moe_edge.contracts.report import Artifact, GateResult, Memory, Quality, ReportV1, Speed
 from moe_edge.contracts.targets_io import load_target
-from moe_edge.stages.report import write_report
+from moe_edge.stages.report import predictions, write_report
 from moe_edge.stages.report_markdown import inert, number, table
 
 QUALITY = {
@@ -125,6 +126,9 @@ def _plan(folder: Path) -> None:
         quantization="Q4_K_M",
         onnx_precision="int4",
         predicted_kl_nats=0.31,
+        quantization_by_class={"expert_down@0-1": "Q3_K"},
+        quantization_kl_nats={"Q4_K_M": 0.02},
+        quantization_kl_source="measured",
         estimate=estimate,
         competitor="quantizing harder lost by 0.1 nats",
         candidates=[
@@ -133,6 +137,9 @@ def _plan(folder: Path) -> None:
     )
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(plan.to_json())
+    points = tuple(CurvePoint(n, kl, (kl, 2 * kl)) for n, kl in ((16, 0.0), (12, 0.19), (10, 0.47), (8, 1.17)))
+    curve = Curve("frequency", 16, 8, 1024, points)
+    (folder / "curve.json").write_text(json.dumps(curve.to_json(2.0)))
 
 
 def _write(
@@ -204,6 +211,50 @@ def test_the_page_says_everything_and_the_verdict_first(tmp_path: Path) -> None:
         "token ids handed to the runtime",
     ):
         assert text in page, text
+
+
+def test_predictions_stand_beside_what_was_achieved(tmp_path: Path) -> None:
+    _plan(tmp_path / "plan")
+    data, page = _write(tmp_path, _summaries())
+    gguf, onnx = data["predictions"]
+    assert (gguf["masked_kl_nats"], gguf["quantization_kl_nats"], gguf["kl_nats"]) == (0.31, 0.02, pytest.approx(0.33))
+    assert (gguf["achieved_kl_nats"], gguf["achieved_quantization_kl_nats"]) == (0.0512, 0.01)
+    assert onnx["kl_nats"] is None and "no prediction for onnx int4" in onnx["reason"]
+    assert "| artifacts/gguf/x | 0.3100 | 0.0200 | 0.3300 | 0.0512 | 0.0100 |" in page
+    assert "The cost of bits is measured" in page and "| expert_down@0-1 | Q3_K |" in page
+
+
+def test_an_unpruned_student_has_no_masked_cost_and_a_failed_one_a_reason(tmp_path: Path) -> None:
+    plan = {"predicted_kl_nats": None, "experts_kept": 4, "experts_total": 4, "quantization_kl_source": "prior"}
+    artifact = Artifact(**_artifact())
+    (row,) = predictions(plan | {"quantization_kl_nats": {"Q4_K_M": 0.02}}, [artifact])
+    assert row.masked_kl_nats == 0.0 and row.kl_nats == 0.02 and row.reason is None
+    (row,) = predictions(plan | {"experts_kept": 2, "quantization_kl_nats": {}}, [Artifact(**_artifact(quality=DEAD))])
+    assert row.kl_nats is None and "failed:oom" in row.reason and "no masked KL" in row.reason
+    assert predictions(None, [artifact]) == []
+
+
+def test_the_curve_is_shown_as_a_picture_and_a_table(tmp_path: Path) -> None:
+    _plan(tmp_path / "plan")
+    data, page = _write(tmp_path, _summaries())
+    assert data["curve"]["fewest_safe_experts"] == 8
+    assert "![masked KL against experts kept](plan/curve.svg)" in page
+    assert "| 10 | 62.5% | 0.4700 | [0.4700, 0.9400] |" in page and "At most 2.00 nats down to 8 experts" in page
+
+
+def test_routing_health_is_compared(tmp_path: Path) -> None:
+    summaries = _summaries()
+    health = {"load_entropy": 0.97, "dead_experts": 0}
+    summaries["compress"]["routing_health"] = {
+        "tokens": 512, "teacher": health, "student": health | {"load_entropy": 0.91, "teachers_gate_mass_kept": 0.8},
+        "layers": [], "alarms": ["layer 3 sends <all> to one expert"],
+    }  # fmt: skip
+    data, page = _write(tmp_path, summaries)
+    assert data["routing_health"]["student"]["load_entropy"] == 0.91 and "routing_health" not in data["student"]
+    assert "| entropy of the load, 1 = even | 0.9700 | 0.9100 |" in page
+    assert "| share of the teacher's gate mass that the kept experts had | n/a | 0.8000 |" in page
+    assert "- Alarm: layer 3 sends &lt;all> to one expert" in page
+    assert "## Routing health" not in _write(tmp_path, _summaries())[1]
 
 
 def test_a_failure_shows_its_reasons_on_top_and_nulls_as_not_measured(tmp_path: Path) -> None:

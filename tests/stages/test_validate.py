@@ -133,6 +133,14 @@ def test_every_model_is_judged_and_the_good_one_passes(tmp_path: Path) -> None:
     assert json.loads((context.out / "results.json").read_text()) == summary
 
 
+def test_a_build_without_exports_is_gated_on_its_student(tmp_path: Path) -> None:
+    """export.formats=[]: the student is its own reference, so what export may cost is not gated."""
+    context = _run_folder(tmp_path, ())
+    summary = validate.validate_build(_session(context, Opener()), context)
+    assert {gate["artifact"] for gate in summary["gates"]} == {"artifacts/hf"} and summary["verdict"] == "pass"
+    assert "kl_to_student_nats" not in {gate["name"] for gate in summary["gates"]}
+
+
 def test_scratch_is_gone_and_raw_samples_stay(tmp_path: Path) -> None:
     context = _run_folder(tmp_path, ("good.gguf",))
     validate.validate_build(_session(context, Opener()), context)

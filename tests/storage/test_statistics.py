@@ -33,7 +33,7 @@ def test_statistics_round_trip(tmp_path: Path) -> None:
 
 
 def test_all_tensor_fields_are_stored() -> None:
-    assert len(TENSOR_FIELDS) == 15
+    assert len(TENSOR_FIELDS) == 22
 
 
 def test_equal_statistics_are_equal_bytes(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The sets of experts that a plan compares: every criterion's choice, by the decoder layers of the model.
+
+Statistics count MoE layers from 0; plans and models speak of decoder layers. Here the one becomes the other, the router's
+groups and the super-expert guard come in, and what the statistics cannot say is said in words.
+
+Shape suffixes: L MoE layers, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS, select
+from moe_edge.formulas.super_experts import super_experts
+from moe_edge.storage.statistics import Statistics
+
+Kept = dict[int, list[int]]
+AUTO = "auto"
+SEARCH = "search"
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The statistics of a teacher, and the conditions under which experts are chosen from them."""
+
+    stats: Statistics
+    layers: Sequence[int]  # the decoder layer of every position
+    groups: int = 1  # of the router
+    seed: int = 0  # of "random"
+    guarded: bool = True  # do super experts stay?
+
+    def kept(self, criterion: str, n_keep: int) -> Kept:
+        """Decoder layer -> the experts that stay under a criterion, a prefix of its ranking."""
+        guard_LE = self._guard_LE if self.guarded else None
+        chosen = select(criterion, self.stats, n_keep, self.seed, groups=self.groups, guard_LE=guard_LE)
+        return dict(zip(self.layers, chosen.values(), strict=True))
+
+    @property
+    def _guard_LE(self) -> Tensor:
+        return super_experts(self.stats)
+
+    @property
+    def guard(self) -> Kept:
+        """Decoder layer -> experts that stay under every criterion but "random"; layers without one are absent."""
+        if not self.guarded:
+            return {}
+        found = zip(self.layers, self._guard_LE, strict=True)
+        return {layer: row.nonzero().flatten().tolist() for layer, row in found if bool(row.any())}
+
+    def notes(self) -> list[str]:
+        """What the reader of a plan should know about the evidence."""
+        notes, unrouted = [], int((self.stats.counts_LE == 0).sum())
+        if self.guard:
+            names = "; ".join(f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in self.guard.items())
+            notes.append(
+                f"Kept under every criterion but 'random' as super experts (plan.super_expert_guard): {names}."
+            )
+        if unrouted:
+            notes.append(f"{unrouted} experts saw no token of the profile: no evidence, so they are dropped first.")
+        return notes
+
+
+def criteria_to_compare(asked: str, stats: Statistics) -> list[str]:
+    """All criteria (auto), or the named one with "random" beside it.
+
+    Raises:
+        ConfigError: the named one reads the CKA tokens and the profile has none; under auto it is left out instead.
+    """
+    missing = () if stats.cka_tokens else NEEDS_EVIDENCE_BLOCKS
+    if asked == AUTO:
+        return [name for name in CRITERIA if name not in missing]
+    if asked in missing:
+        raise ConfigError(
+            f"{asked} needs a profile with CKA",
+            where="plan.criterion",
+            why="profile.cka_tokens is 0",
+            next_command="--set profile.cka_tokens=8192, or --set plan.criterion=auto",
+        )
+    return list(dict.fromkeys([asked, "random"]))

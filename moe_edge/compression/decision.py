@@ -1,0 +1,116 @@
+"""The decision with measured numbers: how many experts and which bits, where an absolute budget leaves both free.
+
+Every count of experts on the safe-ratio curve gets the bits that cost it least (spend.py); its predicted KL is the
+curve's masked KL plus the quantization's. The least wins; "keep every expert, quantize harder" is one of the counts and
+is always named, as the winner or as the competitor. Merged experts weigh as much as kept ones, so the same numbers hold
+for them.
+
+Units: KL in nats per token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Literal
+
+from moe_edge.compression.allocation import RECIPE_KL_NATS, Feasible, notes_of
+from moe_edge.compression.bits import Sensitivity, prior_sensitivity
+from moe_edge.compression.curve import Curve
+from moe_edge.compression.options import Option
+from moe_edge.compression.spend import allocate
+from moe_edge.contracts.config import BuildConfig
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What the bits of the delivered GGUF files are predicted to cost."""
+
+    nats: Mapping[str, float]  # label of a GGUF type -> KL
+    source: Literal["measured", "prior"]
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One count of experts with its best bits."""
+
+    option: Option
+    quantization_nats: float
+    masked_nats: float
+
+    @property
+    def nats(self) -> float:
+        return self.masked_nats + self.quantization_nats
+
+
+def bits_are_free(feasible: Feasible, config: BuildConfig) -> bool:
+    """May the solver choose bits per class? Only under an absolute budget that binds, and where no type was asked for.
+
+    Where the target's preferred type holds every expert, more bits would only cost speed; under a relative budget the
+    recipe is a part of what was asked.
+    """
+    asked = config.plan.bits != "auto" or config.export.gguf.types != "auto" or config.plan.experts != "auto"
+    if asked or "gguf" not in feasible.demand.formats or feasible.demand.why_fewer is not None:
+        return False
+    preferred = feasible.space.option(feasible.model.spec.moe.experts, feasible.demand.preferred[0])
+    return not preferred.fits
+
+
+def decide(feasible: Feasible, curve: Curve, sensitivity: Sensitivity | None = None) -> tuple[Feasible, Quantization]:
+    """The plan with the least predicted KL, and what its bits cost.
+
+    Args:
+        feasible: the answer from headers alone, whose `bits_are_free`.
+        sensitivity: measured; None = priors.
+    """
+    space, total = feasible.space, feasible.model.spec.moe.experts
+    known = sensitivity or prior_sensitivity(feasible.model)
+    ways = []
+    for experts in feasible.demand.counts:
+        masked = curve.kl_nats(experts)
+        if masked < inf and (found := allocate(space, experts, known)) is not None:
+            ways.append(_Way(found[0], found[1], masked))
+    if not ways:
+        return feasible, quantization_of(feasible, known)
+    best = min(ways, key=lambda way: (way.nats, -way.option.experts))
+    others = [way for way in ways if (way.option.experts == total) != (best.option.experts == total)]
+    rival = min(others, key=lambda way: way.nats, default=None)
+    settled = replace(
+        feasible,
+        choice=best.option,
+        rival=None if rival is None else rival.option,
+        rival_lost="" if rival is None else _compared(best, rival),
+        notes=(*notes_of(space, feasible.demand, best.option), _bits_note(best, known)),
+    )
+    if rival is None and best.option.experts < total:
+        settled = replace(settled, notes=(*settled.notes, "Keeping every expert fits at no number of bits."))
+    return settled, quantization_of(settled, known)
+
+
+def _compared(best: _Way, rival: _Way) -> str:
+    def parts(way: _Way) -> str:
+        return f"{way.nats:.3f} nats ({way.masked_nats:.3f} experts + {way.quantization_nats:.3f} bits)"
+
+    return f"expected KL {parts(rival)}, against {parts(best)} before recovery"
+
+
+def _bits_note(best: _Way, sensitivity: Sensitivity) -> str:
+    how = f"measured on {sensitivity.tokens} tokens" if sensitivity.source == "measured" else "from priors"
+    mix = ", ".join(f"{key} {kind}" for key, kind in best.option.packing.mix)
+    return f"Bits by least KL per byte ({how}): {mix}; expected to cost {best.quantization_nats:.3f} nats."
+
+
+def quantization_of(feasible: Feasible, sensitivity: Sensitivity | None = None) -> Quantization:
+    """What the main file and the target's further types cost: from a sensitivity, or from the recipes' own prior."""
+    packing = feasible.choice.packing
+    names = [feasible.quantization, *feasible.space.target.quantization.gguf]
+    layers = feasible.model.spec.layers
+    if "gguf" not in feasible.demand.formats:
+        return Quantization({}, "prior")
+    if sensitivity is None:
+        return Quantization({name: RECIPE_KL_NATS[name] for name in names if name in RECIPE_KL_NATS}, "prior")
+    found = {name: sensitivity.of_packing(packing._replace(name=name, mix=()), layers) for name in names}
+    if packing.mix:
+        del found[packing.name]
+        found = {packing.label: sensitivity.of_packing(packing, layers)} | found
+    return Quantization(found, sensitivity.source, sensitivity.tokens)

@@ -1,0 +1,165 @@
+"""The layers of a student on their way from teacher to plan: what every action shares.
+
+A layer that needs calibration tokens is visited in the forward pass of walk.py. The order in it is fixed: the teacher's
+answer is the target, then the experts are narrowed, then the action does its work, then the down projections are refitted
+if the plan says so. With `sequential` the layers above see what the student answers. Router rows and counts are cut when
+all layers are done (families/pruning.py), because only then one number holds for the whole model.
+
+Shape suffixes: L MoE layers, E experts, T tokens, K top-k, D model, F expert width, N rows, S tokens of a row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_edge.compression.layer_fit import LayerFit
+from moe_edge.compression.walk import LayerTokens, student_routing, walk_layers
+from moe_edge.compression.width import narrow_layer
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.plan import Plan
+from moe_edge.families.expert_weights import check_width, expert_width, write_width
+from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.storage.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an action may look at besides the teacher."""
+
+    statistics: Statistics | None = None
+    ids_NS: Tensor | None = None  # calibration rows
+
+
+@dataclass
+class Applied:
+    """The student, and what was seen on the way."""
+
+    model: PreTrainedModel
+    layers: list[dict[str, Any]] = field(default_factory=list)  # one record per MoE layer, JSON-able
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # one record per pair of a merge
+    down_energy: dict[int, Tensor] = field(default_factory=dict)  # layer -> mean square of each down column [E', F]
+
+
+@dataclass
+class Layer:
+    """One layer while it is worked on; its weights are narrowed already, no expert has been removed yet."""
+
+    view: MoELayerView
+    kept: list[int]
+    tokens: LayerTokens  # what the teacher's experts saw and answered
+    index_TK: Tensor  # how the student routes the same tokens; the teacher's ids
+    weight_TK: Tensor
+    fit: LayerFit  # an action may put another one in its place
+    record: dict[str, Any]
+
+
+Act = Callable[[Layer], None]
+
+
+def work_on_layers(
+    plan: Plan, material: Material, applied: Applied, act: Act | None = None, collect: Act | None = None
+) -> None:
+    """Visit every layer of `applied.model`: narrow, act, compensate, collect; weights change in place, no expert goes yet.
+
+    Args:
+        act: the action's own work in a layer; collect: what it takes from a finished layer.
+
+    Raises:
+        ConfigError: the plan needs calibration rows or statistics that `material` does not have.
+        InputRejected: this model's experts cannot be narrowed.
+    """
+    model = applied.model
+    if plan.expert_width is not None:
+        _check_narrower(plan.expert_width, expert_width(moe_layers(model)[0]))
+        check_width(model, plan.expert_width)
+    if plan.fits:
+        walk_layers(model, calibration_rows(plan, material), _visitor(plan, material, applied, act, collect))
+    elif plan.expert_width is not None:
+        for view in moe_layers(model):
+            record = {"layer": view.index}
+            applied.down_energy[view.index] = _narrow(view, plan, material, record)
+            applied.layers.append(record)
+    if plan.expert_width is not None:
+        write_width(model, plan.expert_width)
+
+
+def _check_narrower(width: int, now: int) -> None:
+    if width > now:
+        why = f"the teacher's experts have {now} neurons"
+        raise ConfigError(f"experts cannot be widened to {width}", where="plan.expert_width", why=why)
+
+
+def calibration_rows(plan: Plan, material: Material) -> Tensor:
+    """The first rows of the profile's calibration set that hold about `plan.action_tokens` tokens (at least one row).
+
+    The plan's masked KL is measured on the last rows, so that the two do not meet unless the set is small.
+    """
+    if material.ids_NS is None:
+        raise _missing(f"the action {plan.action} is fitted on calibration tokens")
+    return material.ids_NS[: max(1, plan.action_tokens // material.ids_NS.shape[1])]
+
+
+def kept_in(plan: Plan, view: MoELayerView) -> list[int]:
+    """The kept experts of a layer; all where the plan drops none."""
+    return list(plan.kept.get(view.index, range(view.count)))
+
+
+def _visitor(
+    plan: Plan, material: Material, applied: Applied, act: Act | None, collect: Act | None
+) -> Callable[[MoELayerView, LayerTokens], Tensor | None]:
+    model = applied.model
+
+    def visit(view: MoELayerView, tokens: LayerTokens) -> Tensor | None:
+        record: dict[str, Any] = {"layer": view.index}
+        kept = kept_in(plan, view)
+        if plan.expert_width is not None:
+            _narrow(view, plan, material, record)
+        index_TK, weight_TK = student_routing(model, view, tokens.hidden_TD, kept, plan.top_k)
+        fit = LayerFit(view, tokens.hidden_TD, tokens.output_TD, index_TK, weight_TK)
+        layer = Layer(view, kept, tokens, index_TK, weight_TK, fit, record)
+        record["missed_after_dropping"] = fit.missed
+        if act is not None:
+            act(layer)
+        if plan.compensate:
+            record["refits"] = layer.fit.compensate()
+        if collect is not None:
+            collect(layer)
+        record["missed"] = layer.fit.missed
+        applied.layers.append(record)
+        applied.down_energy[view.index] = _down_energy(layer.fit, kept)
+        return layer.fit.output(tokens.output_TD) if plan.sequential else None
+
+    return visit
+
+
+def _narrow(view: MoELayerView, plan: Plan, material: Material, record: dict[str, Any]) -> Tensor:
+    """Narrow one layer; returns the mean squares of the kept experts' activations that stay, [E', F]."""
+    if material.statistics is None:
+        raise _missing("the neurons that stay are chosen by the profile's statistics")
+    assert plan.expert_width is not None
+    sums_EF, count_E = (material.statistics.imatrix[name][view.position] for name in ("expert_down", "expert_count"))
+    kept = kept_in(plan, view)
+    neurons_EF, shares = narrow_layer(view, sums_EF, plan.expert_width)
+    record["neuron_energy_kept"] = min(shares[expert] for expert in kept)
+    means_EF = sums_EF.double().gather(1, neurons_EF) / count_E.double().clamp(min=1).unsqueeze(1)
+    return means_EF[kept]
+
+
+def _down_energy(fit: LayerFit, kept: list[int]) -> Tensor:
+    """Mean square of every input column of the kept experts' down projections on the student's tokens, [E', F]."""
+    width = fit.activations(next(iter(fit.slots))).shape[1]
+    rows = [
+        fit.activations(expert).double().square().mean(dim=0).cpu()
+        if expert in fit.slots
+        else torch.zeros(width).double()
+        for expert in kept
+    ]
+    return torch.stack(rows)
+
+
+def _missing(why: str) -> ConfigError:
+    return ConfigError("the plan needs a profile", where="plan.json", why=why, next_command="moe-edge profile TEACHER")

@@ -1,0 +1,152 @@
+"""Judging the candidates of a plan: which rows judge, which the search may read, and what the numbers do not support.
+
+Shape suffixes: N rows, S tokens of a row.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_edge.compression.allocation import Feasible
+from moe_edge.compression.candidates import AUTO, SEARCH, Candidates, Kept, criteria_to_compare
+from moe_edge.compression.masking import MaskedKl
+from moe_edge.compression.search import Found, Rules, search
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.stages.plan_teacher import Teacher
+from moe_edge.storage.rows import TokenRows
+from moe_edge.storage.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """The profile's rows: the last ones judge the candidates, the search may read the others."""
+
+    judged_NS: Tensor  # int64, at least one row
+    search_NS: Tensor
+    where: str  # which rows judged, in a sentence
+
+
+def calibration_rows(path: Path, tokens: int) -> CalibrationRows:
+    """The last whole rows of the calibration set that hold about `tokens` tokens judge; the rest is for the search."""
+    ids_NS = torch.from_numpy(TokenRows.load(path).ids_NS).long()
+    total, width = ids_NS.shape
+    rows = min(total, max(1, tokens // width))
+    where = (
+        f"Masked KL on the calibration rows {total - rows}..{total - 1} of {total} ({rows * width} tokens); the "
+        "profile's statistics saw these rows too, so the prediction is slightly optimistic on other text."
+    )
+    return CalibrationRows(ids_NS[total - rows :], ids_NS[: total - rows], where)
+
+
+def candidates_of(feasible: Feasible, config: BuildConfig, stats: Statistics) -> Candidates:
+    """How experts are chosen for this model under this configuration."""
+    spec, plan = feasible.model.spec, config.plan
+    return Candidates(stats, spec.moe_layers, spec.moe.groups, plan.seed, plan.super_expert_guard)
+
+
+def choose(feasible: Feasible, config: BuildConfig, chosen: Candidates) -> dict[str, Kept]:
+    """The kept experts under every criterion (auto), or under the named one with `random` beside it.
+
+    Raises:
+        ConfigError: the named criterion needs CKA and the profile has none.
+    """
+    names = criteria_to_compare(config.plan.criterion, chosen.stats)
+    return {name: chosen.kept(name, feasible.choice.experts) for name in names}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The candidates at one count of experts, and what masking them costs."""
+
+    choices: dict[str, Kept]
+    results: dict[str, MaskedKl]
+    best: str
+    notes: list[str]
+
+    @property
+    def best_nats(self) -> float:
+        return self.results[self.best].kl_nats
+
+    @property
+    def ranked(self) -> list[tuple[str, float]]:
+        """Names and masked KL, least first."""
+        return sorted(((name, result.kl_nats) for name, result in self.results.items()), key=lambda pair: pair[1])
+
+    @property
+    def ranking(self) -> str:
+        """The best criterion that ranks experts, whose choices at other counts are nested."""
+        return next((name for name, _ in self.ranked if name not in (SEARCH, "random")), self.best)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What candidates are made of and judged with."""
+
+    config: BuildConfig
+    chosen: Candidates
+    teacher: Teacher
+    rows: CalibrationRows
+
+    def judge(self, feasible: Feasible, *, searching: bool) -> Judged:
+        """Every criterion's choice at the count of `feasible`, and the search's, masked on the judging rows."""
+        asked, notes = self.config.plan.criterion, [self.rows.where, *self.chosen.notes()]
+        choices = choose(feasible, self.config, self.chosen)
+        if searching and asked == AUTO:
+            found = self._search(feasible, choices)
+            notes.append(self._search_note(found, choices))
+            choices |= {} if found is None else {SEARCH: found.kept}
+        results = dict(self.teacher.score(choices, self.rows.judged_NS))
+        return Judged(choices, results, best_of(results, asked), notes)
+
+    def _search(self, feasible: Feasible, choices: dict[str, Kept]) -> Found | None:
+        """Swaps from the best criterion's choice; None where it is off, impossible, or there are no rows for it."""
+        spec, settings, model = feasible.model.spec, self.config.plan, self.teacher.model
+        if model is None or not settings.search_tokens or not len(self.rows.search_NS):
+            return None
+        return search(
+            model,
+            {name: kept for name, kept in choices.items() if name != "random"},
+            self.rows.search_NS,
+            budget_tokens=settings.search_tokens,
+            rules=Rules(student_top_k(feasible), spec.moe.groups, self.chosen.guard, spec.residual_scale),
+            seed=settings.seed,
+        )
+
+    def _search_note(self, found: Found | None, choices: dict[str, Kept]) -> str:
+        budget = self.config.plan.search_tokens
+        if found is None and self.teacher.model is None:
+            return "No search: the teacher does not fit in memory."
+        if found is None:
+            return f"No search: {'no calibration row is left for it' if budget else 'plan.search_tokens is 0'}."
+        kept = sum(len(ids) for ids in choices[found.start].values())
+        return (
+            f"'{SEARCH}' started from '{found.start}' and exchanged {found.swapped} of {kept} kept experts in "
+            f"{found.sweeps} sweeps, for {found.tokens} of {budget} tokens of teacher work; it read the first "
+            f"{len(self.rows.search_NS)} calibration rows and none of those that judge."
+        )
+
+
+def best_of(results: dict[str, MaskedKl], asked: str) -> str:
+    """The candidate with the least KL, or the criterion that was asked for."""
+    if asked in results:
+        return asked
+    return min(results, key=lambda name: results[name].kl_nats)
+
+
+def student_top_k(feasible: Feasible) -> int | None:
+    """None where it is the teacher's."""
+    return feasible.space.top_k if feasible.space.top_k != feasible.model.spec.moe.top_k else None
+
+
+def honesty(best: str, results: dict[str, MaskedKl]) -> list[str]:
+    """What the numbers do not support, said beside them."""
+    chosen, chance = results[best], results.get("random")
+    notes = []
+    if chance is not None and best != "random" and not chosen.clearly_below(chance):
+        numbers = f"{chosen.kl_nats:.3f} against {chance.kl_nats:.3f} nats"
+        notes.append(f"'{best}' is not clearly better than a random choice on these rows ({numbers}).")
+    if best == "random":
+        notes.append("A random choice did best: no criterion describes this teacher's experts.")
+    return notes

@@ -1,0 +1,60 @@
+"""The teacher as the planner needs it: masked KL of named choices, with the whole model in memory or layer by layer.
+
+The profile's rule decides which (profile.mode). A teacher that is streamed can be judged, but not searched: every swap
+would read it once more.
+
+Shape suffixes: N rows, S tokens of a row.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_edge.compression.curve import Score
+from moe_edge.compression.masking import masked_kl
+from moe_edge.compression.streamed_kl import streamed_masked_kl
+from moe_edge.contracts.artifacts import StageContext
+from moe_edge.families.loading import load_model
+from moe_edge.families.streaming import StreamedModel, fits_in_memory
+from moe_edge.storage.checkpoint import CheckpointHeaders
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Something whose experts can be masked."""
+
+    score: Score  # masked KL of named choices on rows ids_NS, with the student's top-k
+    model: PreTrainedModel | None  # None where it does not fit in memory
+
+
+@contextmanager
+def open_teacher(context: StageContext, headers: CheckpointHeaders, top_k: int | None) -> Iterator[Teacher]:
+    """The teacher while the context is open.
+
+    Args:
+        top_k: the student's, where it differs from the teacher's.
+
+    Raises:
+        InputRejected: as `families.loading.load_model`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype, mode = _DTYPES.get(context.config.teacher.dtype, auto), context.config.profile.mode
+    if mode == "whole" or (mode == "auto" and fits_in_memory(headers, dtype, device)):
+        model = load_model(context.teacher, dtype=dtype)
+        model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to
+        yield Teacher(partial(masked_kl, model, top_k=top_k), model)
+        return
+    with (
+        TemporaryDirectory(prefix="streams-", dir=context.out, ignore_cleanup_errors=True) as scratch,
+        closing(StreamedModel(context.teacher, dtype, device, compact=True)) as streamed,
+    ):
+        yield Teacher(partial(streamed_masked_kl, streamed, scratch=Path(scratch), top_k=top_k), None)

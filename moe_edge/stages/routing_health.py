@@ -1,0 +1,83 @@
+"""Routing health of teacher and student on the same few calibration rows, as the compress stage's summary carries it.
+
+Counted on real routing, before and after the experts are dropped; nothing is trained in between. What it says is in
+formulas/routing_health.py.
+
+Shape suffixes: L MoE layers, E experts, N rows, S tokens of a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_edge.compression.health import routing_counts
+from moe_edge.formulas.routing_health import LayerHealth, gate_share_kept, layer_health
+from moe_edge.storage.rows import TokenRows
+
+HEALTH_TOKENS = 512
+_MEANS = ("load_entropy", "variation", "largest_over_fair", "gate_mass")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a model did on some rows."""
+
+    counts_LE: Tensor
+    gate_sum_LE: Tensor
+    tokens: int
+
+
+def health_rows(profile: Path | None) -> Tensor | None:
+    """The last calibration rows that hold about HEALTH_TOKENS tokens, [N, S]; None without a profile."""
+    path = None if profile is None else profile / "rows.safetensors"
+    if path is None or not path.is_file():
+        return None
+    ids_NS = torch.from_numpy(TokenRows.load(path).ids_NS).long()
+    return ids_NS[-max(1, HEALTH_TOKENS // ids_NS.shape[1]) :]
+
+
+def observe(model: PreTrainedModel, ids_NS: Tensor | None) -> Routing | None:
+    """Count the routing of a model; None where there are no rows."""
+    return None if ids_NS is None else Routing(*routing_counts(model, ids_NS), ids_NS.numel())
+
+
+def compare(
+    teacher: Routing | None, student: Routing | None, kept: Mapping[int, Sequence[int]], layers: Sequence[int]
+) -> dict[str, Any]:
+    """{"routing_health": {tokens, teacher, student, layers, alarms}}, or nothing where a side is missing.
+
+    Args:
+        kept: decoder layer -> kept experts; empty = all.
+        layers: the decoder layer of every position.
+    """
+    if teacher is None or student is None:
+        return {}
+    before, after = (layer_health(side.counts_LE, side.gate_sum_LE, side.tokens) for side in (teacher, student))
+    summary = {"teacher": _means(before), "student": _means(after)}
+    if kept:
+        share_L = gate_share_kept(teacher.gate_sum_LE, dict(enumerate(kept[layer] for layer in layers)))
+        summary["student"]["teachers_gate_mass_kept"] = float(share_L.nanmean())
+    rows = zip(layers, before, after, strict=True)
+    alarms = [
+        f"layer {layer}: {new.alarm}" + ("" if old.alarm is None else " (so does the teacher)")
+        for layer, old, new in rows
+        if new.alarm is not None
+    ]
+    pairs = zip(layers, before, after, strict=True)
+    detail = [{"layer": layer, "teacher": asdict(old), "student": asdict(new)} for layer, old, new in pairs]
+    return {"routing_health": {"tokens": teacher.tokens, **summary, "layers": detail, "alarms": alarms}}
+
+
+def _means(layers: Sequence[LayerHealth]) -> dict[str, float | None]:
+    """Means over the layers that were used, and all dead experts together."""
+    found: dict[str, float | None] = {}
+    for name in _MEANS:
+        values = [value for layer in layers if (value := getattr(layer, name)) is not None]
+        found[name] = sum(values) / len(values) if values else None
+    found["dead_experts"] = sum(len(layer.dead_experts) for layer in layers)
+    return found

@@ -1,0 +1,66 @@
+"""The budget solver on real headers: Qwen3-30B-A3B against every shipped target, as a Markdown table.
+
+    python tests/benchmarks/bench_solver.py [CHECKPOINT]
+
+The checkpoint is made from the public numbers (48 layers, 128 experts, top-8, hidden 2048, expert width 768, 32 heads, 4
+key-value heads of 128, vocabulary 151936, untied head), headers only. Sizes are predictions in 1e9 bytes, speeds are the
+roofline of each target (+-25 %); nothing is run.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from moe_edge.compression.allocation import Feasible, header_plan
+from moe_edge.contracts.config_io import resolve_config
+from moe_edge.contracts.errors import InfeasibleError
+from moe_edge.contracts.targets_io import list_targets, read_target
+from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from tests.qwen3_30b import write_headers_only
+
+HEADER = "| target | experts | bits | file GB | peak GB | KV cache | tokens/s | feasible, or why not |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", help="a checkpoint folder; without it Qwen3-30B-A3B's headers"
+    )
+    parser.add_argument("--formats", default="[gguf]", help="export.formats")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="moe-edge-solver-") as scratch:
+        headers = inspect_checkpoint(options.checkpoint or write_headers_only(Path(scratch)))
+        print(f"{headers.total_bytes / 1e9:.1f} GB of weights, {len(headers.tensors)} tensors\n\n{HEADER}")
+        print("|---|---:|---|---:|---:|---|---:|---|")
+        started = time.perf_counter()
+        for target in list_targets():
+            print(row(headers, target, options.formats))
+        print(f"\n{len(list_targets())} targets in {time.perf_counter() - started:.1f} s")
+
+
+def row(headers: CheckpointHeaders, target: str, formats: str) -> str:
+    """One line of the table."""
+    config = resolve_config(read_target(target), settings=[f"export.formats={formats}"])
+    try:
+        return feasible_row(target, header_plan(headers, config))
+    except InfeasibleError as error:
+        nearest = (error.why or "").splitlines()[2:3]
+        return f"| {target} | - | - | - | - | - | - | no: {error.what}; nearest: {' '.join(nearest[0].split())} |"
+
+
+def feasible_row(target: str, found: Feasible) -> str:
+    choice, expected = found.choice, found.choice.estimate
+    speed = "unknown" if expected.decode_tokens_per_s is None else f"{expected.decode_tokens_per_s:.0f}"
+    doubts = [note.split(":")[0].lower() for note in found.notes if note.startswith("Unsafe")]
+    rival = f"; against {found.competitor}" if found.competitor else ""
+    return (
+        f"| {target} | {choice.experts} of {found.model.spec.moe.experts} | {choice.packing.label} "
+        f"| {expected.file_bytes / 1e9:.1f} | {expected.peak_memory_bytes / 1e9:.1f} "
+        f"| {expected.kv_precision}, {expected.context_length} tokens | {speed} "
+        f"| {', '.join(['yes', *doubts])}{rival} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

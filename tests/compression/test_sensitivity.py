@@ -1,0 +1,97 @@
+"""Measured sensitivity: the model is untouched, the numbers are those of a model that was really quantized."""
+
+import pytest
+import torch
+
+from moe_edge.compression import sensitivity
+from moe_edge.compression.masking import row_kl
+from moe_edge.compression.sensitivity import importance_of, measure_sensitivity
+from moe_edge.contracts.quantization import LEVELS, type_for_row
+from moe_edge.families import FAMILIES
+from moe_edge.families.weights import WeightRows, weight_rows
+from moe_edge.runtimes.ggml_quants import round_trip
+from tests.tiny import tiny_ids, tiny_model
+
+SIZES = {"hidden": 256, "width": 256, "experts": 4}
+
+
+def test_the_model_is_put_back_bit_by_bit_and_cells_are_complete():
+    model = tiny_model("qwen2_moe", layers=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    known = measure_sensitivity(model, tiny_ids(), threads=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    names = ("attention", "shared", "expert_gate_up", "expert_down")
+    assert set(known.nats) == {(name, third) for name in names for third in range(3)} | {("embedding_head", 0)}
+    assert known.source == "measured" and known.tokens == 48
+    assert all(set(table) == set(LEVELS) and min(table.values()) >= 0 for table in known.nats.values())
+
+
+def test_coarser_types_cost_more_and_threads_change_nothing():
+    model = tiny_model("qwen3_moe", layers=2, **SIZES)
+    known = measure_sensitivity(model, tiny_ids(), threads=1)
+    for name in ("attention", "expert_gate_up", "expert_down"):
+        sums = [known.nats[name, 0][level] + known.nats[name, 1][level] for level in LEVELS]
+        assert sums == sorted(sums, reverse=True) and sums[0] > 10 * sums[-1] > 0, name
+    assert measure_sensitivity(model, tiny_ids(), threads=3).nats == known.nats
+
+
+def test_a_class_costs_what_a_model_with_that_class_quantized_loses(monkeypatch):
+    """Without the correction for overlap, a class's thirds add up to the KL of quantizing it."""
+    teacher, student, ids = tiny_model("qwen3_moe", **SIZES), tiny_model("qwen3_moe", **SIZES), tiny_ids()
+    monkeypatch.setattr(sensitivity._Probe, "overlap", lambda *_args: 1.0)
+    known = measure_sensitivity(teacher, ids)
+    for matrix in weight_rows(student):
+        if matrix.bit_class == "expert_down":
+            for rows in matrix.rows:
+                rows.copy_(torch.from_numpy(round_trip("Q2_K", rows.numpy())))
+    with torch.no_grad():
+        expected = float(row_kl(teacher(ids).logits, student(ids).logits).mean())
+    measured = sum(known.nats["expert_down", third]["Q2_K"] for third in range(2))
+    assert measured == pytest.approx(expected, rel=1e-4) and expected > 0
+
+
+def test_overlap_scales_every_class_by_what_all_of_them_cost_together():
+    model, ids = tiny_model("qwen3_moe", **SIZES), tiny_ids()
+    known = measure_sensitivity(model, ids)
+    for matrix in weight_rows(model):
+        rows = matrix.rows if matrix.rows.dim() == 3 else matrix.rows[None]
+        kind = type_for_row("Q4_K", rows.shape[-1])
+        for part in rows:
+            part.copy_(torch.from_numpy(round_trip(kind, part.numpy())))
+    with torch.no_grad():
+        expected = float(row_kl(tiny_model("qwen3_moe", **SIZES)(ids).logits, model(ids).logits).mean())
+    total = sum(table["Q4_K"] for table in known.nats.values())
+    assert total == pytest.approx(expected, rel=1e-4) or total < expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_measured(family):
+    known = measure_sensitivity(tiny_model(family, vocab=128), tiny_ids(8, 1, vocab=128))
+    experts = sum(table["Q2_K"] for (name, _), table in known.nats.items() if name == "expert_down")
+    assert experts > 0 and all(table["Q8_0"] >= 0 for table in known.nats.values())
+
+
+def test_rows_without_blocks_cost_nothing():
+    known = measure_sensitivity(tiny_model("qwen3_moe", hidden=48, width=40, head_dim=12), tiny_ids())
+    assert max(table["Q2_K"] for table in known.nats.values()) < 1e-4, "all is stored as float16"
+
+
+def test_the_importance_is_the_profiles_and_only_where_it_fits():
+    imatrix = {
+        "expert_in": torch.ones(2, 4, 8, dtype=torch.float64), "expert_count": torch.full((2, 4), 100.0),
+        "attention_in": torch.arange(48.0, dtype=torch.float64).reshape(6, 8), "dense_count": torch.tensor(10.0),
+        "head_in": torch.ones(8, dtype=torch.float64),
+    }  # fmt: skip
+    experts = WeightRows("expert_gate_up", 5, 1, torch.zeros(4, 6, 8), "expert_in")
+    assert tuple(importance_of(experts, imatrix).shape) == (4, 8)
+    query = WeightRows("attention", 5, 1, torch.zeros(6, 8), "attention_in")
+    assert importance_of(query, imatrix)[0].argmax() == 7 and tuple(importance_of(query, imatrix).shape) == (1, 8)
+    assert tuple(
+        importance_of(WeightRows("embedding_head", None, None, torch.zeros(9, 8), "head_in"), imatrix).shape
+    ) == (1, 8)
+    for nothing in (
+        WeightRows("attention", 5, 1, torch.zeros(6, 4), "attention_in"),  # other columns
+        WeightRows("attention", 5, 1, torch.zeros(6, 8), None),
+    ):
+        assert importance_of(nothing, imatrix) is None
+    assert importance_of(query, None) is None
