@@ -56,8 +56,9 @@ def predict(products: LayerProducts, weight_CTE: Tensor, rows: int = 1) -> Predi
 
 def standard_error(values_XT: Tensor, rows: int) -> Tensor:
     """Of the mean over tokens, [X]. Tokens of a row are not independent, so rows are the sample where there are enough."""
-    means_XN = values_XT.unflatten(-1, (rows, -1)).mean(dim=-1) if rows >= LEAST_ROWS else values_XT
-    return means_XN.std(dim=-1) / means_XN.shape[-1] ** 0.5
+    means_XN = values_XT.reshape(*values_XT.shape[:-1], rows, -1).mean(dim=-1) if rows >= LEAST_ROWS else values_XT
+    error_X: Tensor = means_XN.std(dim=-1) / means_XN.shape[-1] ** 0.5
+    return error_X
 
 
 def saturated(slope: Tensor, curvature: Tensor) -> Tensor:
