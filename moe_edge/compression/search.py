@@ -14,15 +14,16 @@ guarded experts stay.
 Shape suffixes: N rows, S tokens of a row, T tokens.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice, zip_longest
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.compression.local_model import PASSES, LocalLayer, local_layers
+from moe_edge.compression.masking import distinct_choices
 from moe_edge.compression.partial_runs import Meter, TrialRows
 from moe_edge.contracts.progress import track
 from moe_edge.families.views import moe_layers
@@ -32,15 +33,17 @@ Kept = Mapping[int, Sequence[int]]
 Sets = dict[int, list[int]]  # decoder layer -> kept expert ids
 
 ROW_TOKENS = 128  # rows are cut to this, so that a budget sees more texts
-TRIALS = 32  # of one sweep
-FINEST = 8  # parts of the model that are tried one after the other
+SINGLE_LAYERS = 8  # up to so many MoE layers each is a part of its own and has its own trials
+PARTS = 2  # of a deeper model, tried one after the other
+TRIALS = 32  # of one sweep over single layers
+JOINT_TRIALS = 4  # of one part of several layers
 SWEEPS = 3  # that the budget is divided by
 MOST_SWEEPS = 8  # where there are too few rows to spend the budget on
 SHORT_LIST = 8  # experts to lose and to win that are paired where all pairs would be too many
-SHARES = (1, 2, 4)  # of a part's layers that change at once: all, the better half, the best quarter
+SHARES = (1, 2)  # of a part's layers that change at once: all, the better half
 SURE = 2.0  # standard errors by which a predicted gain must exceed zero: it is the best of dozens
 CERTAIN = 1.0  # standard errors by which a trial must lower the KL
-HALF = 3  # choices that the first round of comparing starts leaves
+FINALISTS = 3  # starts that are compared a second time
 LOGIT_LIMIT = 1 << 27  # float32 values of the teacher's logits that are held: 512 MiB
 
 
@@ -81,8 +84,10 @@ def search(
         ids_NS: rows to search on; no others are read.
         budget_tokens: an upper bound of the work, in tokens of one teacher forward pass; the best start is always found.
     """
-    hunt = _Hunt(model, ids_NS, rules, budget_tokens, seed)
-    name = hunt.best_start({name: {layer: list(ids) for layer, ids in kept.items()} for name, kept in starts.items()})
+    distinct, _ = distinct_choices(starts)
+    names = [next(name for name, kept in starts.items() if kept == choice) for choice in distinct]
+    hunt = _Hunt(model, ids_NS, rules, budget_tokens, len(names), seed)
+    name = hunt.best_start({name: {layer: list(ids) for layer, ids in starts[name].items()} for name in names})
     kept: Sets = {layer: list(ids) for layer, ids in starts[name].items()}
     sweeps, changed = 0, True
     for sweep, part in track(hunt.steps(), "search", total=hunt.planned * len(hunt.parts)):
@@ -101,17 +106,20 @@ def search(
 class _Hunt:
     """The rows, the budget and what is known about the current choice."""
 
-    def __init__(self, model: PreTrainedModel, ids_NS: Tensor, rules: Rules, budget_tokens: int, seed: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, ids_NS: Tensor, rules: Rules, budget_tokens: int, starts: int, seed: int
+    ) -> None:
         self.model, self.rules, self.budget = model, rules, budget_tokens
         self.generator = torch.Generator().manual_seed(seed)
         self.meter = Meter(model)
         self.parts = _parts([view.index for view in moe_layers(model)])
-        self.trials = TRIALS // len(self.parts)
+        self.trials = TRIALS // len(self.parts) if len(self.parts[-1]) == 1 else JOINT_TRIALS
         self.planned = 0
         order_N = torch.randperm(len(ids_NS), generator=self.generator)
         self._pool_NS, self._next = ids_NS[order_N, :ROW_TOKENS], 0
         limit = LOGIT_LIMIT // (model.config.vocab_size * self._pool_NS.shape[1])
-        wished = budget_tokens / (SWEEPS + 0.5) / self._sweep_passes() / self._pool_NS.shape[1]
+        starting = 0.0 if starts == 1 else (starts + 1) / 2 + (FINALISTS + 1)
+        wished = budget_tokens / (SWEEPS * self._sweep_passes() + starting) / self._pool_NS.shape[1]
         self.rows = max(1, min(int(wished), limit, len(ids_NS)))
         self._rows: TrialRows
         self._layers: dict[int, LocalLayer] = {}
@@ -128,22 +136,23 @@ class _Hunt:
         """Has every row been drawn at least once?"""
         return self._next >= len(self._pool_NS)
 
-    def _draw(self) -> Tensor:
+    def _draw(self, rows: int) -> Tensor:
         """The next rows; from the beginning again when all have been used."""
-        places = [(self._next + offset) % len(self._pool_NS) for offset in range(self.rows)]
-        self._next += self.rows
+        places = [(self._next + offset) % len(self._pool_NS) for offset in range(rows)]
+        self._next += rows
         return self._pool_NS[places]
 
     def best_start(self, starts: Mapping[str, Sets]) -> str:
-        """All on one set of rows, the best few on a second; then the sweeps are planned."""
+        """All on half a set of rows, the best few on a whole one; then the sweeps are planned."""
         names, cost = list(starts), dict.fromkeys(starts, 0.0)
-        while len(names) > 1:
-            rows = TrialRows(self.model, self._draw(), self.rules.top_k, self.meter)
-            for name in names:
-                cost[name] += float(rows.run(starts[name])[0].mean())
-            names = sorted(names, key=cost.__getitem__)[: HALF if len(names) > HALF else 1]
-        left, sweep = self.budget - self.meter.spent, self._sweep_passes() * self.rows * self._pool_NS.shape[1]
-        self.planned = min(MOST_SWEEPS, max(0, int(left / sweep)))
+        for count, left in ((max(1, self.rows // 2), FINALISTS), (self.rows, 1)):
+            if len(names) > left:
+                rows = TrialRows(self.model, self._draw(count), self.rules.top_k, self.meter)
+                for name in names:
+                    cost[name] += float(rows.run(starts[name])[0].sum())
+                names = sorted(names, key=cost.__getitem__)[:left]
+        sweep = self._sweep_passes() * self.rows * self._pool_NS.shape[1]
+        self.planned = min(MOST_SWEEPS, max(0, int((self.budget - self.meter.spent) / sweep)))
         return names[0]
 
     def steps(self) -> Iterator[tuple[int, int]]:
@@ -153,11 +162,11 @@ class _Hunt:
     def look(self, kept: Sets) -> None:
         """Take new rows: predict on some, and prepare trials on others."""
         found = local_layers(
-            self.model, kept, self._draw(), top_k=self.rules.top_k, residual_scale=self.rules.residual_scale,
+            self.model, kept, self._draw(self.rows), top_k=self.rules.top_k, residual_scale=self.rules.residual_scale,
             generator=self.generator, meter=self.meter,
         )  # fmt: skip
         self._layers = {layer.view.index: layer for layer in found}
-        self._rows = TrialRows(self.model, self._draw(), self.rules.top_k, self.meter)
+        self._rows = TrialRows(self.model, self._draw(self.rows), self.rules.top_k, self.meter)
         self._now_T, outputs = self._rows.run(kept)
         self._rows.adopt(outputs)
 
@@ -182,10 +191,28 @@ class _Hunt:
 
 
 def _parts(layers: Sequence[int]) -> list[list[int]]:
-    """Neighbouring layers in at most FINEST parts of nearly equal size."""
-    count = min(FINEST, len(layers))
+    """Neighbouring layers, lowest first; every layer by itself where they are few."""
+    count = len(layers) if len(layers) <= SINGLE_LAYERS else PARTS
     bounds = [len(layers) * part // count for part in range(count + 1)]
     return [list(layers[start:stop]) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A prediction and its standard error."""
+
+    rise: float
+    se: float
+
+    @property
+    def sure(self) -> bool:
+        return self.rise > SURE * self.se
+
+    @staticmethod
+    def mean(guesses: Sequence["Guess"]) -> "Guess":
+        """Of independent guesses of the same thing."""
+        count = len(guesses)
+        return Guess(sum(one.rise for one in guesses) / count, sum(one.se**2 for one in guesses) ** 0.5 / count)
 
 
 @dataclass(frozen=True)
@@ -194,15 +221,14 @@ class Move:
 
     layer: int
     ids: tuple[int, ...]
-    gain: float  # nats by the pull
-    gain_se: float  # its standard error
-    likeness: float
+    pull: Guess  # nats that the KL falls
+    likeness: Guess  # rise of the cosine to the teacher
 
 
 class Predictions:
     """What earlier sweeps predicted for a layer's swaps, as long as its set stays: each sweep reads other rows.
 
-    The sets of the other layers change meanwhile; a swap's effect hardly depends on them, and its noise halves.
+    The sets of other layers change meanwhile, but a swap's effect hardly depends on them, and noise falls with every sweep.
     """
 
     def __init__(self) -> None:
@@ -217,40 +243,10 @@ class Predictions:
         told = self._told[layer]
         for move in _moves(local, kept, rules):
             told.setdefault(move.ids, []).append(move)
-        return [_mean(moves) for moves in told.values()]
-
-
-def _mean(moves: Sequence[Move]) -> Move:
-    count = len(moves)
-    gain, likeness = (sum(getattr(move, name) for move in moves) / count for name in ("gain", "likeness"))
-    gain_se = sum(move.gain_se**2 for move in moves) ** 0.5 / count
-    return replace(moves[0], gain=gain, gain_se=gain_se, likeness=likeness)
-
-
-def proposals(moves: Sequence[Move]) -> Iterator[Sets]:
-    """Changes of a few layers, most promising first, each one once.
-
-    First the surest swaps of all layers at once, of the better half of them, of the best quarter; then single swaps, by
-    either prediction in turn.
-    """
-    by_pull = sorted((move for move in moves if move.gain > 0), key=lambda move: -move.gain)
-    by_likeness = sorted((move for move in moves if move.likeness > 0), key=lambda move: -move.likeness)
-    best = list(_best_per_layer([move for move in by_pull if move.gain > SURE * move.gain_se]).items())
-    joint = [dict(best[: -(-len(best) // share)]) for share in SHARES]
-    singles = (move for pair in zip_longest(by_pull, by_likeness) for move in pair if move is not None)
-    seen: list[Sets] = [{}]
-    for change in (*joint, *({move.layer: list(move.ids)} for move in singles)):
-        if change not in seen:
-            seen.append(change)
-            yield change
-
-
-def _best_per_layer(moves: Sequence[Move]) -> Sets:
-    """The first move of each layer, in the given order of preference."""
-    best: Sets = {}
-    for move in moves:
-        best.setdefault(move.layer, list(move.ids))
-    return best
+        return [
+            Move(layer, ids, Guess.mean([one.pull for one in moves]), Guess.mean([one.likeness for one in moves]))
+            for ids, moves in told.items()
+        ]
 
 
 def _moves(local: LocalLayer, kept: Sequence[int], rules: Rules) -> list[Move]:
@@ -262,9 +258,39 @@ def _moves(local: LocalLayer, kept: Sequence[int], rules: Rules) -> list[Move]:
     sets = swaps(kept, old, new, view.count // rules.groups)
     if not sets:
         return []
-    predicted = local.predict(sets, rules.top_k)
-    columns = zip(sets, predicted.gain.tolist(), predicted.gain_se.tolist(), predicted.likeness.tolist(), strict=True)
-    return [Move(view.index, tuple(ids), *numbers) for ids, *numbers in columns]
+    columns = zip(*(column.tolist() for column in local.predict(sets, rules.top_k)), strict=True)
+    return [
+        Move(view.index, tuple(ids), Guess(gain, gain_se), Guess(likeness, likeness_se))
+        for ids, (gain, gain_se, likeness, likeness_se) in zip(sets, columns, strict=True)
+    ]
+
+
+def proposals(moves: Sequence[Move]) -> Iterator[Sets]:
+    """Changes of a few layers, most promising first, each one once.
+
+    First the best sure swaps of all layers at once, then of the better half of the layers; then single swaps. Always by
+    either prediction in turn.
+    """
+    rankings = [sorted(moves, key=lambda move: -move.pull.rise), sorted(moves, key=lambda move: -move.likeness.rise)]
+    sure = [
+        _best_per_layer(move for move in rankings[0] if move.pull.sure),
+        _best_per_layer(move for move in rankings[1] if move.likeness.sure),
+    ]
+    joint = [dict(list(best.items())[: -(-len(best) // share)]) for share in SHARES for best in sure]
+    singles = ({move.layer: list(move.ids)} for pair in zip(*rankings, strict=True) for move in pair)
+    seen: list[Sets] = [{}]
+    for change in chain(joint, singles):
+        if change not in seen:
+            seen.append(change)
+            yield change
+
+
+def _best_per_layer(moves: Iterable[Move]) -> Sets:
+    """The first move of each layer, in the given order of preference."""
+    best: Sets = {}
+    for move in moves:
+        best.setdefault(move.layer, list(move.ids))
+    return best
 
 
 def swaps(kept: Sequence[int], old: Sequence[int], new: Sequence[int], group_size: int) -> list[list[int]]:

@@ -4,12 +4,12 @@ A search tries thousands of sets and can run the model for a few. In between sta
 layer, both made of numbers per token and expert that one forward and a few backward passes leave behind:
 
 - *pull*: the first- and second-order change of the KL. With y the layer's routed output, g = dKL/dy, and s the gradient of
-  the log-probability of a label drawn from the student itself, a change D of y costs about g.D + (s.D)^2 / 2 at a
-  token; the second term is the Gauss-Newton curvature, whose expectation over labels is exact at the head (Martens
-  2020, arXiv:1412.1193, section 9). Both blow up where D is large while a KL does not, so the sum is divided by one
-  plus the curvature. It misses only how a change at one token bends others together.
+  the log-probability of a label drawn from the student itself, a change D of y costs g.D + (s.D)^2 / 2 at a token as long
+  as D is small; the second term is the Gauss-Newton curvature, whose expectation over labels is exact at the head
+  (Martens 2020, arXiv:1412.1193, section 9). A swap is not small: the layers above normalise, and a KL does not grow as a
+  square. So the curvature counts by CURVATURE_SHARE, and the sum is divided by one plus the curvature, which bounds it.
 - *likeness*: the cosine between the layer's residual stream and the teacher's. It sees no logits, but it stays sane where
-  a layer's outputs are so large that no expansion holds (often the first).
+  a layer's outputs are so large that no expansion holds (the first ones).
 
 Shape suffixes: C sets, T tokens, E experts, R gradients (the KL's first, then one per drawn label).
 """
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CURVATURE_SHARE = 0.25  # see above; measured: tests/benchmarks/bench_swaps.py
 LEAST_ROWS = 4  # from which a standard error over rows means something
 
 
@@ -39,6 +40,7 @@ class Predicted(NamedTuple):
     gain: Tensor  # nats per token that the KL falls, by the pull
     gain_se: Tensor  # its standard error
     likeness: Tensor  # rise of the mean cosine to the teacher
+    likeness_se: Tensor
 
 
 def predict(products: LayerProducts, weight_CTE: Tensor, rows: int = 1) -> Predicted:
@@ -49,9 +51,11 @@ def predict(products: LayerProducts, weight_CTE: Tensor, rows: int = 1) -> Predi
     """
     change_CTE = weight_CTE - products.weight_TE
     moved_CRT = torch.einsum("cte,rte->crt", change_CTE, products.pull_RTE)
-    cost_CT = saturated(moved_CRT[:, 0], moved_CRT[:, 1:].square().mean(dim=1) / 2)
+    cost_CT = damped(moved_CRT[:, 0], moved_CRT[:, 1:].square().mean(dim=1) / 2)
     rise_CT = _cosine(products, change_CTE) - _cosine(products, torch.zeros_like(change_CTE[:1]))
-    return Predicted(-cost_CT.mean(dim=1), standard_error(cost_CT, rows), rise_CT.mean(dim=1))
+    return Predicted(
+        -cost_CT.mean(dim=1), standard_error(cost_CT, rows), rise_CT.mean(dim=1), standard_error(rise_CT, rows)
+    )
 
 
 def standard_error(values_XT: Tensor, rows: int) -> Tensor:
@@ -61,9 +65,9 @@ def standard_error(values_XT: Tensor, rows: int) -> Tensor:
     return error_X
 
 
-def saturated(slope: Tensor, curvature: Tensor) -> Tensor:
-    """(slope + curvature) / (1 + curvature): the sum where it is small, bounded where an expansion says nothing."""
-    return (slope + curvature) / (1 + curvature)
+def damped(slope: Tensor, curvature: Tensor) -> Tensor:
+    """(slope + a share of the curvature) / (1 + curvature): first-order where small, bounded where large."""
+    return (slope + CURVATURE_SHARE * curvature) / (1 + curvature)
 
 
 def _cosine(products: LayerProducts, change_CTE: Tensor) -> Tensor:

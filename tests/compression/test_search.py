@@ -64,7 +64,8 @@ def test_guarded_experts_stay_and_groups_keep_their_counts(model, ids):
 
 
 def test_many_layers_are_tried_in_parts(model, ids, monkeypatch):
-    monkeypatch.setattr(module, "FINEST", 2)
+    assert module._parts([0, 1, 2]) == [[0], [1], [2]]
+    monkeypatch.setattr(module, "SINGLE_LAYERS", 2)
     assert module._parts([0, 1, 2]) == [[0], [1, 2]]
     found = search(model, {"bad": BAD}, ids, budget_tokens=20_000)
     assert found.swapped >= 1
