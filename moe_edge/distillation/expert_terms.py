@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.alignment import aligned_layers
+from moe_edge.distillation.feature_terms import spread
 from moe_edge.distillation.terms import Needs, Scene, Term, TermContext
 from moe_edge.families.expert_outputs import differentiable_outputs
 from moe_edge.families.listening import listening
@@ -130,10 +131,7 @@ def sampled_tokens(hidden_TD: Tensor, valid_BS: Tensor, most: int = TOKENS) -> T
     """At most `most` tokens of a micro-batch, evenly spread over those that are no padding and no attention sink."""
     hidden_BSD = hidden_TD.view(*valid_BS.shape, -1)
     usable_BS = torch.stack([usable_tokens(row_SD, valid) for row_SD, valid in zip(hidden_BSD, valid_BS, strict=True)])
-    index_N = usable_BS.flatten().nonzero().squeeze(-1)
-    if len(index_N) > most:
-        index_N = index_N[torch.linspace(0, len(index_N) - 1, most, device=index_N.device).round().long()]
-    return hidden_TD[index_N]
+    return hidden_TD[spread(usable_BS.flatten().nonzero().squeeze(-1), most)]
 
 
 def measured_groups(context: TermContext) -> list[LayerGroups]:

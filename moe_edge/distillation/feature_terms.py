@@ -30,6 +30,7 @@ from moe_edge.formulas.cka_loss import MIN_TOKENS, kept_tokens
 from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, relative_mse
 from moe_edge.formulas.procrustes import procrustes_distance
 
+SVD_TOKENS = 256  # the singular values of 512 tokens take seven times as long
 Distance = Callable[[Tensor, Tensor], Tensor]  # (student_TD, teacher_TD) -> scalar, 0 where they agree
 
 
@@ -41,12 +42,13 @@ class FeatureTerm:
 
     Args:
         layers: student layer -> teacher layer.
+        most: tokens of a row that are compared, evenly spread; None: all.
     """
 
     sampled = True
 
-    def __init__(self, name: str, distance: Distance, layers: Mapping[int, int]) -> None:
-        self.name, self._distance, self.layers = name, distance, dict(layers)
+    def __init__(self, name: str, distance: Distance, layers: Mapping[int, int], most: int | None = None) -> None:
+        self.name, self._distance, self.layers, self._most = name, distance, dict(layers), most
         self.needs = Needs(layers=frozenset(self.layers.values()))
         self._heard: dict[int, Tensor] = {}
 
@@ -69,16 +71,26 @@ class FeatureTerm:
 
     def _rows(self, student_BSD: Tensor, teacher_BSD: Tensor, valid_BS: Tensor) -> Iterator[Tensor]:
         for student_SD, teacher_SD, valid_S in zip(student_BSD, teacher_BSD, valid_BS, strict=True):
-            keep_T = kept_tokens(teacher_SD, valid_S)
+            keep_T = spread(kept_tokens(teacher_SD, valid_S), self._most)
             if len(keep_T) >= MIN_TOKENS:
                 yield self._distance(student_SD[keep_T], teacher_SD[keep_T])
 
 
-def feature_term(name: str, distance: Distance, context: TermContext, *, any_width: bool) -> FeatureTerm:
+def spread(index_N: Tensor, most: int | None) -> Tensor:
+    """At most `most` of the indices, evenly spread from the first to the last."""
+    if most is None or len(index_N) <= most:
+        return index_N
+    return index_N[torch.linspace(0, len(index_N) - 1, most, device=index_N.device).round().long()]
+
+
+def feature_term(
+    name: str, distance: Distance, context: TermContext, *, any_width: bool, most: int | None = None
+) -> FeatureTerm:
     """The term on the aligned layers of the student.
 
     Args:
         any_width: may the student be narrower than the teacher?
+        most: as in `FeatureTerm`.
 
     Raises:
         ConfigError: the widths differ and must not, or the layer map does not fit.
@@ -89,12 +101,12 @@ def feature_term(name: str, distance: Distance, context: TermContext, *, any_wid
         why = f"the student is {width(student)} wide, the teacher {width(teacher)}; cka and procrustes take both"
         raise ConfigError(f"the loss '{name}' needs equal widths", where="distill.stages: losses", why=why)
     layers = aligned_layers(len(decoder_layers(student)))
-    return FeatureTerm(name, distance, {layer: context.layer_map[layer] for layer in layers})
+    return FeatureTerm(name, distance, {layer: context.layer_map[layer] for layer in layers}, most)
 
 
 FEATURE_TERMS: dict[str, Callable[[TermContext], Term]] = {
     "cka": partial(feature_term, "cka", cka_distance, any_width=True),
     "mse": partial(feature_term, "mse", relative_mse, any_width=False),
     "cosine": partial(feature_term, "cosine", cosine_distance, any_width=False),
-    "procrustes": partial(feature_term, "procrustes", procrustes_distance, any_width=True),
+    "procrustes": partial(feature_term, "procrustes", procrustes_distance, any_width=True, most=SVD_TOKENS),
 }

@@ -46,7 +46,8 @@ def _shape(features_TD: Tensor) -> Tensor:
 
 def _is_flat(features_TD: Tensor, centred_TD: Tensor) -> Tensor:
     """Is what is left behind the mean only rounding?"""
-    return centred_TD.detach().norm() <= 1e-6 * features_TD.detach().norm()
+    flat: Tensor = centred_TD.detach().norm() <= 1e-6 * features_TD.detach().norm()
+    return flat
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 
 from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.feature_terms import FEATURE_TERMS
+from moe_edge.distillation.feature_terms import FEATURE_TERMS, FeatureTerm, spread
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import Scene, Term, TermContext
 from moe_edge.families.listening import listening
@@ -75,6 +75,21 @@ def test_zero_for_the_teacher_itself_and_descending_aligns(name: str) -> None:
         optimizer.step()
         values.append(float(loss.detach()))
     assert values[0] > 0.005 and values[-1] < 0.8 * values[0]
+
+
+def test_a_dear_distance_sees_a_spread_of_the_tokens() -> None:
+    seen: list[int] = []
+
+    def distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        seen.append(len(student))
+        return (student - teacher).square().mean()
+
+    given = context()
+    for most in (None, 5):
+        term = FeatureTerm("mine", distance, {1: 1}, most)
+        judged(term, given.student, LiveTeacher(tiny_teacher(), term.needs, False), IDS)
+    assert seen == [15, 15, 5, 5]
+    assert spread(torch.arange(10, 20), 4).tolist() == [10, 13, 16, 19]
 
 
 def test_a_row_of_too_few_tokens_says_nothing() -> None:
