@@ -44,7 +44,7 @@ class Recovery:
     """Everything the stages share.
 
     `signal`: the cached teacher; None where every stage asks the live one. `interval_s`: seconds between checkpoints.
-    `kept`, `material`: see `PartsBuilder`.
+    `material`: see `PartsBuilder`.
     """
 
     config: DistillConfig
@@ -54,7 +54,6 @@ class Recovery:
     teacher: Path
     checkpoints: Path
     interval_s: float = SAVE_INTERVAL_S
-    kept: Mapping[int, list[int]] | None = None
     material: Mapping[str, Any] = field(default_factory=dict)
 
     def train(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> list[dict[str, Any]]:
@@ -107,7 +106,7 @@ class Recovery:
 
     def trainer(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> DistillationTrainer:
         """The Trainer of one stage."""
-        builder = PartsBuilder(self.config, self.teacher, schedule.steps, self.kept, self.material)
+        builder = PartsBuilder(self.config, self.teacher, schedule.steps, self.vocab, self.material)
         parts, teacher = builder.build(student, schedule.config)
         return DistillationTrainer(
             model=student,

@@ -4,14 +4,12 @@ The teacher is loaded only where something wants it: a loss on its layers or rou
 student writes, or `teacher: live`. Everything else is served by the cache, which needs no teacher in memory.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from moe_edge.contracts.config import DistillConfig, StageConfig
@@ -25,11 +23,10 @@ from moe_edge.distillation.student_aware_router import StudentAwareRouter
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.teacher_routing import teacher_routing
 from moe_edge.distillation.telemetry import RoutingTelemetry
-from moe_edge.distillation.terms import Needs, TermContext
+from moe_edge.distillation.terms import Needs, Term, TermContext
 from moe_edge.distillation.trainer import Parts
-from moe_edge.families.students import has_routers
+from moe_edge.families.students import is_mixture
 
-log = logging.getLogger(__name__)
 TERMS = {**FEATURE_TERMS, **EXPERT_TERMS, **ROUTER_TERMS}
 
 
@@ -70,46 +67,48 @@ def wants_teacher(config: DistillConfig, stage: StageConfig) -> bool:
 
 @dataclass(frozen=True)
 class PartsBuilder:
-    """Builds the parts of stages.
+    """Builds the parts of a stage.
 
-    `kept`: decoder layer -> the teacher's experts that the student kept; None where it kept all or has none.
-    `material`: what terms may measure before training, such as rows for a layer map.
+    `steps`: of the stage. `vocab`: true vocabulary. `material`: fields of `TermContext` that the run measured or knows,
+    such as the experts that were kept.
     """
 
     config: DistillConfig
     teacher: Path
     steps: int
-    kept: Mapping[int, list[int]] | None
+    vocab: int
     material: Mapping[str, Any]
 
     def build(self, student: nn.Module, stage: StageConfig) -> tuple[Parts, LiveTeacher | None]:
-        """Raises ConfigError where the student cannot have a loss of the stage."""
-        weights, device = stage_weights(self.config, stage), next(student.parameters()).device
+        """The parts, and the teacher where one is in memory; raises ConfigError where the student cannot have a loss."""
+        device, live = next(student.parameters()).device, wants_live_logits(self.config, stage)
         model = teacher_model(self.teacher, device) if wants_teacher(self.config, stage) else None
-        context = TermContext(student, model, stage, self.kept, **self.material)
-        terms = [TERMS[name](context) for name in of_kind(weights, "term")]
-        live = wants_live_logits(self.config, stage)
+        context = TermContext(student, model, stage, **self.material)
+        terms = [TERMS[name](context) for name in of_kind(stage_weights(self.config, stage), "term")]
         routing = teacher_routing(stage, self.config.seed) if live else None
         needs = reduce(Needs.__or__, (term.needs for term in terms), Needs())
-        teacher = None if model is None else LiveTeacher(model, needs, live, routing)
-        return self._parts(student, stage, terms, teacher, routing), teacher
+        teacher = None
+        if model is not None:
+            teacher = LiveTeacher(model, needs, live, None if routing is None else routing.routing)
+        helpers = [] if routing is None else [routing]
+        if stage.on_policy is not None:
+            helpers.append(Rollouts(student, stage.on_policy, self.steps, self.config.seed))
+        return self._parts(student, stage, terms, teacher, helpers), teacher
 
     def _parts(
-        self, student: nn.Module, stage: StageConfig, terms: list[Any], teacher: LiveTeacher | None, routing: Any
+        self, student: nn.Module, stage: StageConfig, terms: list[Term], teacher: LiveTeacher | None, helpers: list[Any]
     ) -> Parts:
-        hooks: list[Any] = [] if routing is None else [routing]
-        observers: list[Any] = [] if routing is None else [routing]
+        """`helpers` are hooks and observers at once; a router step comes after the rows are settled."""
         stateful: dict[str, Any] = {}
-        if stage.on_policy is not None:
-            hooks.append(Rollouts(student, stage.on_policy, self.steps, self.config.seed))
-            observers.append(hooks[-1])
         if stage.student_aware_router is not None and teacher is not None:
-            router = StudentAwareRouter(student, teacher, stage.student_aware_router)
-            hooks.append(router)
-            observers.append(router)
-            stateful["student_aware_router"] = router
-        if has_routers(student):
-            observers.append(RoutingTelemetry(student))
-        draws = stage.teacher_routing.draws
-        averaged = stage.teacher_routing.policy == "ka" and stage.teacher_routing.mode == "code"
-        return Parts(terms, hooks, observers, stateful, draws if averaged else 1)
+            stateful["student_aware_router"] = StudentAwareRouter(
+                student, teacher, stage.student_aware_router, self.vocab
+            )
+        hooks = [*helpers, *stateful.values()]
+        observers = list(hooks)
+        if is_mixture(student):
+            stateful["telemetry"] = RoutingTelemetry(student)
+            observers.append(stateful["telemetry"])
+        routing = stage.teacher_routing
+        averaged = routing.policy == "ka" and routing.mode == "code"
+        return Parts(terms, hooks, observers, stateful, routing.draws if averaged else 1)
