@@ -18,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.signal import TokenSignal
+from moe_edge.distillation.signal import Signal
 from moe_edge.formulas.divergence import cross_entropy
 from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.pair_divergence import divergences
@@ -37,14 +37,11 @@ def _blended(alpha: float, temperature: float) -> float:
 
 @dataclass(frozen=True)
 class LossRow:
-    """One loss: what it is computed from, its factor in the blend, its name in logs, and what it wants of the teacher."""
+    """One loss: what it is computed from, and its factor in the blend as a function of (alpha, temperature)."""
 
     kind: Kind
     factor: Callable[[float, float], float]
     teacher: bool = False  # only a live teacher can serve it
-
-    def log_name(self, name: str) -> str:
-        return f"{name}_loss"
 
 
 LOSSES: dict[str, LossRow] = {
@@ -107,7 +104,7 @@ class TokenLosses:
     skew: float = 0.1
 
     def __call__(
-        self, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor | None, signals: Sequence[TokenSignal]
+        self, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor | None, signals: Sequence[Signal]
     ) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum over tokens, and each loss's own sum (unweighted, nats; a divergence without its T^2).
 
@@ -117,17 +114,25 @@ class TokenLosses:
             labels_T: None leaves the cross-entropy out.
             signals: the teacher on the same tokens, once per draw; a divergence is their mean.
         """
-        known = divergences(self.jsd_beta, self.skew)
-        chosen = {name: known[name] for name in of_kind(self.weights, "divergence")}
 
         def chunk(logits_tV: Tensor, span: slice) -> dict[str, tuple[float, Tensor]]:
-            parts: dict[str, tuple[float, Tensor]] = {}
+            sums: dict[str, Tensor] = {}
             if "ce" in self.weights and labels_T is not None:
-                parts["ce"] = (self.weights["ce"], cross_entropy(logits_tV, labels_T[span]).sum())
-            pairs = [signal[span].pair(logits_tV, self.temperature) for signal in signals] if chosen else []
-            for name, divergence in chosen.items():
-                mean = sum(divergence(p_tC, q_tC).sum() for p_tC, q_tC in pairs) / len(pairs)
-                parts[name] = (self.weights[name], mean)
-            return parts
+                sums["ce"] = cross_entropy(logits_tV, labels_T[span]).sum()
+            for signal in signals:
+                for name, value in self._divergences(logits_tV, signal[span]).items():
+                    sums[name] = sums.get(name, 0.0) + value / len(signals)
+            return {name: (self.weights[name], value) for name, value in sums.items()}
 
         return head_loss(hidden_TD, head_VD, chunk)
+
+    def _divergences(self, logits_tV: Tensor, signal: Signal) -> dict[str, Tensor]:
+        """Summed over the chunk; only the forward KL works with every kind of signal."""
+        known, sums = divergences(self.jsd_beta, self.skew), {}
+        if "kl" in self.weights:
+            sums["kl"] = signal.forward_kl(logits_tV, self.temperature).sum()
+        others = [name for name in self.weights if name in known]
+        if others:
+            pair = signal.pair(logits_tV, self.temperature)
+            sums |= {name: known[name](*pair).sum() for name in others}
+        return sums

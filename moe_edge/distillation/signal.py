@@ -1,9 +1,9 @@
 """What the teacher says about a row of tokens, whatever it comes from; losses never ask which.
 
-Three forms with one interface. `pair` gives log-probabilities of teacher and student over the same outcomes, from which
+Four forms with one interface. `pair` gives log-probabilities of teacher and student over the same outcomes, from which
 any divergence can be made; `forward_kl` gives KL(teacher || student). A `TeacherSignal` is the cache's top-k and exact
-tail, a `DenseSignal` the whole distribution of a live teacher (live_signal.py), a `SampledSignal` a cache of random
-draws, which knows the forward KL only and refuses `pair`.
+tail, a `HeadSignal` an imported top-k without tail, a `DenseSignal` the whole distribution of a live teacher
+(live_signal.py), a `SampledSignal` a cache of random draws, which knows the forward KL only and refuses `pair`.
 
 A cached row is found by its tokens, so that no other text's targets can slip in.
 
@@ -15,14 +15,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.formulas.divergence import coarse_pair, dense_pair, forward_kl, temperature_index
+from moe_edge.formulas.divergence import coarse_pair, dense_pair, forward_kl, head_pair, temperature_index
 from moe_edge.formulas.sampling import sampled_kl
+from moe_edge.storage.logit_shards import ShardedLogits
 from moe_edge.storage.logits import LogitCache
+from moe_edge.storage.sampled_codec import SampledCodec, SampledRow
 
 
 class Signal(Protocol):
@@ -74,6 +77,21 @@ class TeacherSignal(_Columns):
 
     def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return coarse_pair(student_tV, self.indices_SK, self.logprobs_SK, self.tail_logmass_S, temperature)
+
+
+@dataclass(frozen=True)
+class HeadSignal(_Columns):
+    """The teacher's top-k from a cache that has lost the tail (an import of another tool's file).
+
+    Both sides are compared given that the token is one of the k. That is exact at every temperature, and blind to the mass
+    outside, which is why `moe-edge logits capture` stores it.
+    """
+
+    indices_SK: Tensor  # int64
+    logprobs_SK: Tensor  # float32 nats, at T = 1
+
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return head_pair(student_tV, self.indices_SK, self.logprobs_SK, temperature)
 
 
 @dataclass(frozen=True)
@@ -129,18 +147,18 @@ class SignalSource(Protocol):
 
 
 class CachedSignal:
-    """The teacher's signal from the logit cache.
+    """The teacher's signal from a logit cache: one HDF5 file, or the folder of shards of a capture.
 
     Args:
-        path: the HDF5 file.
-        expected: identity entries that must match, for example the teacher's digest.
+        path: the file or the folder.
+        expected: identity entries (of a folder: pins) that must match, for example the teacher's digest.
 
     Raises:
         InputRejected: no cache, or another teacher's.
     """
 
     def __init__(self, path: Path, expected: dict[str, Any]) -> None:
-        self._cache = LogitCache(path, expected)
+        self._cache = ShardedLogits(path, expected) if path.is_dir() else LogitCache(path, expected)
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -148,23 +166,45 @@ class CachedSignal:
 
     @property
     def k(self) -> int:
-        return self._cache.codec.k
+        """Kept ids per token, or draws."""
+        codec = self._cache.codec
+        return codec.draws if isinstance(codec, SampledCodec) else codec.k
 
     @property
     def vocab(self) -> int:
         return self._cache.codec.vocab
 
-    def signal(self, ids_S: Tensor, temperature: float) -> TeacherSignal:
+    @property
+    def description(self) -> str:
+        """What the signal is, for reports."""
+        if isinstance(self._cache.codec, SampledCodec):
+            return f"{self.k} draws per token from the teacher"
+        return f"cached top-{self.k} " + ("and tail bucket of the teacher" if self.temperatures else "without its tail")
+
+    def require(self, temperature: float) -> None:
+        """Raises ConfigError when the cache says nothing at this temperature."""
+        if self.temperatures:
+            temperature_index(temperature, self.temperatures)
+
+    def signal(self, ids_S: Tensor, temperature: float) -> "TeacherSignal | HeadSignal | SampledSignal":
         """The signal of one row on the device of its ids.
 
         Raises:
-            ConfigError: no exact tail mass is stored for this temperature.
+            ConfigError: the cache says nothing at this temperature.
             InputRejected: the row is not in the cache.
         """
-        column = temperature_index(temperature, self._cache.temperatures)
+        self.require(temperature)
         row = self._cache.row(ids_S.cpu().numpy())
-        arrays = (row.indices_SK, row.logprobs_SK, row.tail_logmass_SH[:, column].copy())
-        return TeacherSignal(*(torch.from_numpy(array).to(ids_S.device) for array in arrays))
+        if isinstance(row, SampledRow):
+            return SampledSignal(*_tensors(ids_S.device, row.indices_SU, row.counts_SU, row.entropy_S))
+        if not self.temperatures:
+            return HeadSignal(*_tensors(ids_S.device, row.indices_SK, row.logprobs_SK))
+        tail_S = row.tail_logmass_SH[:, temperature_index(temperature, self.temperatures)].copy()
+        return TeacherSignal(*_tensors(ids_S.device, row.indices_SK, row.logprobs_SK, tail_S))
 
     def close(self) -> None:
         self._cache.close()
+
+
+def _tensors(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(array).to(device) for array in arrays]

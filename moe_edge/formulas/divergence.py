@@ -118,14 +118,25 @@ def coarse_pair(
     Returns:
         (teacher, student), each [T, C], float32 or the wider dtype of what was given.
     """
+    if indices_TK.shape[-1] == student_TV.shape[-1]:
+        return head_pair(student_TV, indices_TK, logprobs_TK, temperature)
     scaled_TV = _wide(student_TV) / temperature
     kept_TK = scaled_TV.gather(-1, indices_TK)
-    if indices_TK.shape[-1] == scaled_TV.shape[-1]:
-        return torch.log_softmax(_wide(logprobs_TK) / temperature, -1), torch.log_softmax(kept_TK, -1)
     tail_T = _wide(tail_logmass_T).clamp(LOG_NOTHING, math.log(TAIL_LIMIT))
     teacher_TC = torch.cat([tempered(logprobs_TK, tail_T, temperature), tail_T.unsqueeze(-1)], -1)
     outside_T = torch.logsumexp(scaled_TV.scatter(-1, indices_TK, -torch.inf), -1)
     return teacher_TC, torch.log_softmax(torch.cat([kept_TK, outside_T.unsqueeze(-1)], -1), -1)
+
+
+def head_pair(
+    student_TV: Tensor, indices_TK: Tensor, logprobs_TK: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of teacher and student at `temperature` given that the token is one of the k kept, [T, K] each.
+
+    For a teacher whose tail is unknown. Exact at every temperature, but blind to the student's mass outside K.
+    """
+    kept_TK = _wide(student_TV).gather(-1, indices_TK)
+    return torch.log_softmax(_wide(logprobs_TK) / temperature, -1), torch.log_softmax(kept_TK / temperature, -1)
 
 
 def dense_pair(

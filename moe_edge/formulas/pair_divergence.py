@@ -1,4 +1,5 @@
-"""Divergences between a teacher's and a student's distribution over the same categories, in nats per token.
+"""Divergences between a teacher's and a student's distribution over the same categories, in nats per token; the forward
+KL is in divergence.py.
 
 The categories are the whole vocabulary, or a teacher's top-k with one bucket for everything else: these formulas do not
 ask. On a coarse-graining every f-divergence is a lower bound of its value on the vocabulary (data processing).
@@ -15,11 +16,6 @@ import torch
 from torch import Tensor
 
 LOG_FLOOR = -30.0  # nats; float32 cannot tell 1e-13 from 0 beside 1 anyway
-
-
-def forward_kl(p_TC: Tensor, q_TC: Tensor) -> Tensor:
-    """KL(p || q), [T]; covers every mode of the teacher (Hinton et al. 2015)."""
-    return _expected(p_TC, p_TC - q_TC)
 
 
 def reverse_kl(p_TC: Tensor, q_TC: Tensor) -> Tensor:
@@ -49,9 +45,8 @@ def total_variation(p_TC: Tensor, q_TC: Tensor) -> Tensor:
 
 
 def divergences(jsd_beta: float, skew: float) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Every divergence by the name that a recipe gives it, its constants filled in."""
+    """Every divergence but the forward KL by the name that a recipe gives it, its constants filled in."""
     return {
-        "kl": forward_kl,
         "reverse_kl": reverse_kl,
         "jsd": lambda p_TC, q_TC: jsd(p_TC, q_TC, jsd_beta),
         "skew_kl": lambda p_TC, q_TC: skew_kl(p_TC, q_TC, skew),
