@@ -90,7 +90,9 @@ class Recovery:
             if divergences and not live and self.signal is None:
                 why = "no teacher logits are cached for these rows"
                 where = f"distill.stages: {schedule.name}"
-                raise ConfigError("a stage has no teacher to learn from", where=where, why=why, next_command="teacher: live")
+                raise ConfigError(
+                    "a stage has no teacher to learn from", where=where, why=why, next_command="teacher: live"
+                )
 
     def _stage(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> list[dict[str, float]]:
         last = latest_checkpoint(folder)

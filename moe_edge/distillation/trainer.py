@@ -218,7 +218,7 @@ class DistillationTrainer(Trainer):
     def _token_loss(self, model: nn.Module, hidden_BSD: Tensor, inputs: Batch) -> tuple[Tensor, dict[str, float]]:
         """Position j is judged on token j + 1 and on the teacher's row j; the last position of a row has no label."""
         if not of_kind(self.weights, "labels", "divergence"):
-            return hidden_BSD.new_zeros(()), {}
+            return 0.0 * hidden_BSD.float().sum(), {}  # a micro-batch that no term judges has a gradient, too: zero
         labels_BS = inputs["labels"]
         chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL
