@@ -42,7 +42,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """TrainingArguments plus the blend; suited to a short local run: no network, and no reports unless asked for."""
+    """TrainingArguments plus the blend; suited to a short local run: no reports, no network."""
 
     distillation_alpha: float = field(default=0.5, metadata={"help": "0 = plain fine-tuning, 1 = pure distillation"})
     distillation_temperature: float = field(default=2.0, metadata={"help": "temperature of the divergences"})
@@ -51,7 +51,7 @@ class DistillationTrainingArguments(TrainingArguments):
     skew: float = field(default=0.1, metadata={"help": "share of the other side in the skewed divergences"})
 
     def __post_init__(self) -> None:
-        self.report_to = [] if self.report_to is None else self.report_to
+        self.report_to = []
         self.disable_tqdm = True
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
