@@ -81,13 +81,13 @@ def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, lis
         for layer in range(spec.layers if key in numbers else 0):
             for tensor_class in classes:
                 if _there(tensor_class, layer, spec):
-                    yield _Sums(gguf_name(tensor_class, "weight", layer), numbers[key][layer][None], dense)
+                    yield _Sums(gguf_name(tensor_class, "weight", layer, spec.family), numbers[key][layer][None], dense)
     for key, classes in _EXPERT.items():
         for position, layer in enumerate(spec.moe_layers):
             chosen = slice(None) if kept is None else kept[layer]
             for tensor_class in classes:
                 sums, counts = numbers[key][position][chosen], numbers["expert_count"][position][chosen]
-                yield _Sums(gguf_name(tensor_class, "weight", layer), sums, counts)
+                yield _Sums(gguf_name(tensor_class, "weight", layer, spec.family), sums, counts)
     if "head_in" in numbers:
         tied = spec.tied_embeddings
         for name in ("output.weight", *(("token_embd.weight",) if tied else ())):

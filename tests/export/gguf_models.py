@@ -23,6 +23,11 @@ REPRESENTABLE: dict[str, dict[str, Any]] = {
     "granitemoeshared": {},
     "ernie4_5_moe": {},
     "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": YARN},
+    "deepseek_v2": {"topk_method": "greedy"},
+    "deepseek_v3": {},
+    "glm4_moe_lite": {},
+    "glm4_moe": {},
+    "lfm2_moe": {"routed_scaling_factor": 1.0},
 }
 
 
