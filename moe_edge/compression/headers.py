@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from moe_edge.contracts.quantization import layer_thirds
 from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, EXPERT_SIZED, ModelSpec, TensorClass
-from moe_edge.families import family_of
+from moe_edge.families import student_family
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 Shape = tuple[int, ...]
@@ -70,7 +70,7 @@ def model_headers(headers: CheckpointHeaders) -> ModelHeaders:
     Raises:
         InputRejected: dense or unsupported model, or tensors that do not belong to its family.
     """
-    family = family_of(headers.config)
+    family = student_family(headers.config)
     entries = family.tensors(headers.config, list(headers.tensors))
     spec = family.spec(headers.config)
     first_of = {layer: third[0] for third in layer_thirds(spec.layers) for layer in third}

@@ -81,6 +81,7 @@ _QWEN3_5 = _features("linear_attention", "output_gate", "norms_around_one", "par
 _SELECTED = _features("selection_bias")
 _MINIMAX = _features("sigmoid", "selection_bias", "partial_rotary")
 _HUNYUAN = _features("norm_after_rope", "ungated_shared")
+_DENSE = replace(_GGUF, computes=_features("dense_layers"))
 
 # A family whose exporter is finished: take `_LATER` off its row, and add what the exporter does not write to the tests.
 CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
@@ -150,6 +151,11 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("llama_cpp", "qwen3_5_moe"): replace(
         _GGUF_LATER, architecture="qwen35moe", renormalises=True, computes=_QWEN3_5, needs_shared_expert=True
     ),
+    # dense students
+    ("llama_cpp", "qwen3"): replace(_DENSE, architecture="qwen3"),
+    ("llama_cpp", "qwen2"): replace(_DENSE, architecture="qwen2", square_attention=True),
+    ("llama_cpp", "mistral"): replace(_DENSE, architecture="llama"),
+    ("llama_cpp", "granite"): replace(_DENSE, architecture="granite", computes=_DENSE.computes | _GRANITE),
     ("ort", "qwen3_moe"): replace(_ONNX, architecture="qwen3"),
     ("ort", "qwen2_moe"): replace(_ONNX, architecture="qwen2"),
     ("ort", "mixtral"): replace(_ONNX, architecture="mistral"),

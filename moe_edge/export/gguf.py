@@ -23,7 +23,7 @@ from moe_edge.contracts.spec import ModelSpec, TensorEntry
 from moe_edge.export.gguf_hyperparameters import hyperparameters
 from moe_edge.export.gguf_layout import LAYOUTS, StoredTensor, check_representable, stored_tensors
 from moe_edge.export.gguf_tokenizer import gguf_vocabulary, verify_tokenizer, write_vocabulary
-from moe_edge.families import assemble, family_of
+from moe_edge.families import assemble, student_family
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint
 
@@ -58,7 +58,7 @@ def write_gguf(
             or weights beyond float16.
     """
     headers = inspect_checkpoint(checkpoint)
-    family = family_of(headers.config)
+    family = student_family(headers.config)
     spec = family.spec(headers.config)
     row = check_representable(spec)
     entries = _planned(family.tensors(headers.config, headers.tensors), spec.tied_embeddings and not row.tied_head)

@@ -55,6 +55,10 @@ LAYOUTS: dict[str, Layout] = {
         (write.expert_width, write.leading_dense, write.convolutions),
         names={("norm", "final_norm"): "token_embd_norm.weight"},
     ),
+    "qwen3": Layout(),
+    "qwen2": Layout(),
+    "mistral": Layout(rotates_pairs=True),
+    "granite": Layout((write.multipliers,), rotates_pairs=True),
 }
 
 # (class, part) -> name; {} is the layer
