@@ -21,7 +21,7 @@ from moe_edge.contracts.progress import track
 from moe_edge.contracts.quantization import ALWAYS_F32
 from moe_edge.contracts.spec import ModelSpec, TensorEntry
 from moe_edge.export.gguf_hyperparameters import hyperparameters
-from moe_edge.export.gguf_layout import LAYOUTS, StoredTensor, check_representable, stored_tensors
+from moe_edge.export.gguf_layout import LAYOUTS, StoredTensor, architecture_of, file_entries, stored_tensors
 from moe_edge.export.gguf_tokenizer import gguf_vocabulary, verify_tokenizer, write_vocabulary
 from moe_edge.families import assemble, student_family
 from moe_edge.runtimes.gguf_header import check_gguf_header
@@ -60,11 +60,11 @@ def write_gguf(
     headers = inspect_checkpoint(checkpoint)
     family = student_family(headers.config)
     spec = family.spec(headers.config)
-    row = check_representable(spec)
-    entries = _planned(family.tensors(headers.config, headers.tensors), spec.tied_embeddings and not row.tied_head)
+    architecture = architecture_of(spec)
+    entries = file_entries(family.tensors(headers.config, headers.tensors), spec)
     partial = out.with_name(out.name + ".tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(partial, row.architecture)
+    writer = GGUFWriter(partial, architecture)
     try:
         _write_metadata(writer, name, provenance or {})
         hyperparameters(writer, spec)
@@ -77,14 +77,6 @@ def write_gguf(
     check_gguf_header(partial)
     verify_tokenizer(partial, checkpoint)
     os.replace(partial, out)
-
-
-def _planned(entries: list[TensorEntry], repeat_embedding: bool) -> list[TensorEntry]:
-    """The entries in file order, with the embedding again as head where the architecture demands an output.weight."""
-    if repeat_embedding:
-        embedding = next(entry for entry in entries if entry.tensor_class == "embedding")
-        return [*entries, replace(embedding, tensor_class="head")]
-    return entries
 
 
 def _write_metadata(writer: GGUFWriter, name: str, provenance: dict[str, str]) -> None:

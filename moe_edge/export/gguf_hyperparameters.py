@@ -11,7 +11,7 @@ from moe_edge.contracts.spec import ModelSpec
 
 
 def hyperparameters(writer: GGUFWriter, spec: ModelSpec) -> None:
-    """What every architecture reads, for a model that `check_representable` admits."""
+    """What every architecture reads, for a model that `architecture_of` admits."""
     writer.add_block_count(spec.layers)
     writer.add_context_length(spec.context_length)
     writer.add_embedding_length(spec.hidden)

@@ -9,12 +9,12 @@ Legend: D model width, F expert width, H heads, R rank of the latent.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from gguf import GGUFWriter
 
-from moe_edge.contracts.capabilities import Capability, capability, refusals, stored_shapes
+from moe_edge.contracts.capabilities import capability, refusals, stored_shapes
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import ModelSpec, TensorClass, TensorEntry
 from moe_edge.export import gguf_hyperparameters as write
@@ -89,6 +89,15 @@ TENSOR_NAMES: dict[Key, str] = {
     ("attention_other", "conv_in"): "blk.{}.shortconv.in_proj.weight",
     ("attention_bias", "conv"): "blk.{}.shortconv.conv.weight",
     ("attention_other", "conv_out"): "blk.{}.shortconv.out_proj.weight",
+    ("attention_other", "linear_qkv"): "blk.{}.attn_qkv.weight",
+    ("attention_other", "linear_gate"): "blk.{}.attn_gate.weight",
+    ("attention_other", "linear_beta"): "blk.{}.ssm_beta.weight",
+    ("attention_other", "linear_decay"): "blk.{}.ssm_alpha.weight",
+    ("attention_other", "linear_out"): "blk.{}.ssm_out.weight",
+    ("attention_bias", "linear_conv"): "blk.{}.ssm_conv1d.weight",
+    ("attention_bias", "decay_rate"): "blk.{}.ssm_a",
+    ("attention_bias", "decay_bias"): "blk.{}.ssm_dt.bias",
+    ("norm", "linear_norm"): "blk.{}.ssm_norm.weight",
     ("router", "weight"): "blk.{}.ffn_gate_inp.weight",
     ("router_bias", "bias"): "blk.{}.ffn_gate_inp.bias",
     ("selection_bias", "bias"): "blk.{}.exp_probs_b.bias",
@@ -137,14 +146,13 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_representable(spec: ModelSpec) -> Capability:
-    """What llama.cpp's graph does with this family, once it is known to compute this very model.
+def architecture_of(spec: ModelSpec) -> str:
+    """llama.cpp's architecture of a family, once its graph is known to compute this very model.
 
     Raises:
         InputRejected: llama.cpp would load the file and compute something else, or not load it; says which and why.
     """
-    row = capability("llama_cpp", spec.family)
-    reasons = refusals("llama_cpp", spec)
+    row, reasons = capability("llama_cpp", spec.family), refusals("llama_cpp", spec)
     if reasons or row is None or spec.family not in LAYOUTS:
         raise InputRejected(
             "GGUF cannot represent this model",
@@ -152,7 +160,16 @@ def check_representable(spec: ModelSpec) -> Capability:
             why="; ".join(reasons) or "no layout for this family",
             next_command="export ONNX instead: --set export.formats=[onnx]",
         )
-    return row
+    return row.architecture
+
+
+def file_entries(entries: list[TensorEntry], spec: ModelSpec) -> list[TensorEntry]:
+    """The entries in file order, with the embedding again as head where the architecture demands an output.weight."""
+    row = capability("llama_cpp", spec.family)
+    if spec.tied_embeddings and row is not None and not row.tied_head:
+        embedding = next(entry for entry in entries if entry.tensor_class == "embedding")
+        return [*entries, replace(embedding, tensor_class="head")]
+    return entries
 
 
 @dataclass(frozen=True)
