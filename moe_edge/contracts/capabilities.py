@@ -37,6 +37,7 @@ class Capability:
     rounds_yarn: bool = False  # to whole columns, and knows only its default scale of attention
     yarn_scales_all: bool = False  # by mscale_all_dim, which must be given and equal mscale
     group_score: Literal["max", "top2_sum"] | None = None  # the only one that the graph computes; None: any
+    equal_linear_heads: bool = False  # keys and values of linear attention must be equally wide
     direct_query_layers: tuple[int, ...] = ()  # layer counts at which the loader expects q without a latent
     uniform_experts: bool = True  # one expert count, top-k and width for all layers
     max_experts: int | None = None
@@ -49,7 +50,6 @@ _GGUF = Capability(
     rounds_yarn=True,
 )  # fmt: skip
 _ONNX = Capability("", uniform_experts=False, width_multiple=32)
-_GGUF_LATER = replace(_GGUF, exported=False)
 _ONNX_LATER = replace(_ONNX, exported=False)
 
 
@@ -143,13 +143,24 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
         leading_dense=True,
     ),
     ("llama_cpp", "minimax_m2"): replace(
-        _GGUF_LATER, architecture="minimax-m2", renormalises=True, computes=_MINIMAX, needs=_SELECTED
+        _GGUF, architecture="minimax-m2", renormalises=True, tied_head=False, computes=_MINIMAX, needs=_SELECTED
     ),
     ("llama_cpp", "hunyuan_v1_moe"): replace(
-        _GGUF_LATER, architecture="hunyuan-moe", renormalises=True, computes=_HUNYUAN
+        _GGUF,
+        architecture="hunyuan-moe",
+        renormalises=True,
+        computes=_HUNYUAN,
+        needs=_features("norm_after_rope"),
+        needs_shared_expert=True,
     ),
     ("llama_cpp", "qwen3_5_moe"): replace(
-        _GGUF_LATER, architecture="qwen35moe", renormalises=True, computes=_QWEN3_5, needs_shared_expert=True
+        _GGUF,
+        architecture="qwen35moe",
+        renormalises=True,
+        computes=_QWEN3_5,
+        needs=_features("output_gate", "norms_around_one"),
+        needs_shared_expert=True,
+        equal_linear_heads=True,
     ),
     # dense students
     ("llama_cpp", "qwen3"): replace(_DENSE, architecture="qwen3"),
@@ -256,6 +267,10 @@ def _layer_mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]
         (
             row.group_score not in (None, spec.moe.group_score) and spec.moe.groups_used < spec.moe.groups,
             f"scores a group of experts by {row.group_score}, this model by {spec.moe.group_score}",
+        ),
+        (
+            row.equal_linear_heads and spec.mixer.get("key_dim") != spec.mixer.get("value_dim"),
+            "needs keys and values of linear attention to be equally wide",
         ),
         (
             spec.latent is not None and spec.latent.q_rank is not None and spec.layers in row.direct_query_layers,

@@ -120,3 +120,19 @@ def latent_attention(writer: GGUFWriter, spec: ModelSpec) -> None:
     writer.add_value_length(latent.kv_rank)
     writer.add_key_length_mla(latent.nope_dim + latent.rope_dim)
     writer.add_value_length_mla(latent.value_dim)
+
+
+def linear_attention(writer: GGUFWriter, spec: ModelSpec) -> None:
+    """Sizes of the gated delta rule, the layers that have it, and the sections of a rotation made for images.
+
+    For text all sections count the same positions, so that any that cover the rotating columns compute the same.
+    """
+    mixer, pairs = spec.mixer, spec.rotary_dim // 2
+    writer.add_ssm_conv_kernel(mixer["kernel"])
+    writer.add_ssm_state_size(mixer["key_dim"])
+    writer.add_ssm_group_count(mixer["key_heads"])
+    writer.add_ssm_time_step_rank(mixer["value_heads"])
+    writer.add_ssm_inner_size(mixer["value_heads"] * mixer["value_dim"])
+    recurrent = [spec.kind_of(layer) == "linear" for layer in range(spec.layers)]
+    writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
+    writer.add_rope_dimension_sections([-(-pairs // 3), -(-(pairs - 1) // 3), pairs // 3, 0])

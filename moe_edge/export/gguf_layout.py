@@ -10,14 +10,15 @@ Legend: D model width, F expert width, H heads, R rank of the latent.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import numpy as np
 from gguf import GGUFWriter
 
 from moe_edge.contracts.capabilities import capability, refusals, stored_shapes
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import ModelSpec, TensorClass, TensorEntry
 from moe_edge.export import gguf_hyperparameters as write
+from moe_edge.export.gguf_reorder import Convert, conversion, latent_keys, latent_values
 
 Key = tuple[TensorClass, str]  # class and part of a neutral tensor
 
@@ -55,6 +56,9 @@ LAYOUTS: dict[str, Layout] = {
         (write.expert_width, write.leading_dense, write.convolutions),
         names={("norm", "final_norm"): "token_embd_norm.weight"},
     ),
+    "minimax_m2": Layout((write.expert_width,)),
+    "hunyuan_v1_moe": Layout((write.expert_width, write.shared_width)),
+    "qwen3_5_moe": Layout((write.expert_width, write.shared_width, write.linear_attention), names=_AFTER_ATTENTION),
     "qwen3": Layout(),
     "qwen2": Layout(),
     "mistral": Layout(rotates_pairs=True),
@@ -179,61 +183,19 @@ class StoredTensor:
     entry: TensorEntry
     name: str
     shape: tuple[int, ...]
-    convert: Callable[[np.ndarray], np.ndarray]  # from shape `entry.shape`
+    convert: Convert  # from shape `entry.shape`
 
 
 def stored_tensors(entry: TensorEntry, spec: ModelSpec) -> list[StoredTensor]:
     """What one tensor of the checkpoint becomes: itself, reordered or reshaped, or the two parts of `kv_b`."""
     shapes = stored_shapes("llama_cpp", spec, entry.part, entry.shape)
     if len(shapes) == 2:
-        return [
-            _stored(entry, spec, part, shape, convert)
-            for part, shape, convert in zip(("k_b", "v_b"), shapes, (_keys_of(spec), _values_of(spec)), strict=True)
-        ]
-    squeezed = entry.tensor_class == "shared_router" or entry.part == "conv"  # [1, D] and [D, 1, taps]
+        halves = zip(("k_b", "v_b"), shapes, (latent_keys, latent_values), strict=True)
+        return [_stored(entry, spec, part, shape, partial(half, spec=spec)) for part, shape, half in halves]
+    squeezed = entry.tensor_class == "shared_router" or entry.part in ("conv", "linear_conv")  # [1, D], [D, 1, taps]
     shape = tuple(size for size in entry.shape if size != 1 or not squeezed)
-    reorder = _rotation(entry, spec) if LAYOUTS[spec.family].rotates_pairs and not spec.paired_rotary else None
-    return [_stored(entry, spec, entry.part, shape, reorder or (lambda values: values))]
+    return [_stored(entry, spec, entry.part, shape, conversion(entry, spec, LAYOUTS[spec.family].rotates_pairs))]
 
 
-def _stored(
-    entry: TensorEntry, spec: ModelSpec, part: str, shape: tuple[int, ...], convert: Callable[[np.ndarray], np.ndarray]
-) -> StoredTensor:
+def _stored(entry: TensorEntry, spec: ModelSpec, part: str, shape: tuple[int, ...], convert: Convert) -> StoredTensor:
     return StoredTensor(entry, gguf_name(entry.tensor_class, part, entry.layer, spec.family), shape, convert)
-
-
-def _keys_of(spec: ModelSpec) -> Callable[[np.ndarray], np.ndarray]:
-    latent = spec.latent
-    assert latent is not None
-    return lambda kv_b: kv_b.reshape(spec.heads, -1, latent.kv_rank)[:, : latent.nope_dim].swapaxes(1, 2)
-
-
-def _values_of(spec: ModelSpec) -> Callable[[np.ndarray], np.ndarray]:
-    latent = spec.latent
-    assert latent is not None
-    return lambda kv_b: kv_b.reshape(spec.heads, -1, latent.kv_rank)[:, latent.nope_dim :]
-
-
-def _rotation(entry: TensorEntry, spec: ModelSpec) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The reordering of the rows of q and k that rotate; None where none does."""
-    key, kept = (entry.tensor_class, entry.part), spec.latent.nope_dim if spec.latent else 0
-    if key in (("attention_q", "weight"), ("attention_bias", "q_bias"), ("attention_other", "q_b")):
-        return lambda values: interleave_rope(values, spec.heads, kept)
-    if key in (("attention_k", "weight"), ("attention_bias", "k_bias")):
-        return lambda values: interleave_rope(values, spec.kv_heads)
-    if key == ("attention_other", "kv_a") and spec.latent:
-        rank = spec.latent.kv_rank
-        return lambda values: interleave_rope(values, 1, rank)
-    return None
-
-
-def interleave_rope(weight: np.ndarray, heads: int, kept: int = 0) -> np.ndarray:
-    """Rows of a q or k projection from transformers' half-split order to llama.cpp's neighbouring pairs.
-
-    Per head, after the first `kept` rows that do not rotate, row j of the first half and row j of the second half (the two
-    parts of one rotation) become neighbours.
-    """
-    per_head = weight.reshape(heads, -1, *weight.shape[1:])
-    still, turning = per_head[:, :kept], per_head[:, kept:]
-    pairs = turning.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(turning.shape)
-    return np.concatenate([still, pairs], axis=1).reshape(weight.shape)

@@ -28,6 +28,9 @@ REPRESENTABLE: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {},
     "glm4_moe": {},
     "lfm2_moe": {"routed_scaling_factor": 1.0},
+    "minimax_m2": {},
+    "hunyuan_v1_moe": {},
+    "qwen3_5_moe": {"linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }
 
 
