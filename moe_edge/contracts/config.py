@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moe_edge.contracts.target import Target
+from moe_edge.contracts.units import ByteSize
 
 _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
@@ -211,6 +212,11 @@ class GgufConfig(BaseModel):
     model_config = _CLOSED
     types: list[str] | Literal["auto"] = Field("auto", description="auto | recipes such as [F16, Q4_K_M]")
     pre_tokenizer: str | None = Field(None, description="override of tokenizer.ggml.pre")
+    split_bytes: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="cut larger files into parts of at most this size, such as 4GB; llama.cpp opens the first",
+    )
 
 
 class OnnxConfig(BaseModel):

@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.runtimes.base import ClosingRuntime
-from moe_edge.runtimes.gguf_header import check_gguf_header
+from moe_edge.runtimes.gguf_header import check_gguf_header, parts_of
 from moe_edge.runtimes.llama_log import last_errors, quiet_llama
 
 LOGITS_BATCH_TOKENS = 128  # rows of V floats held by llama.cpp at once
@@ -55,7 +55,7 @@ class LlamaCppRuntime(ClosingRuntime):
     ) -> None:
         self._model = self._context = None
         self.path, self.context_length = path, context_length
-        self.metadata = check_gguf_header(path).metadata
+        self.metadata = [check_gguf_header(part).metadata for part in parts_of(path)][0]
         self._model = load_gguf(path, use_mmap=use_mmap, repack=repack, gpu_layers=gpu_layers)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab = int(lib.llama_vocab_n_tokens(self._vocab))

@@ -23,6 +23,7 @@ from moe_edge.devices.transport import Transport
 from moe_edge.metrics.quality import Score
 from moe_edge.metrics.reference import judge_runtime, judge_spilled, spill_logits
 from moe_edge.runtimes import open_runtime
+from moe_edge.runtimes.gguf_header import parts_of
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import hash_folder
 
@@ -47,7 +48,8 @@ class Candidate:
     def digest(self) -> str:
         """sha256 over the model's content."""
         if self.location.is_file():
-            return sha256_file(self.location)
+            parts = [sha256_file(part) for part in parts_of(self.location)]
+            return parts[0] if len(parts) == 1 else canonical_sha256(parts)
         return content_digest(hash_folder(self.location))
 
 
