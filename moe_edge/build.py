@@ -90,8 +90,9 @@ def dry_run(request: Request) -> dict[str, Any]:
 
     config = resolve(request)
     _, headers = inspect_teacher(config)
-    profile = output_folder(request, config) / "profile"
-    return options(headers, config, profile if read_manifest(profile) else None)
+    out = output_folder(request, config)
+    profile = out / "profile"
+    return options(headers, config, profile if read_manifest(profile) else None, out / "plan")
 
 
 def build(
