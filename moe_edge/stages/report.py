@@ -134,8 +134,8 @@ def predictions(plan: Mapping[str, Any] | None, artifacts: Sequence[Artifact]) -
 
 def _prediction(plan: Mapping[str, Any], artifact: Artifact) -> Prediction:
     masked = plan["predicted_kl_nats"]
-    if masked is None and plan["experts_kept"] == plan["experts_total"]:
-        masked = 0.0  # nothing is dropped
+    if masked is None and plan["experts_kept"] == plan["experts_total"] and plan["action"] in ("drop", "merge"):
+        masked = 0.0  # nothing is dropped, and a lower top-k or width would have been measured
     bits = plan["quantization_kl_nats"].get(artifact.quantization) if artifact.format == "gguf" else None
     known = masked is not None and bits is not None
     reasons = [artifact.quality.reason] if artifact.quality.kl_nats is None else []

@@ -108,7 +108,9 @@ def test_a_top_k_that_costs_too_much_stops_like_an_unsafe_ratio(teacher, tmp_pat
 
 def test_a_speed_budget_under_auto_is_met_by_measured_shapes(teacher, tmp_path):
     fast = ("target.hardware.bandwidth_gb_per_s={value: 10.0, source: a test, confidence: assumed}",)
-    base = run(teacher, tmp_path / "a", *fast, "plan.experts=1.0", "plan.top_k=1", profile=write_profile(tmp_path / "p"))[1]
+    base = run(
+        teacher, tmp_path / "a", *fast, "plan.experts=1.0", "plan.top_k=1", profile=write_profile(tmp_path / "p")
+    )[1]
     least = f"target.budget.decode_tokens_per_s={base.estimate.decode_tokens_per_s - 1}"
     settings = (*fast, least, "plan.experts=1.0", "plan.bits=Q4_K_M", "target.runtime.kv_cache=f16", *BOTH)
     _, plan = run(teacher, tmp_path / "b", *settings, profile=with_neurons(tmp_path / "profile"))
