@@ -130,7 +130,12 @@ def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
     heldout = heldout_file(config.validate_.text)
     if not heldout.is_file():
         raise ConfigError("no such text file", where=f"validate.text: {heldout}")
-    return {"profile": calibration, "validate": {heldout.name: sha256_file(heldout)}}
+    earlier = Path(config.plan.within) if config.plan.within else None
+    return {
+        "profile": calibration,
+        "plan": {earlier.name: sha256_file(earlier)} if earlier else {},
+        "validate": {heldout.name: sha256_file(heldout)},
+    }
 
 
 def finish(state: pipeline.Build) -> dict[str, Any]:

@@ -38,6 +38,9 @@ def check_action(config: BuildConfig, headers: CheckpointHeaders, spec: ModelSpe
             why = f"expected a multiple of {WIDTH_STEP} up to the teacher's {spec.moe.expert_width}, got {width}"
             raise ConfigError("impossible expert width", where="plan.expert_width", why=why)
         check_width(meta_model(headers), width)
+    if settings.within is not None and settings.action == "dense" and settings.criterion == "auto":
+        why = f"a dense student takes the choice of {DENSE_CRITERION}, whatever an earlier plan kept"
+        raise ConfigError("within does not go with dense under auto", where="plan.within", why=why)
     if settings.action == "shared-core" and settings.compensate is True:
         why = "it refits experts one by one, which a shared core does not have"
         raise ConfigError("compensate does not go with shared-core", where="plan.compensate", why=why)

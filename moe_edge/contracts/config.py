@@ -90,6 +90,9 @@ class PlanConfig(BaseModel):
         ge=0,
         description="work of the swap search (criterion auto), in tokens of a teacher forward pass; 0 = off",
     )
+    within: str | None = Field(
+        None, description="an earlier plan.json of this teacher: only experts that it kept may stay (nested plans)"
+    )
     super_expert_guard: bool = Field(True, description="super experts stay under every criterion but 'random'")
     seed: int = Field(0, description="seed of the criterion 'random' and of the search")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_edge.compression.allocation import Feasible
 from moe_edge.compression.candidates import AUTO, SEARCH, Candidates, Kept, criteria_to_compare
 from moe_edge.compression.curve import Score
+from moe_edge.compression.demand import earlier_plan
 from moe_edge.compression.masking import MaskedKl
 from moe_edge.compression.narrowing import Narrowing
 from moe_edge.compression.search import Found, Rules, search
@@ -45,9 +46,14 @@ def calibration_rows(path: Path, tokens: int) -> CalibrationRows:
 
 
 def candidates_of(feasible: Feasible, config: BuildConfig, stats: Statistics) -> Candidates:
-    """How experts are chosen for this model under this configuration."""
+    """How experts are chosen for this model under this configuration.
+
+    Raises:
+        ConfigError: plan.within is no plan of this model.
+    """
     spec, plan = feasible.model.spec, config.plan
-    return Candidates(stats, spec.moe_layers, spec.moe.groups, plan.seed, plan.super_expert_guard)
+    within = earlier_plan(plan.within, spec).kept if plan.within else {}
+    return Candidates(stats, spec.moe_layers, spec.moe.groups, plan.seed, plan.super_expert_guard, within)
 
 
 def choose(feasible: Feasible, config: BuildConfig, chosen: Candidates) -> dict[str, Kept]:
@@ -137,7 +143,9 @@ class Desk:
             {name: kept for name, kept in choices.items() if name != "random"},
             self.rows.search_NS,
             budget_tokens=settings.search_tokens,
-            rules=Rules(student_top_k(feasible), spec.moe.groups, self.chosen.guard, spec.residual_scale),
+            rules=Rules(
+                student_top_k(feasible), spec.moe.groups, self.chosen.guard, spec.residual_scale, self.chosen.within
+            ),
             seed=settings.seed,
         )
 
