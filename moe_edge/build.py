@@ -95,8 +95,9 @@ def dry_run(request: Request) -> dict[str, Any]:
 
     config = resolve(request)
     _, headers = inspect_teacher(config)
-    profile = output_folder(request, config) / "profile"
-    return options(headers, config, profile if read_manifest(profile) else None)
+    out = output_folder(request, config)
+    profile = out / "profile"
+    return options(headers, config, profile if read_manifest(profile) else None, out / "plan")
 
 
 def build(
@@ -134,7 +135,12 @@ def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
     heldout = heldout_file(config.validate_.text)
     if not heldout.is_file():
         raise ConfigError("no such text file", where=f"validate.text: {heldout}")
-    return {"profile": calibration, "validate": {heldout.name: sha256_file(heldout)}}
+    earlier = Path(config.plan.within) if config.plan.within else None
+    return {
+        "profile": calibration,
+        "plan": {earlier.name: sha256_file(earlier)} if earlier else {},
+        "validate": {heldout.name: sha256_file(heldout)},
+    }
 
 
 def finish(state: pipeline.Build) -> dict[str, Any]:

@@ -62,8 +62,10 @@ class PlanConfig(BaseModel):
         "drop",
         description="drop | merge into the nearest kept expert | shared-core with low-rank wrappers | dense: one FFN",
     )
-    expert_width: int | Literal["keep"] = Field(
-        "keep", description="keep | neurons kept per expert, a multiple of 32; 256 where K-quants are exported"
+    expert_width: int | Literal["keep", "auto"] = Field(
+        "keep",
+        description="keep | neurons kept per expert, a multiple of 32; 256 where K-quants are exported | auto: compared by "
+        "masked KL",
     )
     shared_rank: int = Field(16, gt=0, description="shared-core: rank of each expert's input and output wrapper")
     compensate: bool | Literal["auto"] = Field(
@@ -76,7 +78,9 @@ class PlanConfig(BaseModel):
         4096, gt=0, description="calibration tokens on which merges, wrappers and refits are fitted"
     )
     experts: int | float | Literal["auto"] = Field("auto", description="auto | experts kept per layer | fraction kept")
-    top_k: int | Literal["keep"] = "keep"
+    top_k: int | Literal["keep", "auto"] = Field(
+        "keep", description="keep | experts that a token runs | auto: compared by masked KL"
+    )
     bits: str = Field("auto", description="auto | a GGUF recipe such as Q4_K_M")
     tokens: int = Field(4096, gt=0, description="calibration tokens on which a choice's masked KL is measured")
     max_kl_nats: float | None = Field(
@@ -91,6 +95,9 @@ class PlanConfig(BaseModel):
         100_000,
         ge=0,
         description="work of the swap search (criterion auto), in tokens of a teacher forward pass; 0 = off",
+    )
+    within: str | None = Field(
+        None, description="an earlier plan.json of this teacher: only experts that it kept may stay (nested plans)"
     )
     super_expert_guard: bool = Field(True, description="super experts stay under every criterion but 'random'")
     seed: int = Field(0, description="seed of the criterion 'random' and of the search")
