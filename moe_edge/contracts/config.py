@@ -170,7 +170,7 @@ class StageConfig(BaseModel):
         "identity", description="teacher layer of each student layer; auto: the monotone path of greatest CKA"
     )
     expert_share: float = Field(
-        1.0, gt=0, le=1, description="expert_cka: teacher experts to learn from, the nearest to the layer by CKA first"
+        1.0, gt=0, le=1, description="expert_cka: share of a layer's teacher experts that teach, by CKA with the layer"
     )
     alpha: float | None = Field(None, ge=0, le=1, description="this stage's alpha; null: distill.alpha")
     temperature: float | None = Field(None, gt=0, description="this stage's temperature; null: distill.temperature")
