@@ -17,7 +17,7 @@ LAYERS = [
     ["profiling", "compression", "distillation", "export", "devices"],
     ["stages"],
     ["pipeline"],
-    ["build", "doctor", "tables_cli"],
+    ["build", "doctor", "tables_cli", "evaluate_cli"],
     ["cli"],
     ["__main__"],
 ]
