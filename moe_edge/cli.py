@@ -57,7 +57,17 @@ class _Terminated(BaseException):
 def main() -> None:
     """Entry point: runs the app and maps every error to its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "transformers", "accelerate", "matplotlib", "onnxscript", "onnx_ir", "filelock", "gguf"):
+    for noisy in (
+        "httpx",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "onnxscript",
+        "onnx_ir",
+        "filelock",
+        "gguf",
+        "absl",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

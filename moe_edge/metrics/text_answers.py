@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from moe_edge.metrics.text_rows import clean_text
 
-LOOP_TOKENS, LOOP_REPEATS = 16, 3  # an answer is "repeated" when so long a tail consists of so many equal parts
+# An answer is "repeated" when so long a tail consists of so many equal parts, or when so long an answer has so few
+# different 4-grams: prose of this length has 0.9 and more.
+LOOP_TOKENS, LOOP_REPEATS, FEW_DISTINCT = 16, 3, 0.5
 NGRAM = 4
 REPLACEMENT = "\ufffd"
 
@@ -23,7 +25,7 @@ class Status(StrEnum):
     EXCEPTION = "exception"  # the runtime failed; no text
     DECODE_ERROR = "decode_error"  # tokens that are no text: the readable rest is scored
     EMPTY = "empty"  # no token before the end, or nothing but space and control characters
-    REPEATED = "repeated"  # the tail is one phrase over and over
+    REPEATED = "repeated"  # the tail is one phrase over and over, or half of the answer is
     TRUNCATED = "truncated"  # no end within the allowed tokens
     OK = "ok"
 
@@ -71,21 +73,26 @@ def judge_answer(tokens: Sequence[int], text: str | None, max_new_tokens: int, e
         error: why there is no text.
     """
     finish: Literal["stop", "length"] = "length" if len(tokens) >= max_new_tokens else "stop"
-    loop, repeats = looping_tail(tokens)
-    readable = (
-        (text or "").rstrip(REPLACEMENT) if finish == "length" else (text or "")
-    )  # a cut inside a character is no error
+    # the last character may be cut in half by the length, which is no error
+    readable = (text or "").rstrip(REPLACEMENT) if finish == "length" else (text or "")
     cleaned = clean_text(readable)
     status = Status.OK
     if text is None or REPLACEMENT in readable:
         status = Status.DECODE_ERROR
     elif not cleaned:
         status = Status.EMPTY
-    elif loop >= LOOP_TOKENS and repeats >= LOOP_REPEATS:
+    elif runs_in_circles(tokens):
         status = Status.REPEATED
     elif finish == "length":
         status = Status.TRUNCATED
-    return Answer(status, cleaned, finish, len(tokens), distinct_ngrams(tokens), loop, error)
+    return Answer(status, cleaned, finish, len(tokens), distinct_ngrams(tokens), looping_tail(tokens)[0], error)
+
+
+def runs_in_circles(tokens: Sequence[int]) -> bool:
+    """True for what a reader would call a loop."""
+    loop, repeats = looping_tail(tokens)
+    few = len(tokens) >= LOOP_TOKENS and (distinct_ngrams(tokens) or 1.0) <= FEW_DISTINCT
+    return few or (loop >= LOOP_TOKENS and repeats >= LOOP_REPEATS)
 
 
 def distinct_ngrams(tokens: Sequence[int], n: int = NGRAM) -> float | None:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.families.loading import load_model
+from moe_edge.families.students import use_fastest_experts
 from moe_edge.runtimes.base import ClosingRuntime, Prompt
 from moe_edge.runtimes.hf_batch import generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling
@@ -59,11 +60,16 @@ class HfRuntime(ClosingRuntime):
     def generate_batch(
         self, prompts: Sequence[Prompt], max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling
     ) -> list[list[int]]:
-        """The continuations of all prompts side by side. Raises ConfigError when one does not fit into the context."""
+        """The continuations of all prompts side by side, from here on with the fastest experts kernel.
+
+        Raises:
+            ConfigError: a prompt is empty, or does not fit into the context with its answer.
+        """
         model, longest = self._open_model(), max(len(prompt.ids) for prompt in prompts)
         if longest + max_new_tokens > self.context_length or not all(len(prompt.ids) for prompt in prompts):
             why = f"{longest} tokens of prompt and {max_new_tokens} new ones, limit {self.context_length}"
             raise ConfigError("the tokens do not fit into the context", why=why)
+        use_fastest_experts(model)
         return generate_side_by_side(model, prompts, max_new_tokens, stop_ids, sampling)
 
     def close(self) -> None:

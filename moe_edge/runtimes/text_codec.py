@@ -2,7 +2,7 @@
 
 A GGUF file is asked through llama.cpp, as the device will ask it; folders bring a Hugging Face tokenizer. Both add what the
 tokenizer itself puts before a text (a BOS where there is one) and read special tokens written in the text, as
-transformers does.
+transformers does. Ends differ on purpose: a folder names its own, llama.cpp adds those it knows by name (<|endoftext|>).
 """
 
 import json

@@ -29,7 +29,7 @@ class Bertscore(evaluate.Metric):
             (row, text, one)
             for row, (text, many) in enumerate(zip(predictions, references, strict=True))
             for one in many
-            if (text or "").strip() and (one or "").strip()
+            if text.strip() and one.strip()
         ]
         scores = [0.0] * len(predictions)
         if pairs:

@@ -25,10 +25,7 @@ class Bleu(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         metric = sacrebleu.BLEU(effective_order=True)
-        rows = [
-            metric.sentence_score(text or "", [one or "" for one in many] or [""])
-            for text, many in zip(predictions, references, strict=True)
-        ]
+        rows = [metric.sentence_score(text, many) for text, many in zip(predictions, references, strict=True)]
         statistics = [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]
         return {
             "score": self.corpus_bleu([sum(column) for column in zip(*statistics, strict=True)]) if rows else None,

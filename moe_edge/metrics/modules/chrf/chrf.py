@@ -24,7 +24,5 @@ class Chrf(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         metric = sacrebleu.CHRF()
-        texts = [text or "" for text in predictions]
-        wanted = [[one or "" for one in many] or [""] for many in references]
-        scores = [metric.sentence_score(text, many).score for text, many in zip(texts, wanted, strict=True)]
+        scores = [metric.sentence_score(text, many).score for text, many in zip(predictions, references, strict=True)]
         return {"score": sum(scores) / len(scores) if scores else None, "scores": scores}

@@ -31,7 +31,7 @@ class ExactMatch(evaluate.Metric):
         return {"score": sum(scores) / len(scores) if scores else None, "scores": scores}
 
 
-def _plain(text: str | None) -> str:
+def _plain(text: str) -> str:
     """The text as it is compared."""
-    words = " ".join((text or "").lower().split())
+    words = " ".join(text.lower().split())
     return " ".join(words.translate(_DROPPED).split()) or words

@@ -25,7 +25,7 @@ class RougeL(evaluate.Metric):
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
         scores = [
-            max((100 * scorer.score(one or "", text or "")["rougeL"].fmeasure for one in many), default=0.0)
+            max((100 * scorer.score(one, text)["rougeL"].fmeasure for one in many), default=0.0)
             for text, many in zip(predictions, references, strict=True)
         ]
         return {"score": sum(scores) / len(scores) if scores else None, "scores": scores}
