@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes.base import Runtime
+from moe_edge.storage.checkpoint import VOCABULARIES
 
 _END_FILES = (("generation_config.json",), ("config.json",), ("genai_config.json", "model"))  # (file, *keys inside)
 
@@ -35,6 +36,9 @@ class HfCodec:
     """The fast tokenizer of a checkpoint or ONNX folder."""
 
     def __init__(self, folder: Path) -> None:
+        if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+            why = "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+            raise InputRejected("the tokenizer is missing", where=str(folder), why=why)  # transformers would invent one
         self._tokenizer = load_tokenizer(folder)
         known = {self._tokenizer.eos_token_id} | set(_configured_ends(folder))
         self.stop_ids = frozenset(token for token in known if token is not None)

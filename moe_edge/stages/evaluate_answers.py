@@ -169,11 +169,30 @@ def answer_all(
     if not tasks:
         return
     with _opened(model, protocol) as (runtime, codec):
-        prompts = {task.row.digest: _encoded(codec, task.row.prompt, protocol.prompt_tokens) for task in tasks}
-        tasks.sort(key=lambda task: len(prompts[task.row.digest]))  # rows of one length need no padding
-        batches = [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
-        for batch in track(batches, f"answering {len(tasks)} prompts, batches of {batch_size}"):
-            journal.append(batch, answer_batch(runtime, codec, batch, [prompts[t.row.digest] for t in batch], protocol))
+        prompts = _encode_all(codec, tasks, protocol.prompt_tokens)
+        unreadable = [(task, one) for task in tasks if isinstance(one := prompts[task.row.digest], Exception)]
+        journal.append([task for task, _ in unreadable], [failed(error) for _, error in unreadable])
+        asked = [
+            (task, Prompt(ids, task.row.digest, task.seed))
+            for task in tasks
+            if not isinstance(ids := prompts[task.row.digest], Exception)
+        ]
+        asked.sort(key=lambda pair: len(pair[1].ids))  # rows of one length need no padding
+        batches = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
+        for batch in track(batches, f"answering {len(asked)} prompts, batches of {batch_size}"):
+            answers = answer_batch(runtime, codec, [prompt for _, prompt in batch], protocol)
+            journal.append([task for task, _ in batch], answers)
+
+
+def _encode_all(codec: TextCodec, tasks: Sequence[Task], limit: int) -> dict[str, list[int] | Exception]:
+    """Every prompt's first tokens by row digest; an error stays with its row."""
+    found: dict[str, list[int] | Exception] = {}
+    for row in {task.row.digest: task.row for task in tasks}.values():
+        try:
+            found[row.digest] = codec.encode(row.prompt)[:limit]
+        except Exception as error:
+            found[row.digest] = error
+    return found
 
 
 @contextmanager
@@ -191,32 +210,14 @@ def _opened(model: Model, protocol: Protocol) -> Iterator[tuple[Runtime, TextCod
         yield runtime, open_codec(model.runtime, model.path, runtime)
 
 
-def _encoded(codec: TextCodec, prompt: str, limit: int) -> list[int] | Exception:
-    """The prompt's first tokens; an error stays with its row."""
+def answer_batch(runtime: Runtime, codec: TextCodec, prompts: Sequence[Prompt], protocol: Protocol) -> list[Answer]:
+    """One answer per prompt, whatever happens: a batch that fails is tried row by row, and a failure is its row's alone."""
     try:
-        return codec.encode(prompt)[:limit]
+        written = _generate(runtime, codec, prompts, protocol)
     except Exception as error:
-        return error
-
-
-def answer_batch(
-    runtime: Runtime,
-    codec: TextCodec,
-    tasks: Sequence[Task],
-    prompts: Sequence[list[int] | Exception],
-    protocol: Protocol,
-) -> list[Answer]:
-    """One answer per task, whatever happens: a batch that fails is tried row by row, and a failure is its row's alone."""
-    good = [at for at, prompt in enumerate(prompts) if not isinstance(prompt, Exception)]
-    answers = {at: failed(prompt) for at, prompt in enumerate(prompts) if isinstance(prompt, Exception)}
-    asked = {at: Prompt(prompts[at], tasks[at].row.digest, tasks[at].seed) for at in good}  # type: ignore[arg-type]
-    try:
-        written = _generate(runtime, codec, list(asked.values()), protocol) if asked else []
-        answers |= {at: _read(codec, tokens, protocol) for at, tokens in zip(asked, written, strict=True)}
-    except Exception as error:
-        log.debug("a batch of %d failed and is repeated row by row: %s", len(asked), error)
-        answers |= {at: _alone(runtime, codec, prompt, protocol) for at, prompt in asked.items()}
-    return [answers[at] for at in range(len(tasks))]
+        log.debug("a batch of %d failed and is repeated row by row: %s", len(prompts), error)
+        return [_alone(runtime, codec, prompt, protocol) for prompt in prompts]
+    return [_read(codec, tokens, protocol) for tokens in written]
 
 
 def _alone(runtime: Runtime, codec: TextCodec, prompt: Prompt, protocol: Protocol) -> Answer:
