@@ -6,6 +6,7 @@ Legend: S sequence, V vocabulary.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,18 @@ class LlamaCppRuntime(ClosingRuntime):
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text` by llama.cpp's own tokenizer."""
         return tokenize(self._vocab, text, add_special, parse_special)
+
+    def detokenize(self, ids: Sequence[int]) -> bytes:
+        """UTF-8 of the tokens without special ones; a text cut inside a character ends with half of it."""
+        tokens = (lib.llama_token * len(ids))(*ids)
+        count = lib.llama_detokenize(self._vocab, tokens, len(ids), None, 0, True, False)
+        text = ctypes.create_string_buffer(max(-count, 1))
+        count = lib.llama_detokenize(self._vocab, tokens, len(ids), text, len(text), True, False)
+        return text.raw[:count]
+
+    def end_ids(self) -> frozenset[int]:
+        """Every token that ends an answer, by the file's own metadata."""
+        return frozenset(token for token in range(self.vocab) if lib.llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
         """Free the context and the model; closing twice is harmless."""
