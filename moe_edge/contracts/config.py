@@ -12,7 +12,12 @@ from moe_edge.contracts.target import Target
 
 _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
-Loss = Literal["ce", "kl", "cka"]
+Loss = Literal[
+    "ce", "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd",  # on logits
+    "cka", "mse", "cosine", "procrustes",  # on the outputs of layers
+    "expert_cka", "expert_diversity",  # on the outputs of experts
+    "load_balance", "importance", "router_z", "routing_kl",  # on routers
+]  # fmt: skip
 
 
 class TeacherConfig(BaseModel):
@@ -96,6 +101,48 @@ class LrMultiplier(BaseModel):
     lr_multiplier: float = Field(ge=0, description="0 = frozen and not in the optimizer")
 
 
+class TeacherRoutingConfig(BaseModel):
+    """Which experts a live teacher uses while it teaches (Kim et al. 2025, "Every Expert Matters")."""
+
+    model_config = _CLOSED
+    policy: Literal["own", "ka", "all"] = Field(
+        "own", description="own: the model's top-k | ka: knowledge augmentation | all: every expert, by its gate"
+    )
+    sample_probability: float = Field(
+        0.05, ge=0, le=1, description="ka: lambda, the chance per token and layer to sample experts by their gates"
+    )
+    experts: int | None = Field(None, ge=1, description="ka: experts per token; null: one fewer than there are")
+    draws: int = Field(2, ge=1, description="ka: M, passes of the teacher over each batch")
+    mode: Literal["code", "paper"] = Field(
+        "code", description="ka: one update on the mean of M losses (their code) | M updates (their algorithm 1)"
+    )
+
+
+class StudentAwareRouterConfig(BaseModel):
+    """SAR: the teacher's routers are trained towards the student, with every expert active (same paper, eq. 9)."""
+
+    model_config = _CLOSED
+    every: int = Field(1, ge=1, description="optimizer steps between two router steps")
+    beta: float = Field(0.01, ge=0, description="weight of the squared variation of the experts' importance")
+    learning_rate: float = Field(1e-5, gt=0)
+    max_drift_nats: float = Field(
+        0.5, gt=0, description="mean KL of the routers to their snapshot; beyond it the snapshot comes back"
+    )
+
+
+class OnPolicyConfig(BaseModel):
+    """Rows that the student writes itself (GKD, arXiv 2306.13649), from the beginnings of the training rows."""
+
+    model_config = _CLOSED
+    share: float = Field(0.5, gt=0, le=1, description="share of micro-batches that are written by the student")
+    prompt_tokens: int = Field(64, ge=1, description="tokens of a row that the student continues")
+    new_tokens: tuple[int, int] = Field((32, 128), description="tokens written: at the first step, at the last")
+    temperature: float = Field(1.0, gt=0, description="of sampling")
+    max_repetition: float = Field(
+        0.5, gt=0, le=1, description="share of a row in a repeated suffix from which it is cut there"
+    )
+
+
 class StageConfig(BaseModel):
     """One stage of training. Exactly one of share, steps, num_epochs says how long it lasts."""
 
@@ -103,8 +150,22 @@ class StageConfig(BaseModel):
     stage_name: str
     losses: dict[Loss, float] = Field(
         {"ce": 1.0, "kl": 1.0, "cka": 0.5},
-        description="weights: (1-alpha)*ce*CE + alpha*kl*T^2*KL + cka*(1-CKA); 0 or absent = off",
+        description="weights: (1-alpha)*ce*CE + alpha*T^2*(kl*KL + other divergences) + every other loss; 0 = off",
     )
+    teacher: Literal["auto", "cached", "live"] = Field(
+        "auto", description="where the teacher's logits come from; auto: live only where the cache cannot serve"
+    )
+    teacher_routing: TeacherRoutingConfig = TeacherRoutingConfig()
+    student_aware_router: StudentAwareRouterConfig | None = None
+    on_policy: OnPolicyConfig | None = None
+    layer_map: Literal["identity", "proportional", "auto"] = Field(
+        "identity", description="teacher layer of each student layer; auto: the monotone path of greatest CKA"
+    )
+    expert_share: float = Field(
+        1.0, gt=0, le=1, description="expert_cka: teacher experts to learn from, the nearest to the layer by CKA first"
+    )
+    alpha: float | None = Field(None, ge=0, le=1, description="this stage's alpha; null: distill.alpha")
+    temperature: float | None = Field(None, gt=0, description="this stage's temperature; null: distill.temperature")
     share: float | None = Field(None, gt=0, le=1, description="share of distill.tokens")
     steps: int | None = Field(None, gt=0)
     num_epochs: float | None = Field(None, gt=0)
@@ -124,11 +185,21 @@ _EXPERTS_FIRST = [
 
 class DistillConfig(BaseModel):
     model_config = _CLOSED
-    data: str = Field("calibration", description="calibration | a path")
+    data: str = Field(
+        "calibration",
+        description="calibration | a path (.yaml recipe, .jsonl, text) | datasets:ID[:CONFIG[:SPLIT]] | the folder of a "
+        "`moe-edge logits capture`",
+    )
     tokens: int = Field(65536, gt=0, description="tokens over all stages")
     alpha: float = Field(0.9, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")
     temperature: float = Field(1, gt=0)
     batch_rows: int = Field(4, ge=1, description="rows per optimizer step")
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
+    skew: float = Field(
+        0.1, gt=0, lt=1, description="skew_kl, skew_reverse_kl: share of the other side that is mixed in"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
+    tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")
     stages: list[StageConfig] = [
         StageConfig(stage_name="experts", share=0.5, parameter_lr_multipliers=_EXPERTS_FIRST),
         StageConfig(stage_name="all", share=0.5, learning_rate=5e-4),

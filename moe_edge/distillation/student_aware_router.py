@@ -1,0 +1,205 @@
+"""The student-aware router (SAR): now and then the teacher's routers, and nothing else of it, are trained towards the
+student, so that the mixture of all its experts is one the student can follow (Kim et al. 2025, arXiv 2502.12947, eq. 9).
+
+loss = KL(p || q) + beta CV(importance)^2, with p the teacher, every expert active, and q the student, held fixed. The
+paper calls this the reverse KL because here the teacher is the model that learns; the student's own reverse KL is
+KL(q || p). Its second balance term, the variation of token counts, is constant when every expert is active.
+
+Beyond the paper: routers in half precision get float32 masters (a step of 1e-5 is lost in bfloat16), and a router that
+has drifted too far from its snapshot is put back. The teacher's folder is never written.
+
+Shape suffixes: B rows, S tokens of a row, T tokens, t tokens of a chunk, D model, E experts, V vocabulary, L MoE layers.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_edge.contracts.config import StudentAwareRouterConfig
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.router_drift import RouterSnapshot
+from moe_edge.distillation.teacher import LiveTeacher
+from moe_edge.families.listening import Sounds, listening
+from moe_edge.families.routing import is_sigmoid, rerouted
+from moe_edge.families.taps import body, decoder_layers, head
+from moe_edge.families.views import moe_layers
+from moe_edge.formulas.divergence import IGNORED_LABEL, kl_dense
+from moe_edge.formulas.expert_sampling import every_expert
+from moe_edge.formulas.head_loss import head_loss
+from moe_edge.formulas.router_loss import gate_logprobs, importance_variation
+
+log = logging.getLogger(__name__)
+
+
+class StudentAwareRouter:
+    """A BatchHook that trains the teacher's routers, Stateful, and an Observer of their loss and drift.
+
+    Args:
+        vocab: true vocabulary; columns beyond it are padding. None: as many as both heads have.
+
+    Raises:
+        ConfigError: the teacher was cut short because nothing else wants its logits.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: LiveTeacher, config: StudentAwareRouterConfig, vocab: int | None = None
+    ) -> None:
+        if len(decoder_layers(teacher.model)) < teacher.model.config.num_hidden_layers:
+            why = "no loss of the stage wants the teacher's logits"
+            raise ConfigError("a student-aware router needs a loss on logits", where="distill.stages: losses", why=why)
+        self._student, self._teacher, self._config, self._vocab = student, teacher, config, vocab
+        self._sigmoid = {view.index: is_sigmoid(view) for view in moe_layers(teacher.model)}
+        self.snapshot = RouterSnapshot(teacher.model)
+        self._masters = {key: tensor.float().clone() for key, tensor in self.snapshot.tensors.items()}
+        self._optimizer = self._new_optimizer()
+        self._seen: dict[str, float] = {}
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self._masters.values(), lr=self._config.learning_rate, weight_decay=0.0)
+
+    def __call__(self, batches: list[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
+        if step % self._config.every == 0:
+            self._router_step(batches)
+        return batches
+
+    def _router_step(self, batches: list[dict[str, Tensor]]) -> None:
+        chosen = [_labelled(batch) for batch in batches]
+        tokens = sum(int(chosen_BS.sum()) for chosen_BS in chosen)
+        if not tokens:
+            return
+        inputs: dict[int, Tensor] = {}
+        with self._trainable() as parameters:
+            gradients = [torch.zeros_like(master) for master in self._masters.values()]
+            for batch, chosen_BS in zip(batches, chosen, strict=True):
+                loss, inputs = self._loss(batch, chosen_BS, tokens)
+                for total, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+                    total += part
+        for master, gradient in zip(self._masters.values(), gradients, strict=True):
+            master.grad = reduce(gradient, "mean")
+        self._optimizer.step()
+        self._write_masters()
+        self._watch_drift(inputs)
+        self._teacher.forget()
+
+    @contextmanager
+    def _trainable(self) -> Iterator[list[nn.Parameter]]:
+        """While open, the routers alone have gradients; the student is in eval mode."""
+        parameters, training = list(self.snapshot.parameters.values()), self._student.training
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        self._student.eval()
+        try:
+            with torch.enable_grad():
+                yield parameters
+        finally:
+            self._student.train(training)
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+    def _loss(self, batch: dict[str, Tensor], chosen_BS: Tensor, tokens: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """This micro-batch's part of the loss, and what the teacher's routers were given."""
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+        with torch.no_grad():
+            student_TD = body(self._student)(**given).last_hidden_state[chosen_BS]
+        with rerouted(self._teacher.model, _all), listening(self._teacher.model, routers=self._sigmoid) as sounds:
+            teacher_TD = body(self._teacher.model)(**given).last_hidden_state[chosen_BS]
+        kl = self._divergence(teacher_TD, student_TD) / tokens
+        importance = self._importance(sounds, batch.get("attention_mask"))
+        share = len(student_TD) / tokens
+        self._add("sar_kl", float(kl.detach()))
+        self._add("sar_importance", share * float(importance.detach()))
+        inputs = {layer: hidden_TD.detach() for layer, hidden_TD in sounds.expert_inputs.items()}
+        return kl + self._config.beta * share * importance, inputs
+
+    def _divergence(self, teacher_TD: Tensor, student_TD: Tensor) -> Tensor:
+        """Sum over tokens of KL(teacher || student), differentiable in the teacher; logits in chunks."""
+        student_VD = head(self._student).weight.detach()[: self._vocab]
+
+        def chunk(teacher_tV: Tensor, span: slice) -> dict[str, tuple[float, Tensor]]:
+            student_tV = functional.linear(student_TD[span].to(student_VD.dtype), student_VD).detach()
+            return {"kl": (1.0, kl_dense(teacher_tV, student_tV).sum())}
+
+        return head_loss(teacher_TD, head(self._teacher.model).weight[: self._vocab], chunk)[0]
+
+    def _importance(self, sounds: Sounds, mask_BS: Tensor | None) -> Tensor:
+        """CV(importance)^2 over real tokens, mean over layers."""
+        values = []
+        for layer, logits_TE in sounds.router_logits.items():
+            real_TE = logits_TE if mask_BS is None else logits_TE[mask_BS.flatten().bool()]
+            values.append(importance_variation(gate_logprobs(real_TE, self._sigmoid[layer]).exp()))
+        return torch.stack(values).mean()
+
+    @torch.no_grad()
+    def _write_masters(self) -> None:
+        for key, parameter in self.snapshot.parameters.items():
+            parameter.copy_(self._masters[key])
+
+    @torch.no_grad()
+    def _watch_drift(self, inputs: Mapping[int, Tensor]) -> None:
+        """On the last micro-batch; the layer that has moved most decides."""
+        drift_L = reduce(self.snapshot.drift(inputs), "mean")
+        self._seen["sar_drift_nats"] = float(drift_L.max())
+        if self._seen["sar_drift_nats"] <= self._config.max_drift_nats:
+            return
+        layer = list(self._sigmoid)[int(drift_L.argmax())]
+        limit = self._config.max_drift_nats
+        log.warning(
+            "the teacher's router in layer %d is %.3g nats from its snapshot (limit %g); all routers are put back",
+            layer, float(drift_L.max()), limit,
+        )  # fmt: skip
+        self.snapshot.put_back()
+        for key, master in self._masters.items():
+            master.copy_(self.snapshot.tensors[key])
+        self._optimizer = self._new_optimizer()
+        self._add("sar_restored", 1.0)
+
+    def _add(self, name: str, value: float) -> None:
+        self._seen[name] = self._seen.get(name, 0.0) + value
+
+    def listening(self, student: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def read(self) -> dict[str, float]:
+        """sar_kl (nats per token), sar_importance, sar_drift_nats (worst layer), sar_restored, of the last router step."""
+        seen, self._seen = self._seen, {}
+        return seen
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters, Adam's moments and step, and the snapshot."""
+        tensors = {f"master.{key}": tensor for key, tensor in self._masters.items()}
+        tensors |= {f"snapshot.{key}": tensor for key, tensor in self.snapshot.tensors.items()}
+        for key, master in self._masters.items():
+            moments = self._optimizer.state.get(master, {})
+            tensors |= {f"{name}.{key}": value for name, value in moments.items()}
+        return {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.snapshot.replace({key: state[f"snapshot.{key}"] for key in self.snapshot.tensors})
+        self._optimizer = self._new_optimizer()
+        for key, master in self._masters.items():
+            master.copy_(state[f"master.{key}"])
+            moments = ("step", "exp_avg", "exp_avg_sq")
+            found = {name: state[f"{name}.{key}"].clone() for name in moments if f"{name}.{key}" in state}
+            if found:
+                step = {"step": found.pop("step").cpu()}
+                self._optimizer.state[master] = step | {name: value.to(master) for name, value in found.items()}
+        self._write_masters()
+        self._teacher.forget()
+
+
+def _all(_layer: int, gate_TE: Tensor, _preference_TE: Tensor) -> Tensor:
+    return every_expert(gate_TE)
+
+
+def _labelled(batch: dict[str, Tensor]) -> Tensor:
+    """Positions whose next token is a label, bool [B, S]."""
+    labels_BS = batch["labels"]
+    chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+    chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL
+    return chosen_BS

@@ -1,0 +1,104 @@
+"""Routing telemetry of the student, in the log of every step, and an alarm when its routers collapse.
+
+router_entropy: of the gates, 1 = undecided, 0 = certain. router_load_variation: standard deviation of the experts' loads
+over their mean. router_dead_experts: share of experts with less than a hundredth of an even load. router_drift_nats: how
+far the gates are from those at the start of the stage, on a sample of tokens. All are means over the MoE layers.
+
+Padding is counted like text; training rows have none.
+
+Shape suffixes: L MoE layers, E experts, K top-k, T tokens.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import log as ln
+
+import torch
+from torch import Tensor, nn
+
+from moe_edge.distillation.router_drift import RouterSnapshot
+from moe_edge.families.listening import Sounds, listening
+from moe_edge.families.routing import is_sigmoid
+from moe_edge.families.views import moe_layers
+from moe_edge.formulas.router_loss import gate_logprobs
+from moe_edge.formulas.routing_health import layer_health, load_variation
+
+log = logging.getLogger(__name__)
+DEAD_LOAD = 0.01  # of an even load
+DRIFT_TOKENS = 256
+
+
+class RoutingTelemetry:
+    """An Observer, and Stateful because the start of a stage must survive a resume.
+
+    Raises:
+        InputRejected: the student has no routers.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._sigmoid = {view.index: is_sigmoid(view) for view in moe_layers(student)}
+        self._experts = moe_layers(student)[0].count
+        self._start = RouterSnapshot(student)
+        self._ringing: set[int] = set()
+        self._clear()
+
+    def _clear(self) -> None:
+        device = next(iter(self._start.tensors.values())).device
+        layers = len(self._sigmoid)
+        self._counts_LE = torch.zeros(layers, self._experts, device=device)
+        self._gates_LE = torch.zeros(layers, self._experts, device=device)
+        self._entropy_L = torch.zeros(layers, device=device)
+        self._drift_L: Tensor | None = None
+        self._tokens = 0
+
+    @contextmanager
+    def listening(self, student: nn.Module) -> Iterator[None]:
+        with listening(student, routers=self._sigmoid) as sounds:
+            yield
+        self._add(sounds)
+
+    @torch.no_grad()
+    def _add(self, sounds: Sounds) -> None:
+        for place, layer in enumerate(self._sigmoid):
+            index_TK, weight_TK = sounds.routing[layer]
+            logprob_TE = gate_logprobs(sounds.router_logits[layer].detach(), self._sigmoid[layer])
+            self._entropy_L[place] -= (logprob_TE.exp() * logprob_TE).sum()
+            ones_TK = torch.ones_like(weight_TK, dtype=torch.float32)
+            self._counts_LE[place].scatter_add_(0, index_TK.flatten(), ones_TK.flatten())
+            self._gates_LE[place].scatter_add_(0, index_TK.flatten(), weight_TK.detach().float().flatten())
+        self._tokens += len(logprob_TE)
+        if self._drift_L is None:
+            inputs = {layer: hidden_TD[:DRIFT_TOKENS] for layer, hidden_TD in sounds.expert_inputs.items()}
+            self._drift_L = self._start.drift(inputs)
+
+    def read(self) -> dict[str, float]:
+        if self._drift_L is None:
+            return {}
+        counts_LE = self._counts_LE.cpu()
+        self._ring(counts_LE)
+        even = counts_LE.mean(dim=1, keepdim=True)
+        most = ln(self._experts) if self._experts > 1 else 1.0
+        numbers = {
+            "router_entropy": float(self._entropy_L.mean()) / (self._tokens * most),
+            "router_load_variation": float(load_variation(counts_LE).mean()),
+            "router_dead_experts": float((counts_LE < DEAD_LOAD * even).float().mean()),
+            "router_drift_nats": float(self._drift_L.mean()),
+        }
+        self._clear()
+        return numbers
+
+    def _ring(self, counts_LE: Tensor) -> None:
+        """One warning per layer when it begins to look collapsed, not one per step."""
+        health = layer_health(counts_LE, self._gates_LE.cpu(), self._tokens)
+        alarms = {layer: state.alarm for layer, state in zip(self._sigmoid, health, strict=True) if state.alarm}
+        for layer in alarms.keys() - self._ringing:
+            log.warning("the router of layer %d looks collapsed: %s", layer, alarms[layer])
+        self._ringing = set(alarms)
+
+    def state(self) -> dict[str, Tensor]:
+        """The routers at the start of the stage."""
+        return {key: tensor.clone() for key, tensor in self._start.tensors.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._start.replace(state)
