@@ -23,6 +23,7 @@ from moe_edge.compression.candidates import Kept, criteria_to_compare
 from moe_edge.compression.decision import Quantization, bits_are_free, decide_by_priors, quantization_of
 from moe_edge.compression.masking import MaskedKl
 from moe_edge.compression.options import largest_contexts
+from moe_edge.compression.streamed import fits_in_memory
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
@@ -56,7 +57,13 @@ def run(context: StageContext) -> dict[str, Any]:
     else:
         why = "Every expert is kept, so there is no masked KL to measure and no criterion to choose."
         plan = make_plan(feasible, KEEP_ALL, _all_experts(feasible), {}, (why,), quantization_of(feasible))
-    plan = with_action(plan, context.config, spec, lambda: read_statistics(context.inputs["profile"], feasible))
+    plan = with_action(
+        plan,
+        context.config,
+        spec,
+        lambda: read_statistics(context.inputs["profile"], feasible),
+        fits_in_memory(headers),
+    )
     write_text_atomic(context.out / "plan.json", plan.to_json())
     log.info(
         "plan: %d of %d experts, %s, predicted KL %s nats",
@@ -155,6 +162,7 @@ def make_plan(
         experts_total=feasible.model.spec.moe.experts,
         experts_kept=feasible.choice.experts,
         top_k=feasible.space.top_k,
+        teacher_top_k=feasible.model.spec.moe.top_k,
         expert_width=feasible.space.width,
         kept={layer: list(ids) for layer, ids in kept.items()},
         quantization=feasible.quantization,
