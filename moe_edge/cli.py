@@ -25,6 +25,7 @@ from moe_edge.contracts.errors import (
     MoeEdgeError,
     ResourceProblem,
 )
+from moe_edge.logits_cli import logits
 from moe_edge.tables_cli import cache, targets
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(targets, name="targets")
 app.add_typer(cache, name="cache")
+app.add_typer(logits, name="logits")
 
 Teacher = Annotated[str | None, typer.Argument(help="A checkpoint folder or hub id; without it, the demo teacher.")]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="A shipped target, or the path of a target .yaml.")]

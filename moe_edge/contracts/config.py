@@ -161,6 +161,9 @@ class StageConfig(BaseModel):
     layer_map: Literal["identity", "proportional", "auto"] = Field(
         "identity", description="teacher layer of each student layer; auto: the monotone path of greatest CKA"
     )
+    expert_share: float = Field(
+        1.0, gt=0, le=1, description="expert_cka: teacher experts to learn from, the nearest to the layer by CKA first"
+    )
     alpha: float | None = Field(None, ge=0, le=1, description="this stage's alpha; null: distill.alpha")
     temperature: float | None = Field(None, gt=0, description="this stage's temperature; null: distill.temperature")
     share: float | None = Field(None, gt=0, le=1, description="share of distill.tokens")
@@ -188,7 +191,9 @@ class DistillConfig(BaseModel):
     temperature: float = Field(1, gt=0)
     batch_rows: int = Field(4, ge=1, description="rows per optimizer step")
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
-    skew: float = Field(0.1, gt=0, lt=1, description="skew_kl, skew_reverse_kl: share of the other side that is mixed in")
+    skew: float = Field(
+        0.1, gt=0, lt=1, description="skew_kl, skew_reverse_kl: share of the other side that is mixed in"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")
     stages: list[StageConfig] = [

@@ -8,19 +8,22 @@ same bits.
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_edge.contracts.errors import MoeEdgeError
 from moe_edge.contracts.progress import track
+from moe_edge.distillation.terms import Stateful
+from moe_edge.storage.tensor_dict import load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 MARKER = "complete"
 WEIGHTS = "model.safetensors"
+EXTRAS = "extras.safetensors"  # the state of whatever else was trained, such as a teacher's routers
 SAVE_INTERVAL_S = 120.0
 
 
@@ -39,18 +42,34 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's weights into `model`, every one of them.
 
     Raises:
+        InputRejected: it is no whole file.
         MoeEdgeError: it does not fit the model.
     """
     what = "a training checkpoint does not fit the student"
     try:
-        result = model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
-    except (RuntimeError, OSError) as error:
+        result = model.load_state_dict(load_tensors(checkpoint / WEIGHTS), strict=False)
+    except RuntimeError as error:
         raise MoeEdgeError(what, where=str(checkpoint), why=str(error).splitlines()[0]) from error
     shared = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [name for name in result.missing_keys if name not in shared]
     if missing or result.unexpected_keys:
         why = f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
         raise MoeEdgeError(what, where=str(checkpoint), why=why)
+
+
+def save_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
+    """Write the state of `parts`, each under its name; no file where there is none."""
+    tensors = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.state().items()}
+    if tensors:
+        save_tensors(checkpoint / EXTRAS, tensors)
+
+
+def load_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
+    """Give every part its state back; raises InputRejected where the checkpoint has none."""
+    tensors = load_tensors(checkpoint / EXTRAS) if parts else {}
+    for name, part in parts.items():
+        own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+        part.restore(own)
 
 
 class SaveByTheClock(TrainerCallback):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_edge.contracts.progress import track
-from moe_edge.distillation.losses import token_losses
+from moe_edge.distillation.losses import TokenLosses
 from moe_edge.distillation.signal import SignalSource
 from moe_edge.families.taps import body, head
 
@@ -19,12 +19,10 @@ def held_out_kl(student: nn.Module, ids_NS: np.ndarray, signal: SignalSource, vo
 
     Of the cached teacher: its top-k and one tail bucket, a lower bound of the full KL.
     """
-    total, device = 0.0, next(student.parameters()).device
+    total, device, losses = 0.0, next(student.parameters()).device, TokenLosses({"kl": 1.0}, temperature=1.0)
     for ids_S in track(ids_NS, "distill: held-out KL"):
         ids_S = torch.from_numpy(ids_S).long().to(device)
         hidden_SD = body(student)(input_ids=ids_S[None], use_cache=False).last_hidden_state[0]
-        loss, _ = token_losses(
-            hidden_SD, head(student).weight[:vocab], ids_S, signal.signal(ids_S, 1.0), {"kl": 1.0}, 1.0
-        )
+        loss, _ = losses(hidden_SD, head(student).weight[:vocab], None, [signal.signal(ids_S, 1.0)])
         total += float(loss)
     return total / ids_NS.size

@@ -1,41 +1,67 @@
 """The losses of distillation as rows of a table, and how they are blended.
 
-total = (1 - alpha) w_ce CE + alpha w_kl T^2 KL(teacher_T || student_T) + w_cka (1 - CKA)
+total = (1 - alpha) w_ce CE + alpha T^2 sum_d w_d D_d(teacher_T, student_T) + sum_o w_o L_o
 
-The factor T^2 keeps the gradient of the KL at the size of the cross-entropy's when T rises (Hinton et al. 2015,
-section 2.1). A loss whose weight comes out as 0 is not computed at all, so that alpha = 0 is plain fine-tuning and
-alpha = 1 is pure distillation exactly, not up to round-off. CE and KL are means over all valid tokens of an optimizer
-step, however they are split into micro-batches.
+with a divergence D (KL, reverse KL, ...) and other losses L on features, experts and routers. The factor T^2 keeps the
+gradient of a divergence at the size of the cross-entropy's when T rises (Hinton et al. 2015, section 2.1). A loss whose
+weight comes out as 0 is not computed at all, so that alpha = 0 is plain fine-tuning and alpha = 1 is pure distillation
+exactly, not up to round-off. Losses on logits are means over all valid tokens of an optimizer step, however they are
+split into micro-batches.
 
 Shape suffixes: T tokens, t tokens of a chunk, V vocabulary, D model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.signal import TeacherSignal
-from moe_edge.formulas.divergence import cached_kl, cross_entropy
+from moe_edge.distillation.signal import Signal
+from moe_edge.formulas.divergence import cross_entropy
 from moe_edge.formulas.head_loss import head_loss
+from moe_edge.formulas.pair_divergence import divergences
 
-Need = Literal["labels", "signal", "features"]
+Kind = Literal["labels", "divergence", "term"]
+Divergences = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
+
+
+def _once(alpha: float, temperature: float) -> float:
+    return 1.0
+
+
+def _blended(alpha: float, temperature: float) -> float:
+    return alpha * temperature**2
 
 
 @dataclass(frozen=True)
 class LossRow:
-    """One loss: what it needs, and its factor in the blend as a function of (alpha, temperature)."""
+    """One loss: what it is computed from, and its factor in the blend as a function of (alpha, temperature)."""
 
-    needs: Need
+    kind: Kind
     factor: Callable[[float, float], float]
+    teacher: bool = False  # only a live teacher can serve it
 
 
 LOSSES: dict[str, LossRow] = {
     "ce": LossRow("labels", lambda alpha, temperature: 1.0 - alpha),
-    "kl": LossRow("signal", lambda alpha, temperature: alpha * temperature**2),
-    "cka": LossRow("features", lambda alpha, temperature: 1.0),
+    "kl": LossRow("divergence", _blended),
+    "reverse_kl": LossRow("divergence", _blended),
+    "jsd": LossRow("divergence", _blended),
+    "skew_kl": LossRow("divergence", _blended),
+    "skew_reverse_kl": LossRow("divergence", _blended),
+    "tvd": LossRow("divergence", _blended),
+    "cka": LossRow("term", _once, teacher=True),
+    "mse": LossRow("term", _once, teacher=True),
+    "cosine": LossRow("term", _once, teacher=True),
+    "procrustes": LossRow("term", _once, teacher=True),
+    "expert_cka": LossRow("term", _once, teacher=True),
+    "expert_diversity": LossRow("term", _once),
+    "load_balance": LossRow("term", _once),
+    "importance": LossRow("term", _once),
+    "router_z": LossRow("term", _once),
+    "routing_kl": LossRow("term", _once, teacher=True),
 }
 
 
@@ -43,44 +69,70 @@ def active_weights(weights: Mapping[str, float], alpha: float, temperature: floa
     """{loss: its whole factor in the total}, only those that are not 0.
 
     Raises:
-        ConfigError: a negative weight, or nothing is left to train on.
+        ConfigError: an unknown loss, a negative weight, or nothing is left to train on.
     """
+    where = "distill.stages: losses"
+    unknown = sorted(set(weights) - set(LOSSES))
+    if unknown:
+        raise ConfigError(f"there is no loss '{unknown[0]}'", where=where, why=f"known: {', '.join(LOSSES)}")
     negative = sorted(name for name, weight in weights.items() if weight < 0)
     if negative:
-        raise ConfigError(f"the weight of the loss '{negative[0]}' is negative", where="distill.stages: losses")
+        raise ConfigError(f"the weight of the loss '{negative[0]}' is negative", where=where)
     blended = {name: weight * LOSSES[name].factor(alpha, temperature) for name, weight in weights.items()}
     active = {name: weight for name, weight in blended.items() if weight > 0}
     if not active:
         why = f"with alpha {alpha:g} the losses {dict(weights)} all have the weight 0"
-        raise ConfigError("a stage has no loss to train on", where="distill.stages: losses, distill.alpha", why=why)
+        raise ConfigError("a stage has no loss to train on", where=f"{where}, distill.alpha", why=why)
     return active
 
 
-def token_losses(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    labels_T: Tensor,
-    signal: TeacherSignal | None,
-    weights: Mapping[str, float],
-    temperature: float,
-) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum over tokens of the losses on logits, and each one's own sum (unweighted, nats).
+def of_kind(weights: Mapping[str, float], *kinds: Kind) -> dict[str, float]:
+    """The losses of some kinds."""
+    return {name: weight for name, weight in weights.items() if LOSSES[name].kind in kinds}
 
-    Args:
-        hidden_TD: final hidden states of tokens that have a label.
-        head_VD: the head's weight, cut to the true vocabulary.
-        signal: the teacher on the same tokens; only read when "kl" is active.
-        weights: from `active_weights`; losses on features are ignored here.
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The losses on logits of one stage.
+
+    `weights` come from `active_weights`; losses on anything else are ignored here.
     """
 
-    def chunk(logits_tV: Tensor, span: slice) -> dict[str, tuple[float, Tensor]]:
-        parts: dict[str, tuple[float, Tensor]] = {}
-        if "ce" in weights:
-            parts["ce"] = (weights["ce"], cross_entropy(logits_tV, labels_T[span]).sum())
-        if "kl" in weights and signal is not None:
-            part = signal[span]
-            kept = (part.indices_SK, part.logprobs_SK, part.tail_logmass_S)
-            parts["kl"] = (weights["kl"], cached_kl(logits_tV, *kept, temperature).sum())
-        return parts
+    weights: Mapping[str, float]
+    temperature: float
+    jsd_beta: float = 0.5
+    skew: float = 0.1
 
-    return head_loss(hidden_TD, head_VD, chunk)
+    def __call__(
+        self, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor | None, signals: Sequence[Signal]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The weighted sum over tokens, and each loss's own sum (unweighted, nats; a divergence without its T^2).
+
+        Args:
+            hidden_TD: final hidden states of tokens that have a label.
+            head_VD: the head's weight, cut to the true vocabulary.
+            labels_T: None leaves the cross-entropy out.
+            signals: the teacher on the same tokens, once per draw; a divergence is their mean.
+        """
+
+        def chunk(logits_tV: Tensor, span: slice) -> dict[str, tuple[float, Tensor]]:
+            sums: dict[str, Tensor] = {}
+            if "ce" in self.weights and labels_T is not None:
+                sums["ce"] = cross_entropy(logits_tV, labels_T[span]).sum()
+            for signal in signals:
+                for name, value in self._divergences(logits_tV, signal[span]).items():
+                    sums[name] = sums.get(name, 0.0) + value / len(signals)
+            return {name: (self.weights[name], value) for name, value in sums.items()}
+
+        return head_loss(hidden_TD, head_VD, chunk)
+
+    def _divergences(self, logits_tV: Tensor, signal: Signal) -> dict[str, Tensor]:
+        """Summed over the chunk; only the forward KL works with every kind of signal."""
+        known, sums = divergences(self.jsd_beta, self.skew), {}
+        if "kl" in self.weights:
+            sums["kl"] = signal.forward_kl(logits_tV, self.temperature).sum()
+        others = [name for name in self.weights if name in known]
+        if others:
+            pair = signal.pair(logits_tV, self.temperature)
+            sums |= {name: known[name](*pair).sum() for name in others}
+        return sums

@@ -9,8 +9,8 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerState
 
 from moe_edge.contracts.config import DistillConfig
-from moe_edge.distillation.alignment import TeacherLayers, aligned_layers
+from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.checkpoints import (
     SAVE_INTERVAL_S,
     SaveByTheClock,
@@ -29,11 +29,12 @@ from moe_edge.distillation.checkpoints import (
     load_weights,
     step_of,
 )
+from moe_edge.distillation.losses import of_kind
 from moe_edge.distillation.schedule import StageSchedule, micro_rows, multipliers_of
 from moe_edge.distillation.signal import SignalSource
+from moe_edge.distillation.stage_parts import PartsBuilder, stage_blend, stage_weights, wants_live_logits
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
 from moe_edge.families.students import use_fastest_experts
-from moe_edge.families.taps import decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +43,18 @@ log = logging.getLogger(__name__)
 class Recovery:
     """Everything the stages share.
 
-    `interval_s`: seconds between checkpoints.
+    `signal`: the cached teacher; None where every stage asks the live one. `interval_s`: seconds between checkpoints.
+    `material`: see `PartsBuilder`.
     """
 
     config: DistillConfig
     ids_NS: np.ndarray
-    signal: SignalSource
+    signal: SignalSource | None
     vocab: int
     teacher: Path
     checkpoints: Path
     interval_s: float = SAVE_INTERVAL_S
+    material: Mapping[str, Any] = field(default_factory=dict)
 
     def train(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> list[dict[str, Any]]:
         """Train `student` in place through all stages; returns one record per stage with its log."""
@@ -74,10 +77,20 @@ class Recovery:
         return records
 
     def check(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> None:
-        """Raises ConfigError for a stage whose patterns have no effect, before anything is trained."""
+        """Refuse what cannot be before anything is trained.
+
+        Raises:
+            ConfigError: patterns without effect, losses that cancel out or lack the teacher.
+        """
         names = [name for name, _ in student.named_parameters()]
         for schedule in schedules:
             multipliers_of(names, schedule.config.parameter_lr_multipliers)
+            live = wants_live_logits(self.config, schedule.config)
+            divergences = of_kind(stage_weights(self.config, schedule.config), "divergence")
+            if divergences and not live and self.signal is None:
+                why = "no teacher logits are cached for these rows"
+                where = f"distill.stages: {schedule.name}"
+                raise ConfigError("a stage has no teacher to learn from", where=where, why=why, next_command="teacher: live")
 
     def _stage(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> list[dict[str, float]]:
         last = latest_checkpoint(folder)
@@ -93,24 +106,19 @@ class Recovery:
 
     def trainer(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> DistillationTrainer:
         """The Trainer of one stage."""
-        arguments = training_arguments(self.config, schedule, folder, self.ids_NS.shape[1])
+        builder = PartsBuilder(self.config, self.teacher, schedule.steps, self.vocab, self.material)
+        parts, teacher = builder.build(student, schedule.config)
         return DistillationTrainer(
             model=student,
-            args=arguments,
+            args=training_arguments(self.config, schedule, folder, self.ids_NS.shape[1]),
             train_dataset=RowDataset(self.ids_NS, schedule.rows),
             lr_multipliers=schedule.config.parameter_lr_multipliers,
             signal=self.signal,
-            teacher=self._teacher(student, schedule),
+            teacher=teacher,
+            parts=parts,
             vocab=self.vocab,
             callbacks=[SaveByTheClock(self.interval_s), ShowProgress(f"distill: {schedule.name}", schedule.steps)],
         )
-
-    def _teacher(self, student: nn.Module, schedule: StageSchedule) -> TeacherLayers | None:
-        if not schedule.config.losses.get("cka"):
-            return None
-        parameter = next(student.parameters())
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        return TeacherLayers(self.teacher, aligned_layers(len(decoder_layers(student))), parameter.device, dtype)
 
 
 def training_arguments(
@@ -119,6 +127,7 @@ def training_arguments(
     """The Trainer's settings of one stage: one pass over its rows, warm-up, cosine to zero, float32 on a CPU."""
     rows = micro_rows(config.batch_rows, row_tokens)
     cuda = torch.cuda.is_available()
+    alpha, temperature = stage_blend(config, schedule.config)
     return DistillationTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=rows,
@@ -132,9 +141,13 @@ def training_arguments(
         seed=config.seed,
         use_cpu=not cuda,
         bf16=cuda,
-        distillation_alpha=config.alpha,
-        distillation_temperature=config.temperature,
+        gradient_checkpointing=config.gradient_checkpointing,
+        report_to=["tensorboard"] if config.tensorboard else [],
+        distillation_alpha=alpha,
+        distillation_temperature=temperature,
         loss_weights={name: float(weight) for name, weight in schedule.config.losses.items()},
+        jsd_beta=config.jsd_beta,
+        skew=config.skew,
     )
 
 

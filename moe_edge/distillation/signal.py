@@ -1,59 +1,164 @@
 """What the teacher says about a row of tokens, whatever it comes from; losses never ask which.
 
-Today the only source is the logit cache that the profile stage wrote: the teacher need not be in memory, and the
-cached row is found by its tokens, so that no other text's targets can slip in.
+Four forms with one interface. `pair` gives log-probabilities of teacher and student over the same outcomes, from which
+any divergence can be made; `forward_kl` gives KL(teacher || student). A `TeacherSignal` is the cache's top-k and exact
+tail, a `HeadSignal` an imported top-k without tail, a `DenseSignal` the whole distribution of a live teacher
+(live_signal.py), a `SampledSignal` a cache of random draws, which knows the forward KL only and refuses `pair`.
 
-Shape suffixes: S tokens of a row, K kept ids.
+A cached row is found by its tokens, so that no other text's targets can slip in.
+
+Shape suffixes: S tokens of a row, t tokens of a chunk, K kept ids, U unique draws, V vocabulary, C outcomes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from moe_edge.formulas.divergence import temperature_index
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.formulas.divergence import coarse_pair, dense_pair, forward_kl, head_pair, temperature_index
+from moe_edge.formulas.sampling import sampled_kl
+from moe_edge.storage.logit_shards import ShardedLogits
 from moe_edge.storage.logits import LogitCache
+from moe_edge.storage.sampled_codec import SampledCodec, SampledRow
+
+
+class Signal(Protocol):
+    """The teacher on a run of tokens."""
+
+    def __getitem__(self, span: slice) -> Self: ...
+
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(teacher, student): log-probabilities at `temperature` over the same C outcomes, [t, C] each.
+
+        Args:
+            student_tV: student logits on the same tokens, padding columns already dropped.
+            temperature: the one that the signal was asked for.
+
+        Raises:
+            ConfigError: this signal does not know the teacher's distribution.
+        """
+
+    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
+        """KL(teacher || student) in nats per token, [t]; arguments as `pair`."""
 
 
 @dataclass(frozen=True)
-class TeacherSignal:
+class _Columns:
+    """Tensors with one entry per token in their first axis."""
+
+    def __getitem__(self, span: slice) -> Self:
+        return type(self)(*(getattr(self, column.name)[span] for column in fields(self)))
+
+    @classmethod
+    def joined(cls, signals: Sequence[Self]) -> Self:
+        """The signals of several rows, one after the other."""
+        return cls(*(torch.cat([getattr(signal, column.name) for signal in signals]) for column in fields(cls)))
+
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        raise ConfigError(f"{type(self).__name__} has no distribution to compare with")
+
+    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
+        return forward_kl(*self.pair(student_tV, temperature))
+
+
+@dataclass(frozen=True)
+class TeacherSignal(_Columns):
     """The teacher's top-k and its exact tail at one temperature."""
 
     indices_SK: Tensor  # int64
     logprobs_SK: Tensor  # float32 nats, at T = 1
     tail_logmass_S: Tensor  # float32 nats, at the temperature that was asked for
 
-    def __getitem__(self, span: slice) -> "TeacherSignal":
-        return TeacherSignal(self.indices_SK[span], self.logprobs_SK[span], self.tail_logmass_S[span])
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return coarse_pair(student_tV, self.indices_SK, self.logprobs_SK, self.tail_logmass_S, temperature)
 
-    @staticmethod
-    def joined(signals: list["TeacherSignal"]) -> "TeacherSignal":
-        """The signals of several rows, one after the other."""
-        columns = ("indices_SK", "logprobs_SK", "tail_logmass_S")
-        return TeacherSignal(*(torch.cat([getattr(signal, name) for signal in signals]) for name in columns))
+
+@dataclass(frozen=True)
+class HeadSignal(_Columns):
+    """The teacher's top-k from a cache that has lost the tail (an import of another tool's file).
+
+    Both sides are compared given that the token is one of the k. That is exact at every temperature, and blind to the mass
+    outside, which is why `moe-edge logits capture` stores it.
+    """
+
+    indices_SK: Tensor  # int64
+    logprobs_SK: Tensor  # float32 nats, at T = 1
+
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return head_pair(student_tV, self.indices_SK, self.logprobs_SK, temperature)
+
+
+@dataclass(frozen=True)
+class DenseSignal(_Columns):
+    """The teacher's whole distribution."""
+
+    logits_SV: Tensor  # float32 or the teacher's dtype, cut to the true vocabulary
+
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return dense_pair(self.logits_SV, student_tV, temperature)
+
+
+@dataclass(frozen=True)
+class SampledSignal(_Columns):
+    """Draws from the teacher at the temperature that was asked for: unbiased, but for the forward KL alone."""
+
+    indices_SU: Tensor  # int64
+    counts_SU: Tensor  # int64, 0 = no draw
+    entropy_S: Tensor  # float32 nats, of the teacher
+
+    @classmethod
+    def joined(cls, signals: Sequence[Self]) -> Self:
+        """As every signal; rows with fewer unique draws are filled up."""
+        width = max(signal.indices_SU.shape[1] for signal in signals)
+        wide = [
+            cls(*(functional.pad(ids_SU, (0, width - ids_SU.shape[1])) for ids_SU in kept), signal.entropy_S)
+            for signal in signals
+            for kept in [(signal.indices_SU, signal.counts_SU)]
+        ]
+        return super().joined(wide)
+
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        raise ConfigError(
+            "a loss needs the teacher's distribution, and the logit cache holds random draws",
+            where="distill.stages: losses",
+            why="draws give an unbiased gradient of the forward KL only",
+            next_command="use the loss 'kl' alone, or capture again without --rs",
+        )
+
+    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
+        return sampled_kl(student_tV, self.indices_SU, self.counts_SU, self.entropy_S, temperature)
+
+
+def joined(signals: Sequence[Any]) -> Any:
+    """The signals of several rows of one source, one after the other, whatever their form."""
+    return type(signals[0]).joined(signals)
 
 
 class SignalSource(Protocol):
     """Anything that can say what the teacher thinks of a row."""
 
-    def signal(self, ids_S: Tensor, temperature: float) -> TeacherSignal: ...
+    def signal(self, ids_S: Tensor, temperature: float) -> Any: ...
 
 
 class CachedSignal:
-    """The teacher's signal from the logit cache.
+    """The teacher's signal from a logit cache: one HDF5 file, or the folder of shards of a capture.
 
     Args:
-        path: the HDF5 file.
-        expected: identity entries that must match, for example the teacher's digest.
+        path: the file or the folder.
+        expected: identity entries (of a folder: pins) that must match, for example the teacher's digest.
 
     Raises:
         InputRejected: no cache, or another teacher's.
     """
 
     def __init__(self, path: Path, expected: dict[str, Any]) -> None:
-        self._cache = LogitCache(path, expected)
+        self._cache = ShardedLogits(path, expected) if path.is_dir() else LogitCache(path, expected)
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -61,23 +166,45 @@ class CachedSignal:
 
     @property
     def k(self) -> int:
-        return self._cache.codec.k
+        """Kept ids per token, or draws."""
+        codec = self._cache.codec
+        return codec.draws if isinstance(codec, SampledCodec) else codec.k
 
     @property
     def vocab(self) -> int:
         return self._cache.codec.vocab
 
-    def signal(self, ids_S: Tensor, temperature: float) -> TeacherSignal:
+    @property
+    def description(self) -> str:
+        """What the signal is, for reports."""
+        if isinstance(self._cache.codec, SampledCodec):
+            return f"{self.k} draws per token from the teacher"
+        return f"cached top-{self.k} " + ("and tail bucket of the teacher" if self.temperatures else "without its tail")
+
+    def require(self, temperature: float) -> None:
+        """Raises ConfigError when the cache says nothing at this temperature."""
+        if self.temperatures:
+            temperature_index(temperature, self.temperatures)
+
+    def signal(self, ids_S: Tensor, temperature: float) -> "TeacherSignal | HeadSignal | SampledSignal":
         """The signal of one row on the device of its ids.
 
         Raises:
-            ConfigError: no exact tail mass is stored for this temperature.
+            ConfigError: the cache says nothing at this temperature.
             InputRejected: the row is not in the cache.
         """
-        column = temperature_index(temperature, self._cache.temperatures)
+        self.require(temperature)
         row = self._cache.row(ids_S.cpu().numpy())
-        arrays = (row.indices_SK, row.logprobs_SK, row.tail_logmass_SH[:, column].copy())
-        return TeacherSignal(*(torch.from_numpy(array).to(ids_S.device) for array in arrays))
+        if isinstance(row, SampledRow):
+            return SampledSignal(*_tensors(ids_S.device, row.indices_SU, row.counts_SU, row.entropy_S))
+        if not self.temperatures:
+            return HeadSignal(*_tensors(ids_S.device, row.indices_SK, row.logprobs_SK))
+        tail_S = row.tail_logmass_SH[:, temperature_index(temperature, self.temperatures)].copy()
+        return TeacherSignal(*_tensors(ids_S.device, row.indices_SK, row.logprobs_SK, tail_S))
 
     def close(self) -> None:
         self._cache.close()
+
+
+def _tensors(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(array).to(device) for array in arrays]

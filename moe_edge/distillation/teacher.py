@@ -3,21 +3,49 @@
 Its logits are never held whole: the head's input and the head are handed on, and each chunk of logits is made where it
 is judged. Where no loss wants logits, the layers above the deepest one that is wanted are dropped before it ever runs.
 
-Shape suffixes: B rows, S tokens of a row, T tokens, D model, V vocabulary.
+Shape suffixes: B rows, S tokens of a row, T tokens, t tokens of a chunk, D model, V vocabulary, C categories.
 """
 
 import gc
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_edge.distillation.terms import Heard, Needs
 from moe_edge.families.listening import listening
 from moe_edge.families.loading import load_model
-from moe_edge.families.taps import body
+from moe_edge.families.students import use_fastest_experts
+from moe_edge.families.taps import body, head
+from moe_edge.formulas.divergence import dense_pair, forward_kl
+
+Routing = Callable[[nn.Module, int], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """The teacher's whole distribution on some tokens, as what its logits are made of."""
+
+    hidden_TD: Tensor
+    head_VD: Tensor  # cut to the true vocabulary
+
+    def __getitem__(self, span: slice) -> "HiddenSignal":
+        return HiddenSignal(self.hidden_TD[span], self.head_VD)
+
+    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `signal.Signal.pair`; it holds for every temperature."""
+        with torch.no_grad():
+            teacher_tV = functional.linear(self.hidden_TD.to(self.head_VD.dtype), self.head_VD)
+        return dense_pair(teacher_tV, student_tV, temperature)
+
+    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
+        """As `signal.Signal.forward_kl`."""
+        return forward_kl(*self.pair(student_tV, temperature))
 
 
 class LiveTeacher:
@@ -26,41 +54,52 @@ class LiveTeacher:
     Args:
         model: the teacher; its parameters are frozen here.
         needs: what losses want beside the logits.
-        logits: does anything want its logits?
-        routing: a context manager factory (model, draw) -> context, under which it runs: knowledge augmentation, all
-            experts; None: its own routing.
+        logits: does anything want its logits? Without, the layers that nobody listens to are deleted from `model`.
+        routing: (model, draw) to a context under which it runs, such as knowledge augmentation; None: its own routing.
     """
 
-    def __init__(self, model: nn.Module, needs: Needs, logits: bool, routing: Any = None) -> None:
+    def __init__(self, model: nn.Module, needs: Needs, logits: bool = True, routing: Routing | None = None) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.needs, self._logits, self._routing = needs, logits, routing
+        self.needs, self.has_logits, self._routing = needs, logits, routing
         if not logits and needs:
             del body(model).layers[max(needs.layers | needs.routers) + 1 :]
             gc.collect()
         self._last: tuple[Tensor, int, Heard] | None = None
-
-    @classmethod
-    def from_folder(cls, path: Path, device: torch.device, dtype: torch.dtype, *args: Any, **options: Any) -> "LiveTeacher":
-        """Load the teacher of a folder; raises as `load_model`."""
-        teacher = cls(load_model(path, dtype=dtype), *args, **options)
-        teacher.model.to(device)
-        return teacher
 
     @torch.no_grad()
     def hear(self, ids_BS: Tensor, mask_BS: Tensor | None = None, draw: int = 0) -> Heard:
         """Everything wanted of one micro-batch; asked again for the same one, it answers from memory.
 
         Args:
-            mask_BS: 1 on real tokens, 0 on padding at the end; None: no padding.
+            mask_BS: 1 on tokens, 0 on padding at the end of rows; None: no padding.
             draw: which sample of a random routing.
         """
         if self._last is not None and self._last[0] is ids_BS and self._last[1] == draw:
             return self._last[2]
         with ExitStack() as stack:
-            stack.enter_context(self._routing(self.model, draw) if self._routing else nullcontext())
+            if self._routing is not None:
+                stack.enter_context(self._routing(self.model, draw))
             sounds = stack.enter_context(listening(self.model, self.needs.layers, self.needs.routers))
             output = body(self.model)(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
-        hidden_BSD = output.last_hidden_state if self._logits else None
+        hidden_BSD = output.last_hidden_state if self.has_logits else None
         heard = Heard(hidden_BSD, sounds.layers, sounds.router_logits, sounds.expert_inputs)
         self._last = (ids_BS, draw, heard)
         return heard
+
+    def forget(self) -> None:
+        """Its weights have changed: what was heard no longer holds."""
+        self._last = None
+
+    def signal(self, heard: Heard, chosen_BS: Tensor, vocab: int | None) -> HiddenSignal:
+        """The distribution at the positions where `chosen_BS` is True, row after row."""
+        assert heard.hidden_BSD is not None
+        return HiddenSignal(heard.hidden_BSD[chosen_BS], head(self.model).weight[:vocab])
+
+
+def teacher_model(path: Path, device: torch.device) -> nn.Module:
+    """The teacher of a folder where the student trains: float32 on a CPU, bfloat16 elsewhere; raises as `load_model`."""
+    on_cpu = device.type == "cpu"
+    model = load_model(path, dtype=torch.float32 if on_cpu else torch.bfloat16).to(device)
+    if on_cpu:
+        use_fastest_experts(model)
+    return model

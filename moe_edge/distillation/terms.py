@@ -4,17 +4,19 @@ A term listens while the student runs (hooks that it sets and removes itself) an
 runs a model: the trainer runs the student once, and `LiveTeacher` the teacher at most once per micro-batch, for all
 terms together. Nothing is projected and no term leaves a parameter in the student.
 
-Shape suffixes: B rows of a micro-batch, S tokens of a row, T = B x S tokens, D model, E experts.
+Shape suffixes: N rows, B rows of a micro-batch, S tokens of a row, T = B x S tokens, D model, E experts.
 """
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from moe_edge.contracts.config import StageConfig
+from moe_edge.distillation.layer_map import resolve_layer_map
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,22 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class TermContext:
-    """Everything a term may be built from."""
+    """Everything a term may be built from. Terms are built before `LiveTeacher` drops layers that nobody listens to."""
 
     student: nn.Module
     teacher: nn.Module | None  # the live teacher's model; None where no term asks for it
     stage: StageConfig
     kept: Mapping[int, list[int]] | None = None  # decoder layer -> the teacher's experts that the student kept
+    ids_NS: Tensor | None = None  # a few training rows, on which layer maps and groups of experts are measured
+    expert_layer_cka: Tensor | None = (
+        None  # [teacher's MoE layers, its experts, student layers]; where a share is asked
+    )
+
+    @cached_property
+    def layer_map(self) -> dict[int, int]:
+        """{student layer: teacher layer}, as the stage asks for it; measured once. Raises as `resolve_layer_map`."""
+        assert self.teacher is not None
+        return resolve_layer_map(self.stage.layer_map, self.student, self.teacher, self.ids_NS)
 
 
 class BatchHook(Protocol):

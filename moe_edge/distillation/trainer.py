@@ -1,14 +1,16 @@
 """`DistillationTrainer`: a transformers Trainer whose loss is the blend of losses.py, with rates per parameter.
 
-What differs from the plain Trainer: the loss (CE and KL on chunks of logits that are never held whole, CKA on the
-layers), the parameter groups (regex multipliers; a frozen parameter is not in the optimizer), the order of the rows (as
-given), checkpoints in the model's own weight names, and the log names total_loss, ce_loss, kl_loss (nats at the
-temperature, without T^2) and cka_loss.
+What differs from the plain Trainer: the loss (on chunks of logits that are never held whole, and terms that listen to
+layers, experts and routers), the parameter groups (regex multipliers; a frozen parameter is not in the optimizer), the
+order of the rows (as given), hooks that see a step's micro-batches before they are trained on (rows that the student
+writes, a router step of the teacher), checkpoints in the model's own weight names, and the log names total_loss, ce_loss,
+kl_loss (nats at the temperature, without T^2) and so on.
 
 Shape suffixes: B rows of a micro-batch, S tokens of a row, T tokens, D model, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -24,33 +27,38 @@ from transformers.trainer_callback import PrinterCallback
 
 from moe_edge.contracts.config import LrMultiplier
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.alignment import TeacherLayers, alignment_loss, listening
-from moe_edge.distillation.checkpoints import load_weights
-from moe_edge.distillation.losses import active_weights, token_losses
+from moe_edge.distillation.checkpoints import load_extras, load_weights, save_extras
+from moe_edge.distillation.losses import LOSSES, TokenLosses, active_weights, of_kind
 from moe_edge.distillation.schedule import multipliers_of, rate_factor
-from moe_edge.distillation.signal import SignalSource, TeacherSignal
-from moe_edge.families.taps import body, head
+from moe_edge.distillation.signal import SignalSource, joined
+from moe_edge.distillation.teacher import LiveTeacher
+from moe_edge.distillation.terms import BatchHook, Heard, Observer, Scene, Stateful, Term
+from moe_edge.families.listening import hidden_states
+from moe_edge.families.taps import head
+from moe_edge.formulas.divergence import IGNORED_LABEL
 
-LOG_NAMES = {"ce": "ce_loss", "kl": "kl_loss", "cka": "cka_loss"}
+Batch = dict[str, Tensor]
 
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """TrainingArguments plus the blend; suited to a short local run: no reports, no network."""
+    """TrainingArguments plus the blend; suited to a short local run: no network, and no reports unless asked for."""
 
     distillation_alpha: float = field(default=0.5, metadata={"help": "0 = plain fine-tuning, 1 = pure distillation"})
-    distillation_temperature: float = field(default=2.0, metadata={"help": "temperature of the KL term"})
+    distillation_temperature: float = field(default=2.0, metadata={"help": "temperature of the divergences"})
     loss_weights: dict[str, float] = field(default_factory=lambda: {"ce": 1.0, "kl": 1.0})
+    jsd_beta: float = field(default=0.5, metadata={"help": "weight of the teacher in the mixture of 'jsd'"})
+    skew: float = field(default=0.1, metadata={"help": "share of the other side in the skewed divergences"})
 
     def __post_init__(self) -> None:
-        self.report_to = []
+        self.report_to = [] if self.report_to is None else self.report_to
         self.disable_tqdm = True
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         super().__post_init__()
 
 
-class RowDataset(Dataset[dict[str, Tensor]]):
+class RowDataset(Dataset[Batch]):
     """Token rows in a given order; every token but a row's first is a label."""
 
     def __init__(self, ids_NS: np.ndarray, order: Sequence[int] | None = None) -> None:
@@ -59,9 +67,23 @@ class RowDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         ids_S = torch.from_numpy(self._ids_NS[self._order[index]]).long()
         return {"input_ids": ids_S, "labels": ids_S}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What takes part in training besides student and data.
+
+    `draws`: how often the teacher is asked about a micro-batch (knowledge augmentation); the losses are averaged.
+    """
+
+    terms: Sequence[Term] = ()
+    hooks: Sequence[BatchHook] = ()
+    observers: Sequence[Observer] = ()
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+    draws: int = 1
 
 
 class DistillationTrainer(Trainer):
@@ -72,8 +94,9 @@ class DistillationTrainer(Trainer):
         args: DistillationTrainingArguments.
         train_dataset: rows as `RowDataset` yields them, trained in their order.
         lr_multipliers: first match wins; mappings or LrMultiplier. None: everything at the full rate.
-        signal: where the teacher's word comes from; needed when the KL term is on.
-        teacher: the teacher's layers; needed when the CKA term is on.
+        signal: the teacher's word from a cache.
+        teacher: the teacher in memory; its word goes before the cache's, and terms may want more of it.
+        parts: terms, hooks and observers.
         vocab: true vocabulary; the head's rows beyond it are padding.
 
     Raises:
@@ -84,17 +107,17 @@ class DistillationTrainer(Trainer):
         self,
         model: nn.Module,
         args: DistillationTrainingArguments,
-        train_dataset: Dataset[dict[str, Tensor]],
+        train_dataset: Dataset[Batch],
         lr_multipliers: Sequence[LrMultiplier | Mapping[str, Any]] | None = None,
         signal: SignalSource | None = None,
-        teacher: TeacherLayers | None = None,
+        teacher: LiveTeacher | None = None,
+        parts: Parts | None = None,
         vocab: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.weights = active_weights(args.loss_weights, args.distillation_alpha, args.distillation_temperature)
-        for name, given in (("kl", signal), ("cka", teacher)):
-            if name in self.weights and given is None:
-                raise ConfigError(f"the loss '{name}' needs the teacher", where="DistillationTrainer")
+        self.signal, self.teacher, self.parts, self.vocab = signal, teacher, parts or Parts(), vocab
+        self._check_parts()
         rows = [row if isinstance(row, LrMultiplier) else LrMultiplier(**row) for row in lr_multipliers or ()]
         self._multipliers = multipliers_of([name for name, _ in model.named_parameters()], rows)
         for name, parameter in model.named_parameters():
@@ -102,9 +125,17 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's tokens here
-        self.signal, self.teacher, self.vocab = signal, teacher, vocab
+        self._token_losses = TokenLosses(self.weights, args.distillation_temperature, args.jsd_beta, args.skew)
         self._sums: dict[str, float] = {}
-        self._aligned_step = -1
+        self._judged_step = -1
+
+    def _check_parts(self) -> None:
+        live = self.teacher is not None and self.teacher.has_logits
+        given = {term.name for term in self.parts.terms}
+        for name in self.weights:
+            kind = LOSSES[name].kind
+            if kind == "divergence" and self.signal is None and not live or kind == "term" and name not in given:
+                raise ConfigError(f"the loss '{name}' needs the teacher", where="DistillationTrainer")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group per multiplier; frozen parameters are in none."""
@@ -133,63 +164,117 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """A step's micro-batches after the hooks have seen them, and the tokens in them that have a label."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for hook in self.parts.hooks:
+            batches = hook(batches, self.state.global_step)
+        return (batches, self._get_num_items_in_batch(batches, device)) if self.parts.hooks else (batches, items)
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's part of the step's loss: token losses over the step's token count, CKA once per step."""
-        ids_BS = inputs["input_ids"]
-        aligns = "cka" in self.weights and self._aligned_step != self.state.global_step
-        inner = self.accelerator.unwrap_model(model)
-        layers = self.teacher.layers if aligns and self.teacher else []
-        with listening(inner, layers) as heard:
-            hidden_BSD = body(inner)(input_ids=ids_BS, use_cache=False).last_hidden_state
-        tokens = int(num_items_in_batch) if num_items_in_batch is not None else ids_BS[:, 1:].numel()
-        loss, sums = self._token_loss(inner, hidden_BSD, ids_BS)
-        loss = loss / tokens
+        """This micro-batch's part of the step's loss: token losses over the step's token count, and the terms."""
+        inner, terms = self.accelerator.unwrap_model(model), self._due()
+        with ExitStack() as stack:
+            for listener in (*terms, *self.parts.observers):
+                stack.enter_context(listener.listening(inner))
+            hidden_BSD = hidden_states(model, inner, inputs["input_ids"], inputs.get("attention_mask"))
+        labelled = int(inputs["labels"][:, 1:].ne(IGNORED_LABEL).sum())
+        tokens = int(num_items_in_batch) if num_items_in_batch is not None else labelled
+        loss, sums = self._token_loss(inner, hidden_BSD, inputs)
+        loss = loss * (self.accelerator.num_processes / tokens)  # the processes' gradients are averaged
         for name, value in sums.items():
             self._add(name, value / tokens)
-        if aligns and self.teacher:
-            self._aligned_step = self.state.global_step
-            distance = alignment_loss(heard, self.teacher.features(ids_BS))
-            self._add("cka", float(distance.detach()))
-            loss = loss + self.weights["cka"] * distance
+        for term, value in self._judged(terms, inputs):
+            share = 1.0 if term.sampled else labelled * self.accelerator.num_processes / tokens
+            self._add(term.name, float(value.detach()) * share / self.accelerator.num_processes)
+            loss = loss + self.weights[term.name] * share * value
         return (loss, {"last_hidden_state": hidden_BSD}) if return_outputs else loss
 
-    def _token_loss(self, model: nn.Module, hidden_BSD: Tensor, ids_BS: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _due(self) -> list[Term]:
+        """The terms that judge this micro-batch: sampled ones only a step's first."""
+        first = self._judged_step != self.state.global_step
+        self._judged_step = self.state.global_step
+        return [term for term in self.parts.terms if term.name in self.weights and (first or not term.sampled)]
+
+    def _judged(self, terms: Sequence[Term], inputs: Batch) -> Iterator[tuple[Term, Tensor]]:
+        if not terms:
+            return
+        ids_BS, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
+        valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
+        wanted = self.teacher is not None and any(term.needs for term in terms)
+        heard = self.teacher.hear(ids_BS, mask_BS) if wanted and self.teacher else Heard()
+        scene = Scene(ids_BS, valid_BS, heard)
+        for term in terms:
+            yield term, term.loss(scene)
+
+    def _token_loss(self, model: nn.Module, hidden_BSD: Tensor, inputs: Batch) -> tuple[Tensor, dict[str, float]]:
         """Position j is judged on token j + 1 and on the teacher's row j; the last position of a row has no label."""
-        if not {"ce", "kl"} & set(self.weights):
+        if not of_kind(self.weights, "labels", "divergence"):
             return hidden_BSD.new_zeros(()), {}
-        signal = None
-        if "kl" in self.weights and self.signal is not None:
-            temperature = self.args.distillation_temperature
-            signal = TeacherSignal.joined([self.signal.signal(ids_S, temperature)[:-1] for ids_S in ids_BS])
-        return token_losses(
-            hidden_BSD[:, :-1].flatten(0, 1),
-            head(model).weight[: self.vocab],
-            ids_BS[:, 1:].flatten(),
-            signal,
-            self.weights,
-            self.args.distillation_temperature,
-        )
+        labels_BS = inputs["labels"]
+        chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+        chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL
+        own_words = "rollout" in inputs  # text that the student wrote is no target
+        labels_T = None if own_words else labels_BS[:, 1:][chosen_BS[:, :-1]]
+        weight_VD = head(model).weight[: self.vocab]
+        return self._token_losses(hidden_BSD[chosen_BS], weight_VD, labels_T, self._signals(inputs, chosen_BS))
+
+    def _signals(self, inputs: Batch, chosen_BS: Tensor) -> list[Any]:
+        """The teacher on the chosen positions, once per draw."""
+        if not of_kind(self.weights, "divergence"):
+            return []
+        ids_BS = inputs["input_ids"]
+        if self.teacher is not None and self.teacher.has_logits:
+            heard = (self.teacher.hear(ids_BS, inputs.get("attention_mask"), draw) for draw in range(self.parts.draws))
+            return [self.teacher.signal(one, chosen_BS, self.vocab) for one in heard]
+        assert self.signal is not None
+        temperature = self.args.distillation_temperature
+        return [joined([self.signal.signal(ids_S, temperature)[:-1] for ids_S in ids_BS])]
 
     def _add(self, name: str, value: float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss to what the Trainer logs after every step."""
+        """Adds the parts of the loss, and what observers saw, to what the Trainer logs after every step."""
         if "loss" in logs:
             logs["total_loss"] = logs.pop("loss")
-            logs |= {LOG_NAMES[name]: value for name, value in self._sums.items()}
+            logs |= {f"{name}_loss": value for name, value in self._over_processes(self._sums).items()}
             self._sums = {}
+            for observer in self.parts.observers:
+                logs |= observer.read()
         super().log(logs, start_time)
+
+    def _over_processes(self, sums: Mapping[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return dict(sums)
+        values = torch.tensor([sums[name] for name in sorted(sums)], device=self.args.device)
+        return dict(zip(sorted(sums), self.accelerator.reduce(values, "sum").tolist(), strict=True))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student from the main process, its weights gathered where they are sharded over processes."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=self.accelerator.num_processes > 1)
+        state = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)
+        if self.args.should_save:
+            self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The weights under their names in memory, so that loading them needs no conversion; no pickled arguments."""
-        self.model.save_pretrained(output_dir or self.args.output_dir, save_original_format=False)
+        folder = Path(output_dir or self.args.output_dir)
+        student = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None:  # gathered tensors no longer share memory
+            tied = student.all_tied_weights_keys
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        student.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        save_extras(folder, self.parts.stateful)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(model or self.model, Path(resume_from_checkpoint))
+        load_extras(Path(resume_from_checkpoint), self.parts.stateful)

@@ -70,7 +70,7 @@ def known_family(config: Mapping[str, Any]) -> Family | None:
 
 def _mentions_experts(config: Mapping[str, Any]) -> bool:
     nested = [value for value in config.values() if isinstance(value, dict)]
-    keys = {str(key) for level in (config, *nested) for key in level}
+    keys = {str(key) for level in (config, *nested) for key in level}  # a loaded model's config has numbers, too
     return any("expert" in key or key.startswith("moe_") for key in keys)
 
 

@@ -36,7 +36,7 @@ def sorted_loop_experts(self: nn.Module, hidden_TD: Tensor, index_TK: Tensor, we
     token_of_slot_S = order_S // top_k
     counts = torch.bincount(slot_expert_S, minlength=self.num_experts).tolist()
     pieces = hidden_TD.index_select(0, token_of_slot_S).split(counts)
-    gate_up_E, down_E = _unbound(self, "gate_up_proj"), _unbound(self, "down_proj")
+    gate_up_E, down_E = unbound_experts(self, "gate_up_proj"), unbound_experts(self, "down_proj")
     outputs = []
     for piece, gate_up, down in zip(pieces, gate_up_E, down_E, strict=True):
         outputs.append(functional.linear(self._apply_gate(functional.linear(piece, *gate_up)), *down))
@@ -62,7 +62,7 @@ def _plain(self: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     return (weight.transpose(1, 2) if self.is_transposed else weight), bias
 
 
-def _unbound(self: nn.Module, name: str) -> list[tuple[Tensor, Tensor | None]]:
+def unbound_experts(self: nn.Module, name: str) -> list[tuple[Tensor, Tensor | None]]:
     """Matrix and bias of every expert."""
     weight, bias = _plain(self, name)
     biases = [None] * len(weight) if bias is None else bias.unbind(0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_edge.families.taps import decoder_layers
+from moe_edge.families.taps import body, decoder_layers
 from moe_edge.families.views import moe_layers
 
 
@@ -64,3 +64,22 @@ def _inputs(heard: Sounds, layer: int) -> Callable[..., None]:
         heard.expert_inputs[layer], heard.routing[layer] = hidden_TD, (index_TK, weight_TK)
 
     return hook
+
+
+def hidden_states(wrapped: nn.Module, model: nn.Module, ids_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+    """The head's input [B, S, D], from a forward pass of the whole model that makes logits of one position only.
+
+    The pass goes through `wrapped` (the model, or what a parallel backend wrapped around it), because backends gather
+    weights and gradients only then.
+    """
+    heard: dict[int, Tensor] = {}
+
+    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        heard[0] = output.last_hidden_state
+
+    handle = body(model).register_forward_hook(hook)
+    try:
+        wrapped(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return heard[0]

@@ -74,6 +74,11 @@ def is_shared_core(model: PreTrainedModel) -> bool:
     return model.config.model_type == shared_core.MODEL_TYPE
 
 
+def is_mixture(model: PreTrainedModel) -> bool:
+    """Has the model routers and ordinary experts?"""
+    return not is_shared_core(model) and model.config.model_type not in DENSE_TYPES
+
+
 def plain_form(model: PreTrainedModel) -> PreTrainedModel:
     """A student as a plain model: the same object, or a new one with ordinary experts in the place of shared cores."""
     return shared_core.fold(model) if is_shared_core(model) else model
@@ -115,7 +120,7 @@ def describe_student(headers: CheckpointHeaders) -> dict[str, Any]:
 
 def use_fastest_experts(model: PreTrainedModel) -> None:
     """Choose the fastest experts kernel for a CPU, where the model has ordinary experts."""
-    if is_shared_core(model) or model.config.model_type in DENSE_TYPES:
+    if not is_mixture(model):
         return
     view = moe_layers(model)[0]
     model.set_experts_implementation(fastest_kernel(view.top_k, view.count))

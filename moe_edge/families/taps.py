@@ -79,6 +79,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(model.model.layers)
 
 
+def width(model: nn.Module) -> int:
+    """D, the width of the residual stream."""
+    return model.config.hidden_size
+
+
 def dense_taps(model: nn.Module) -> list[Tap]:
     """The inputs of all dense matrix products, layer by layer, of layers without experts, too.
 

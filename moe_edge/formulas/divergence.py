@@ -12,6 +12,7 @@ temperatures while the whole distribution is there, and other temperatures are r
 Shape suffixes: T tokens, V vocabulary, K kept ids per token, H temperatures.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from moe_edge.contracts.errors import ConfigError
 CACHED_LOGITS = 1 << 17  # logits in one chunk of teacher_topk, which stay in the processor's cache
 CHUNK_TOKENS = 128
 IGNORED_LABEL = -100
+LOG_NOTHING = -104.0  # exp of it is 0 in float32, and 0 times it is 0: stands for the log of an empty tail
+TAIL_LIMIT = 1 - 1e-6  # a tail mass is kept below one by float32's resolution
 
 
 class TopK(NamedTuple):
@@ -94,9 +97,66 @@ def tempered(logprobs_TK: Tensor, tail_logmass_T: Tensor, temperature: float) ->
         logprobs_TK: log-probabilities at T = 1 (only their differences matter).
         tail_logmass_T: log mass outside K at `temperature`.
     """
-    conditional_TK = torch.log_softmax(logprobs_TK.float() / temperature, dim=-1)
-    head_T = torch.log1p(-torch.exp(tail_logmass_T.float()).clamp(max=1 - 1e-6))
+    conditional_TK = torch.log_softmax(_wide(logprobs_TK) / temperature, dim=-1)
+    head_T = torch.log1p(-torch.exp(_wide(tail_logmass_T)).clamp(max=TAIL_LIMIT))
     return conditional_TK + head_T.unsqueeze(-1)
+
+
+def coarse_pair(
+    student_TV: Tensor, indices_TK: Tensor, logprobs_TK: Tensor, tail_logmass_T: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of teacher and student at `temperature` over the k kept ids and, last, one tail bucket.
+
+    Both sum to one over C = K + 1 outcomes; where all ids are kept there is no tail and C = K. An empty tail of the
+    teacher is LOG_NOTHING, so that p log p is 0 and no divergence of the pair is NaN.
+
+    Args:
+        student_TV: student logits, padding columns already dropped.
+        indices_TK, logprobs_TK: the teacher's kept ids and log-probabilities at T = 1.
+        tail_logmass_T: the teacher's log mass outside K at `temperature`.
+
+    Returns:
+        (teacher, student), each [T, C], float32 or the wider dtype of what was given.
+    """
+    if indices_TK.shape[-1] == student_TV.shape[-1]:
+        return head_pair(student_TV, indices_TK, logprobs_TK, temperature)
+    scaled_TV = _wide(student_TV) / temperature
+    kept_TK = scaled_TV.gather(-1, indices_TK)
+    tail_T = _wide(tail_logmass_T).clamp(LOG_NOTHING, math.log(TAIL_LIMIT))
+    teacher_TC = torch.cat([tempered(logprobs_TK, tail_T, temperature), tail_T.unsqueeze(-1)], -1)
+    outside_T = torch.logsumexp(scaled_TV.scatter(-1, indices_TK, -torch.inf), -1)
+    return teacher_TC, torch.log_softmax(torch.cat([kept_TK, outside_T.unsqueeze(-1)], -1), -1)
+
+
+def head_pair(
+    student_TV: Tensor, indices_TK: Tensor, logprobs_TK: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of teacher and student at `temperature` given that the token is one of the k kept, [T, K] each.
+
+    For a teacher whose tail is unknown. Exact at every temperature, but blind to the student's mass outside K.
+    """
+    kept_TK = _wide(student_TV).gather(-1, indices_TK)
+    return torch.log_softmax(_wide(logprobs_TK) / temperature, -1), torch.log_softmax(kept_TK / temperature, -1)
+
+
+def dense_pair(
+    teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0, vocab: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of teacher and student at `temperature` over the whole vocabulary, from logits.
+
+    Columns beyond `vocab` are padding and are dropped; without `vocab` both are cut to the narrower of the two.
+
+    Returns:
+        (teacher, student), each [T, V], float32 or the wider dtype of what was given.
+    """
+    width = vocab or min(teacher_TV.shape[-1], student_TV.shape[-1])
+    teacher_TV, student_TV = (_wide(logits_TV[:, :width]) / temperature for logits_TV in (teacher_TV, student_TV))
+    return torch.log_softmax(teacher_TV, -1), torch.log_softmax(student_TV, -1)
+
+
+def forward_kl(teacher_TC: Tensor, student_TC: Tensor) -> Tensor:
+    """KL(teacher || student) in nats per token from log-probabilities over the same outcomes, [T], at least 0."""
+    return _not_negative((teacher_TC.exp() * (teacher_TC - student_TC)).sum(-1))
 
 
 def cached_kl(
@@ -106,31 +166,14 @@ def cached_kl(
     tail_logmass_T: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """KL(teacher || student) in nats per token over the k kept ids and one tail bucket.
+    """KL(teacher || student) in nats per token over the k kept ids and one tail bucket; arguments as `coarse_pair`.
 
     Gradient with respect to student logits, times T: q_j - p_j on K, and q_j (1 - t / q_tail) off K.
-
-    Args:
-        student_TV: student logits, padding columns already dropped.
-        indices_TK, logprobs_TK: the teacher's kept ids and log-probabilities at T = 1.
-        tail_logmass_T: the teacher's log mass outside K at `temperature`.
 
     Returns:
         [T] float32, at least 0.
     """
-    teacher_TK = tempered(logprobs_TK, tail_logmass_T, temperature)
-    scaled_TV = student_TV.float() / temperature
-    kept_TK = scaled_TV.gather(-1, indices_TK)
-    if indices_TK.shape[-1] == scaled_TV.shape[-1]:
-        student_TK = kept_TK - torch.logsumexp(kept_TK, -1, keepdim=True)
-        return _not_negative((teacher_TK.exp() * (teacher_TK - student_TK)).sum(-1))
-    kept_T = torch.logsumexp(kept_TK, -1)
-    outside_T = torch.logsumexp(scaled_TV.scatter(-1, indices_TK, -torch.inf), -1)
-    whole_T = torch.logaddexp(kept_T, outside_T)
-    head_T = (teacher_TK.exp() * (teacher_TK - kept_TK + whole_T.unsqueeze(-1))).sum(-1)
-    tail_mass_T = torch.exp(tail_logmass_T.float())
-    tail_T = torch.special.xlogy(tail_mass_T, tail_mass_T) - tail_mass_T * (outside_T - whole_T)
-    return _not_negative(head_T + tail_T)
+    return forward_kl(*coarse_pair(student_TV, indices_TK, logprobs_TK, tail_logmass_T, temperature))
 
 
 def _not_negative(kl_T: Tensor) -> Tensor:
@@ -142,23 +185,15 @@ def kl_dense(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0, v
     """KL(teacher || student) in nats per token over the whole vocabulary, [T] float32 (or float64).
 
     Works through CHUNK_TOKENS tokens at a time, so that without gradients only a chunk of each
-    distribution is ever held in float32. Columns beyond `vocab` are padding and are dropped;
-    without `vocab` both are cut to the narrower of the two.
+    distribution is ever held in float32. The vocabulary is cut as in `dense_pair`.
     """
-    width = vocab or min(teacher_TV.shape[-1], student_TV.shape[-1])
-    parts = []
-    for teacher_tV, student_tV in zip(
-        torch.split(teacher_TV, CHUNK_TOKENS), torch.split(student_TV, CHUNK_TOKENS), strict=True
-    ):
-        teacher_tV = _logprobs(teacher_tV[:, :width], temperature)
-        student_tV = _logprobs(student_tV[:, :width], temperature)
-        parts.append((teacher_tV.exp() * (teacher_tV - student_tV)).sum(-1))
-    return _not_negative(torch.cat(parts))
+    chunks = zip(torch.split(teacher_TV, CHUNK_TOKENS), torch.split(student_TV, CHUNK_TOKENS), strict=True)
+    return torch.cat([forward_kl(*dense_pair(*chunk, temperature, vocab)) for chunk in chunks])
 
 
-def _logprobs(logits_tV: Tensor, temperature: float) -> Tensor:
-    at_least_float32 = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
-    return torch.log_softmax(at_least_float32 / temperature, dim=-1)
+def _wide(values: Tensor) -> Tensor:
+    """In float32, or as they are where they are float64."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:

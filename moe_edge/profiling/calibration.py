@@ -46,6 +46,22 @@ def calibration_rows(
     return rows
 
 
+def document_rows(
+    documents: Iterable[Document], name: str, tokenizer: PreTrainedTokenizerBase, tokens: int, sequence_length: int
+) -> TokenRows:
+    """`tokens // sequence_length` rows of documents in their order; no more documents are taken than that needs.
+
+    Raises:
+        ConfigError: the text does not fill one row.
+        InputRejected: a failing chat template.
+    """
+    wanted = max(tokens // sequence_length, 1) * sequence_length
+    rows = _packed(_encoded(documents, tokenizer), wanted, sequence_length, tokens, name)
+    if rows.short:
+        log.warning("the text '%s' has only %d tokens, %d were asked for", name, rows.n_tokens, tokens)
+    return rows
+
+
 def heldout_rows(
     text: str,
     tokenizer: PreTrainedTokenizerBase,

@@ -132,14 +132,15 @@ def _rows(path: Path, text: str) -> list[Document]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                documents.append(_document(json.loads(line)))
+                documents.append(document_of(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 why = f"{type(error).__name__}: {error}; a row has messages, or instruction and output, or text"
                 raise InputRejected("a row cannot be read", where=f"{path}, line {number}", why=why) from error
     return documents
 
 
-def _document(row: dict[str, Any]) -> Document:
+def document_of(row: dict[str, Any]) -> Document:
+    """A row as a document. Raises KeyError or TypeError when it has none of the known columns."""
     if "messages" in row:
         return [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
     if "instruction" in row:

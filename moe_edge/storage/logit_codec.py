@@ -18,9 +18,11 @@ and tail sum to one, and thus the mass outside is exact however coarse the list 
 Shape suffixes: S tokens of a row, K kept ids, H temperatures.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,21 +42,44 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
+class TeacherRow:
+    """The teacher's distribution over one row; nats."""
+
+    indices_SK: Ints
+    logprobs_SK: Floats  # at T = 1, descending; without tail masses: given that the token is one of the k
+    tail_logmass_SH: Floats  # log of the mass outside K at each of the cache's temperatures
+
+
+@dataclass(frozen=True)
 class RowCodec:
     """Encodes and decodes rows of one cache."""
 
     sequence_length: int
     k: int
     vocab: int
-    temperatures: tuple[float, ...]  # contains 1.0
+    temperatures: tuple[float, ...]  # contains 1.0; empty: a cache from elsewhere, whose tails are unknown
 
     def __post_init__(self) -> None:
-        if not (1 <= self.k <= self.vocab <= 2**23) or 1.0 not in self.temperatures:
+        if not (1 <= self.k <= self.vocab <= 2**23) or (self.temperatures and 1.0 not in self.temperatures):
             raise ValueError(f"need 1 <= k <= vocab <= 2**23 and temperature 1, got {self}")
+
+    @classmethod
+    def of_layout(cls, layout: Mapping[str, Any]) -> Self:
+        """The codec that `layout` describes. Raises KeyError, TypeError or ValueError when it describes none."""
+        return cls(layout["sequence_length"], layout["k"], layout["vocab"], tuple(layout["temperatures"]))
+
+    def layout(self) -> dict[str, Any]:
+        """What a file says about its rows, as plain data."""
+        return {
+            "k": self.k,
+            "sequence_length": self.sequence_length,
+            "temperatures": list(self.temperatures),
+            "vocab": self.vocab,
+        }
 
     @property
     def id_bits(self) -> int:
-        return max(1, (self.vocab - 1).bit_length())
+        return id_bits(self.vocab)
 
     @property
     def plane_bytes(self) -> tuple[int, int, int, int]:
@@ -78,15 +103,8 @@ class RowCodec:
             ValueError: shapes or ids do not fit this cache, or a list is not descending.
         """
         self._check(logprobs_SK, indices_SK, tail_logmass_SH)
-        whole, rest = divmod(self.id_bits, 8)
-        ids_SK = indices_SK.astype(np.uint32)
-        planes = [(ids_SK & (256**whole - 1)).astype(f"<u{whole}").tobytes() if whole else b""]
-        bits_SKr = (ids_SK[..., None] >> np.arange(8 * whole, 8 * whole + rest, dtype=np.uint32)) & 1
-        bits_S = bits_SKr.astype(np.uint8).reshape(self.sequence_length, self.k * rest)
-        planes.append(np.packbits(bits_S, axis=-1, bitorder="little").tobytes() if rest else b"")
-        planes.append(_gap_codes(logprobs_SK).tobytes())
-        planes.append(tail_logmass_SH.astype("<f2").tobytes())
-        return b"".join(planes)
+        gaps, tails = _gap_codes(logprobs_SK).tobytes(), tail_logmass_SH.astype("<f2").tobytes()
+        return pack_ids(indices_SK, self.id_bits) + gaps + tails
 
     def _check(self, logprobs_SK: Floats, indices_SK: Ints, tail_logmass_SH: Floats) -> None:
         tokens, temperatures = self.sequence_length, len(self.temperatures)
@@ -103,20 +121,46 @@ class RowCodec:
 
     def decode(self, record: Bytes) -> tuple[Floats, Ints, Floats]:
         """(log-probabilities at T = 1 [S, K], ids [S, K], log tail masses [S, H]) of one record."""
-        whole, rest = divmod(self.id_bits, 8)
         tokens = self.sequence_length
         sizes = [tokens * size for size in self.plane_bytes]
         ends = list(accumulate(sizes))
         id_words, id_bits, gaps, tails = (record[end - size : end] for size, end in zip(sizes, ends, strict=True))
-        ids_SK = _unpack_bits(id_bits.reshape(tokens, -1), self.k, rest)
-        if whole:
-            ids_SK <<= 8 * whole
-            ids_SK |= id_words.view(f"<u{whole}").reshape(tokens, self.k)
-        tail_SH = tails.view("<f2").reshape(tokens, -1).astype(np.float32)
+        ids_SK = unpack_ids(id_words, id_bits.reshape(tokens, -1), self.k, self.id_bits)
+        tail_SH = tails.view("<f2").reshape(tokens, len(self.temperatures)).astype(np.float32)
         fall_SK = _GAPS.take(gaps.reshape(tokens, self.k - 1)) @ self._running_GK
-        head_S = _log_head(tail_SH[:, self.temperatures.index(1.0)])
+        head_S = _log_head(tail_SH[:, self.temperatures.index(1.0)]) if self.temperatures else np.float32(0)
         level_S = head_S - np.log(np.exp(-fall_SK) @ np.ones(self.k, dtype=np.float32))
         return np.subtract(level_S[:, None], fall_SK, out=fall_SK), ids_SK, tail_SH
+
+    def row(self, record: Bytes) -> TeacherRow:
+        """A record as what the teacher said. Raises ValueError when it has another size."""
+        logprobs_SK, indices_SK, tail_SH = self.decode(record)
+        return TeacherRow(indices_SK, logprobs_SK, tail_SH)
+
+
+def id_bits(vocab: int) -> int:
+    """Bits of the largest id."""
+    return max(1, (vocab - 1).bit_length())
+
+
+def pack_ids(indices_SK: Ints, bits: int) -> bytes:
+    """The two planes of ids: whole bytes as words, then the other bits packed token by token."""
+    whole, rest = divmod(bits, 8)
+    ids_SK = indices_SK.astype(np.uint32)
+    words = (ids_SK & (256**whole - 1)).astype(f"<u{whole}").tobytes() if whole else b""
+    bits_SKr = (ids_SK[..., None] >> np.arange(8 * whole, 8 * whole + rest, dtype=np.uint32)) & 1
+    bits_S = bits_SKr.astype(np.uint8).reshape(len(ids_SK), -1)
+    return words + (np.packbits(bits_S, axis=-1, bitorder="little").tobytes() if rest else b"")
+
+
+def unpack_ids(words: Bytes, packed_SB: Bytes, k: int, bits: int) -> Ints:
+    """The ids [S, k] of two planes."""
+    whole, rest = divmod(bits, 8)
+    ids_SK = _unpack_bits(packed_SB, k, rest)
+    if whole:
+        ids_SK <<= 8 * whole
+        ids_SK |= words.view(f"<u{whole}").reshape(ids_SK.shape)
+    return ids_SK
 
 
 def _unpack_bits(packed_SB: Bytes, k: int, bits: int) -> Ints:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.losses import active_weights, token_losses
+from moe_edge.distillation.losses import TokenLosses, active_weights
 from moe_edge.distillation.signal import TeacherSignal
 from moe_edge.formulas.divergence import cached_kl, teacher_topk
 
@@ -29,7 +29,7 @@ def test_blend_equals_its_formula() -> None:
     top = teacher_topk(torch.randn(20, 50), 8, (2.0,))
     signal = TeacherSignal(top.indices_TK, top.logprobs_TK, top.tail_logmass_TH[:, 0])
     weights = active_weights({"ce": 1, "kl": 1}, 0.3, 2.0)
-    loss, sums = token_losses(hidden, head, labels, signal, weights, 2.0)
+    loss, sums = TokenLosses(weights, 2.0)(hidden, head, labels, [signal])
     logits = hidden @ head.T
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     kl = cached_kl(logits, top.indices_TK, top.logprobs_TK, top.tail_logmass_TH[:, 0], 2.0).sum()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_edge.formulas.cka import cka_from_hsic, hsic_all_pairs, normalise_rows
-from moe_edge.formulas.cka_loss import cka_pair, hsic_triple, kept_tokens
+from moe_edge.formulas.cka_loss import cka_pair, hsic_triple, kept_tokens, mean_pairwise_cka
 
 
 def test_equals_the_all_pairs_formula() -> None:
@@ -51,3 +51,26 @@ def test_sinks_and_the_first_position_are_dropped() -> None:
     hidden[7] *= 1000
     kept = kept_tokens(hidden).tolist()
     assert 0 not in kept and 7 not in kept and len(kept) == 18
+
+
+def test_padding_counts_for_nothing() -> None:
+    hidden = torch.randn(20, 6)
+    hidden[12:] *= 1e6
+    valid = torch.arange(20) < 12
+    assert kept_tokens(hidden, valid).tolist() == list(range(1, 12))
+
+
+def test_leading_axes_are_pairs_of_their_own() -> None:
+    x, y = torch.randn(3, 24, 8), torch.randn(3, 24, 5)
+    expected = torch.stack([cka_pair(a, b) for a, b in zip(x, y, strict=True)])
+    torch.testing.assert_close(cka_pair(x, y), expected)
+
+
+def test_the_mean_of_all_pairs() -> None:
+    experts = torch.randn(4, 32, 6, dtype=torch.float64)
+    experts[1] += experts[0]
+    slow = [cka_pair(experts[i], experts[j]) for i in range(4) for j in range(4) if i != j]
+    torch.testing.assert_close(mean_pairwise_cka(experts), torch.stack(slow).mean())
+    assert torch.autograd.gradcheck(mean_pairwise_cka, (experts[:, :8].requires_grad_(),), eps=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="2 experts"):
+        mean_pairwise_cka(experts[:1])

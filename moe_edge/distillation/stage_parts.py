@@ -1,0 +1,114 @@
+"""From a stage's configuration to what takes part in its training: terms, hooks, observers, and the live teacher.
+
+The teacher is loaded only where something wants it: a loss on its layers or routers, a routing of its own, rows that the
+student writes, or `teacher: live`. Everything else is served by the cache, which needs no teacher in memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moe_edge.contracts.config import DistillConfig, StageConfig
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.expert_terms import EXPERT_TERMS
+from moe_edge.distillation.feature_terms import FEATURE_TERMS
+from moe_edge.distillation.losses import LOSSES, active_weights, of_kind
+from moe_edge.distillation.rollouts import Rollouts
+from moe_edge.distillation.router_terms import ROUTER_TERMS
+from moe_edge.distillation.student_aware_router import StudentAwareRouter
+from moe_edge.distillation.teacher import LiveTeacher, teacher_model
+from moe_edge.distillation.teacher_routing import teacher_routing
+from moe_edge.distillation.telemetry import RoutingTelemetry
+from moe_edge.distillation.terms import Needs, Term, TermContext
+from moe_edge.distillation.trainer import Parts
+from moe_edge.families.students import is_mixture
+
+TERMS = {**FEATURE_TERMS, **EXPERT_TERMS, **ROUTER_TERMS}
+
+
+def stage_weights(config: DistillConfig, stage: StageConfig) -> dict[str, float]:
+    """The active losses of a stage with their whole factors; raises ConfigError as `active_weights`."""
+    return active_weights(stage.losses, *stage_blend(config, stage))
+
+
+def stage_blend(config: DistillConfig, stage: StageConfig) -> tuple[float, float]:
+    """(alpha, temperature) of a stage."""
+    alpha = config.alpha if stage.alpha is None else stage.alpha
+    return alpha, config.temperature if stage.temperature is None else stage.temperature
+
+
+def wants_live_logits(config: DistillConfig, stage: StageConfig) -> bool:
+    """Must the teacher's logits come from the teacher itself?
+
+    Raises:
+        ConfigError: the stage says `cached`, and only a live teacher can do what it asks.
+    """
+    reasons = {
+        "on_policy": stage.on_policy is not None,
+        "teacher_routing": stage.teacher_routing.policy != "own",
+        "student_aware_router": stage.student_aware_router is not None,
+    }
+    asked = [name for name, on in reasons.items() if on]
+    if asked and stage.teacher == "cached":
+        why = f"{asked[0]} changes what the teacher says, and the cache holds what it said before"
+        raise ConfigError("this stage needs the live teacher", where=f"distill.stages: {stage.stage_name}", why=why)
+    divergence = bool(of_kind(stage_weights(config, stage), "divergence"))
+    return divergence and (bool(asked) or stage.teacher == "live")
+
+
+def wants_teacher(config: DistillConfig, stage: StageConfig) -> bool:
+    """Must the teacher be in memory in this stage?"""
+    return wants_live_logits(config, stage) or any(LOSSES[name].teacher for name in stage_weights(config, stage))
+
+
+@dataclass(frozen=True)
+class PartsBuilder:
+    """Builds the parts of a stage.
+
+    `steps`: of the stage. `vocab`: true vocabulary. `material`: fields of `TermContext` that the run measured or knows,
+    such as the experts that were kept.
+    """
+
+    config: DistillConfig
+    teacher: Path
+    steps: int
+    vocab: int
+    material: Mapping[str, Any]
+
+    def build(self, student: nn.Module, stage: StageConfig) -> tuple[Parts, LiveTeacher | None]:
+        """The parts, and the teacher where one is in memory; raises ConfigError where the student cannot have a loss."""
+        device, live = next(student.parameters()).device, wants_live_logits(self.config, stage)
+        model = teacher_model(self.teacher, device) if wants_teacher(self.config, stage) else None
+        context = TermContext(student, model, stage, **self.material)
+        terms = [TERMS[name](context) for name in of_kind(stage_weights(self.config, stage), "term")]
+        routing = teacher_routing(stage, self.config.seed) if live else None
+        needs = reduce(Needs.__or__, (term.needs for term in terms), Needs())
+        teacher = None
+        if model is not None:
+            teacher = LiveTeacher(model, needs, live, None if routing is None else routing.routing)
+        helpers = [] if routing is None else [routing]
+        if stage.on_policy is not None:
+            helpers.append(Rollouts(student, stage.on_policy, self.steps, self.config.seed))
+        return self._parts(student, stage, terms, teacher, helpers), teacher
+
+    def _parts(
+        self, student: nn.Module, stage: StageConfig, terms: list[Term], teacher: LiveTeacher | None, helpers: list[Any]
+    ) -> Parts:
+        """`helpers` are hooks and observers at once; a router step comes after the rows are settled."""
+        stateful: dict[str, Any] = {}
+        if stage.student_aware_router is not None and teacher is not None:
+            stateful["student_aware_router"] = StudentAwareRouter(
+                student, teacher, stage.student_aware_router, self.vocab
+            )
+        hooks = [*helpers, *stateful.values()]
+        observers = list(hooks)
+        if is_mixture(student):
+            stateful["telemetry"] = RoutingTelemetry(student)
+            observers.append(stateful["telemetry"])
+        routing = stage.teacher_routing
+        averaged = routing.policy == "ka" and routing.mode == "code"
+        return Parts(terms, hooks, observers, stateful, routing.draws if averaged else 1)

@@ -1,0 +1,87 @@
+"""Cached, live and sampled signals: one interface, the same numbers, and a clear refusal where there is nothing to say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.live_signal import LiveSignal
+from moe_edge.distillation.signal import CachedSignal, DenseSignal, SampledSignal, TeacherSignal, joined
+from moe_edge.formulas.divergence import cached_kl, kl_dense, teacher_topk
+from moe_edge.formulas.sampling import draw
+from tests.distillation.parts import TOKENS, VOCAB, rows, tiny_student, tiny_teacher, write_cache
+from tests.tiny import tiny_checkpoint
+
+
+def logits(model, ids_BS):
+    with torch.no_grad():
+        return model(ids_BS).logits
+
+
+def test_a_live_teacher_is_dense_and_equals_the_model(tmp_path: Path) -> None:
+    ids_BS = torch.from_numpy(rows()[:3]).long()
+    folder = tiny_checkpoint(tmp_path, "olmoe")
+    live = LiveSignal(folder)
+    expected = logits(live.model, ids_BS)
+    live.prepare(ids_BS)
+    signals = [live.signal(ids_S, 2.0) for ids_S in ids_BS]
+    for signal, expected_SV in zip(signals, expected, strict=True):
+        torch.testing.assert_close(signal.logits_SV, expected_SV, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(live.signal(ids_BS[1] + 1).logits_SV, logits(live.model, ids_BS[1:2] + 1)[0])
+    assert not any(parameter.requires_grad for parameter in live.model.parameters())
+
+
+def test_rows_of_a_micro_batch_run_once() -> None:
+    live, calls = LiveSignal(tiny_teacher()), []
+    live.model.model.register_forward_hook(lambda *_: calls.append(1))
+    ids_BS = torch.from_numpy(rows()[:3]).long()
+    live.prepare(ids_BS)
+    for ids_S in ids_BS:
+        assert live.signal(ids_S).logits_SV.shape == (TOKENS, VOCAB)
+    assert len(calls) == 1
+    live.signal(ids_BS[0] + 1)
+    assert len(calls) == 2
+
+
+def test_cached_and_live_pairs_give_their_kls(tmp_path: Path) -> None:
+    teacher, student = tiny_teacher(), tiny_student()
+    write_cache(tmp_path / "l.h5", teacher, rows())
+    ids_S = torch.from_numpy(rows()[0]).long()
+    student_SV = logits(student, ids_S[None])[0]
+    dense = LiveSignal(teacher, vocab=90).signal(ids_S, 2.0)
+    torch.testing.assert_close(
+        dense.forward_kl(student_SV[:, :90], 2.0), kl_dense(logits(teacher, ids_S[None])[0], student_SV, 2.0, 90)
+    )
+    cached = CachedSignal(tmp_path / "l.h5", {}).signal(ids_S, 2.0)
+    ours = cached.forward_kl(student_SV, 2.0)
+    assert torch.equal(ours, cached_kl(student_SV, cached.indices_SK, cached.logprobs_SK, cached.tail_logmass_S, 2.0))
+    whole = DenseSignal(logits(teacher, ids_S[None])[0]).forward_kl(student_SV, 2.0)
+    assert (ours <= whole + 1e-3).all()
+
+
+def forms(tokens: int = 6) -> list:
+    teacher_TV = torch.randn(tokens, 40)
+    top = teacher_topk(teacher_TV, 8, (2.0,))
+    return [
+        TeacherSignal(top.indices_TK, top.logprobs_TK, top.tail_logmass_TH[:, 0]),
+        DenseSignal(teacher_TV),
+        SampledSignal(*draw(teacher_TV, 20, 2.0, torch.Generator().manual_seed(tokens))),
+    ]
+
+
+@pytest.mark.parametrize("form", range(3))
+def test_slices_and_joins_keep_their_form_and_numbers(form: int) -> None:
+    first, second = forms(6)[form], forms(4)[form]
+    student = torch.randn(10, 40)
+    both = joined([first, second])
+    assert type(both) is type(first)
+    whole = both.forward_kl(student, 2.0)
+    torch.testing.assert_close(whole[:6], first.forward_kl(student[:6], 2.0))
+    torch.testing.assert_close(whole[6:], second.forward_kl(student[6:], 2.0))
+    torch.testing.assert_close(both[3:8].forward_kl(student[3:8], 2.0), whole[3:8])
+
+
+def test_draws_refuse_every_other_divergence() -> None:
+    with pytest.raises(ConfigError, match="forward KL only"):
+        forms()[2].pair(torch.randn(6, 40), 2.0)
