@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.terms import Needs, Scene
-from moe_edge.distillation.tokenizer_pair import AlignedRow, TokenizerPair
+from moe_edge.distillation.tokenizer_pair import AlignedRow, TokenizerPair, require_same_tokenizer
+from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts
 from moe_edge.families.taps import body, head
 from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.uld import hybrid_distance
@@ -136,3 +139,35 @@ class CrossTokenizerTerm:
         places, tokens = self._places, self._tokens
         self._places = self._tokens = 0
         return {"uld_places": places / tokens} if tokens else {}
+
+
+def compares_tokens(loss: str) -> bool:
+    """Does a loss hold teacher and student against each other token by token, so that both need the same tokens?"""
+    row = LOSSES[loss]
+    return loss != CrossTokenizerTerm.name and (row.kind == "divergence" or row.teacher)
+
+
+def cross_tokenizer_trainer(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    args: DistillationTrainingArguments,
+    rows: Dataset[dict[str, Tensor]],
+    **options: Any,
+) -> DistillationTrainer:
+    """A trainer of any causal student, dense or not, on a teacher with another tokenizer.
+
+    Args:
+        tokenizers: the student's, the teacher's.
+        args: `loss_weights` such as {"ce": 1.0, "uld": 1.0}; alpha weighs the first, 1 trains on the teacher alone.
+        rows: in the student's tokens, as `RowDataset` yields them.
+        options: further arguments of `DistillationTrainer`.
+
+    Raises:
+        InputRejected: see `CrossTokenizerTerm`; or a loss is asked for that compares token by token.
+        ConfigError: as `DistillationTrainer`.
+    """
+    require_same_tokenizer(*tokenizers, [name for name in args.loss_weights if compares_tokens(name)])
+    term = CrossTokenizerTerm(student, teacher, *tokenizers, args.distillation_temperature)
+    parts = Parts(terms=[term], observers=[term])
+    return DistillationTrainer(student, args, rows, parts=parts, vocab=len(tokenizers[0]), **options)

@@ -62,6 +62,7 @@ LOSSES: dict[str, LossRow] = {
     "importance": LossRow("term", _once),
     "router_z": LossRow("term", _once),
     "routing_kl": LossRow("term", _once, teacher=True),
+    "uld": LossRow("term", _blended, teacher=True),  # cross_tokenizer.py; not in a build, where tokenizers are the same
 }
 
 

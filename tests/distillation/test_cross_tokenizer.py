@@ -4,16 +4,20 @@ Shape suffixes: B rows, S tokens, P places where both tokenizations meet, V and 
 """
 
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.distillation.cross_tokenizer import CrossTokenizerTerm
+from moe_edge.distillation.cross_tokenizer import CrossTokenizerTerm, compares_tokens, cross_tokenizer_trainer
+from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.terms import Heard, Scene
 from moe_edge.distillation.tokenizer_pair import TokenizerPair, require_same_tokenizer, tokenizer_differences
+from moe_edge.distillation.trainer import DistillationTrainingArguments, RowDataset
 from moe_edge.families.token_bytes import token_bytes
 from moe_edge.formulas.uld import hybrid_distance
 from tests.families.sentencepiece import sentencepiece_tokenizer
@@ -191,22 +195,60 @@ def test_the_loss_is_the_mean_distance_at_the_places() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_a_dense_student_learns_from_a_mixture_with_another_tokenizer(kind: str) -> None:
+def test_a_dense_student_learns_the_text_from_a_mixture_with_another_tokenizer(kind: str, tmp_path: Path) -> None:
+    """The teacher knows the texts, the student only sees the teacher's word: no cross-entropy."""
     student_tokenizer = small()
     teacher_tokenizer = tiny_tokenizer() if kind == "byte-level" else sentencepiece_tokenizer()
     teacher = tiny_model("mixtral", vocab=len(teacher_tokenizer))
-    student = dense(student_tokenizer)
-    term = CrossTokenizerTerm(student, teacher, student_tokenizer, teacher_tokenizer)
-    at = scene(student_tokenizer, *TEXTS)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-3)
-    values = []
-    for _ in range(30):
-        loss = heard(term, student, at)
-        values.append(loss.item())
+    memorise(teacher, teacher_tokenizer)
+    student, rows = dense(student_tokenizer).train(), packed(student_tokenizer)
+    ids_NS = torch.stack([rows[place]["input_ids"] for place in range(len(rows))])
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    untrained = student(ids_NS, labels=ids_NS).loss.item()
+    tokenizers = (student_tokenizer, teacher_tokenizer)
+    trainer = cross_tokenizer_trainer(student, teacher, tokenizers, arguments(tmp_path, uld=1.0), rows)
+    trainer.train()
+    assert student(ids_NS, labels=ids_NS).loss.item() < 0.6 * untrained
+    log = [entry for entry in trainer.state.log_history if "uld_loss" in entry]
+    assert log[-1]["uld_loss"] < 0.5 * log[0]["uld_loss"] and 0.2 < log[0]["uld_places"] < 1
+    assert log[0]["total_loss"] == pytest.approx(log[0]["uld_loss"], rel=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def memorise(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = packed(tokenizer)
+    ids_NS = torch.stack([rows[place]["input_ids"] for place in range(len(rows))])
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(25):
         optimizer.zero_grad()
-        loss.backward()
+        model(ids_NS, labels=ids_NS).loss.backward()
         optimizer.step()
-    assert values[-1] < 0.5 * values[0]
+    assert model(ids_NS, labels=ids_NS).loss.item() < 1.0
+
+
+def packed(tokenizer: PreTrainedTokenizerFast, row_tokens: int = 24) -> RowDataset:
+    """The texts one after the other, cut into rows, as a build packs its calibration."""
+    ids = [index for text in TEXTS * 2 for index in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    return RowDataset(np.array(ids[: len(ids) // row_tokens * row_tokens]).reshape(-1, row_tokens))
+
+
+def arguments(folder: Path, **losses: float) -> DistillationTrainingArguments:
+    return DistillationTrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=6, learning_rate=1e-2, logging_steps=1,
+        save_strategy="no", use_cpu=True, distillation_alpha=1.0, distillation_temperature=1.0, loss_weights=losses,
+    )  # fmt: skip
+
+
+def test_a_loss_that_compares_tokens_is_refused_across_tokenizers(tmp_path: Path) -> None:
+    tokenizers = small(), tiny_tokenizer()
+    models = dense(tokenizers[0]), tiny_model("mixtral", vocab=len(tokenizers[1]))
+    with pytest.raises(InputRejected, match="losses kl"):
+        cross_tokenizer_trainer(
+            *models, tokenizers, arguments(tmp_path, ce=1.0, uld=1.0, kl=0.5), packed(tokenizers[0])
+        )
+    assert [name for name in LOSSES if not compares_tokens(name)] == [
+        "ce", "expert_diversity", "load_balance", "importance", "router_z", "uld",
+    ]  # fmt: skip
 
 
 def test_a_teacher_that_changes_texts_is_refused_after_a_while(caplog: pytest.LogCaptureFixture) -> None:
