@@ -65,7 +65,7 @@ def require_same_tokenizer(
             "student and teacher have different tokenizers",
             where=f"distill.stages: losses {', '.join(sorted(losses))}",
             why="; ".join(differences),
-            next_command="use the loss 'uld' in their place, or a student with the teacher's tokenizer",
+            next_command="use the loss 'projected_kl' or 'uld' in their place, or a student with the teacher's tokenizer",
         )
 
 
@@ -75,6 +75,7 @@ class AlignedRow:
 
     teacher_ids: list[int]
     places_P2: Tensor  # (student place, teacher place), each the last token of the same text
+    next_P2: Tensor  # where they meet again; -1, -1 = never
 
 
 class TokenizerPair:
@@ -94,6 +95,10 @@ class TokenizerPair:
         for mark, ours, theirs in _common_specials(student, teacher):
             self._student_bytes[ours] = self._teacher_bytes[theirs] = mark
             self._special[mark] = theirs
+        marked = set(self._special.values())
+        self._lonely = {
+            index for index, token in teacher.added_tokens_decoder.items() if token.special and index not in marked
+        }
         first = teacher("a")["input_ids"][:1]
         self._prefix = first if first and first[0] == teacher.bos_token_id else []
 
@@ -107,6 +112,16 @@ class TokenizerPair:
         ours = {text: index for index, text in enumerate(self._student_bytes[:student_rows]) if text}
         pairs = [(theirs[text], index) for text, index in ours.items() if text in theirs]
         return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+
+    def begins(self, teacher_rows: int, student_rows: int) -> Tensor:
+        """The student's longest token that each of the teacher's tokens begins with, int64 [V]; -1 where there is none."""
+        ours = {text: index for index, text in enumerate(self._student_bytes[:student_rows]) if text}
+        found = []
+        for index, text in enumerate(self._teacher_bytes[:teacher_rows]):
+            shortest = len(text) if text.startswith(MARK) else 1
+            lengths = () if index in self._lonely else range(len(text), shortest - 1, -1)
+            found.append(next((ours[text[:length]] for length in lengths if text[:length] in ours), -1))
+        return torch.tensor(found)
 
     def align(self, ids: Sequence[int]) -> AlignedRow | None:
         """A row of the student's ids in the teacher's tokens; None where the teacher's tokenizer changes the text.
@@ -128,8 +143,9 @@ class TokenizerPair:
             if segment not in self._special and skipped + len(text.encode()) < len(segment):
                 break  # unreadable bytes: what follows has another context
         places_P2 = shared_boundaries(student_ends, torch.tensor(teacher_ends, dtype=torch.long))
+        next_P2 = torch.cat([places_P2[1:], places_P2.new_full((min(1, len(places_P2)), 2), -1)])
         inside_P = (places_P2[:, 0] < len(ids) - 1) & (places_P2[:, 1] < len(teacher_ids) - 1)
-        return AlignedRow(teacher_ids, places_P2[inside_P])
+        return AlignedRow(teacher_ids, places_P2[inside_P], next_P2[inside_P])
 
     def _encoded(self, text: str) -> tuple[list[int], list[int]] | None:
         """The teacher's ids of a text and their lengths in bytes; None where they do not add up to it."""

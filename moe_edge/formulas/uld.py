@@ -1,16 +1,26 @@
 """Distillation between two vocabularies: where two tokenizations of one text meet, and how far apart two next-token
-distributions are that share some tokens only.
+distributions over different tokens are.
 
-Where both tokenizations end a token at the same byte, both models have read the same text and predict what follows. There
-the tokens that are the same bytes in both vocabularies are compared one by one, as a KL with one more outcome for all
-others; the others, which have no counterpart, are compared by rank: the L1 distance of their sorted probabilities
-(Universal Logit Distillation, Boizard et al. 2024, arXiv 2402.12030, eq. 6: the Wasserstein distance under a cost that
-knows no identity). With equal vocabularies this is the plain KL, with disjoint ones plain ULD. TRL's GOLD weighs the two
-parts by the share of the vocabulary that matches; here each weighs as much as the probability it moves.
+Where both tokenizations end a token at the same byte, both models have read the same text and predict what follows.
+There are two ways to compare what they predict.
+
+`hybrid_distance`: tokens that are the same bytes in both vocabularies are compared one by one, as a KL with one more
+outcome for all others; the others by rank: the L1 distance of their sorted probabilities (Universal Logit Distillation,
+Boizard et al. 2024, arXiv 2402.12030, eq. 6: the Wasserstein distance under a cost that knows no identity). TRL's GOLD
+weighs the two parts by the share of the vocabulary that matches; here each weighs as much as the probability it moves.
+Rank tells the student how sure to be, not of what: without cross-entropy beside it, texts may become less likely.
+
+`projected_kl`: a teacher's token begins with a token of the student, and that is where its probability goes. One case is
+wrong by that: the student's next token in the text is longer than the teacher's. Its probability is known by the chain
+rule, from the teacher's tokens up to the place where both meet again, and is moved there.
+
+With equal vocabularies both are the plain KL.
 
 Shape suffixes: T positions, V teacher vocabulary, W student vocabulary, M matched tokens, U unmatched tokens of either
 side, A and B tokens of the two tokenizations.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,12 +80,53 @@ def hybrid_distance(teacher_TV: Tensor, student_TW: Tensor, matched_M2: Tensor, 
     Args:
         teacher_TV, student_TW: logits, padding columns already dropped.
     """
-    sides = []
-    for logits in (teacher_TV, student_TW):
-        at_least_float32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        sides.append(torch.log_softmax(at_least_float32 / temperature, dim=-1))
+    sides = [_logprobs(logits, temperature) for logits in (teacher_TV, student_TW)]
     left = [_unmatched(side, matched_M2[:, column]).exp() for column, side in enumerate(sides)]
     return matched_kl(sides[0], sides[1], matched_M2) + sorted_distance(left[0], left[1])
+
+
+@dataclass(frozen=True)
+class NextSpan:
+    """What follows in the text at each position, up to the next place where both tokenizations meet."""
+
+    student_T: Tensor  # the student's next token
+    teacher_T: Tensor  # the teacher's next token
+    rest_T: Tensor  # the teacher's log-probability of its further tokens of the span; -inf where they never meet again
+
+    def __getitem__(self, part: slice) -> "NextSpan":
+        return NextSpan(self.student_T[part], self.teacher_T[part], self.rest_T[part])
+
+
+def projected_kl(
+    teacher_TV: Tensor, student_TW: Tensor, begins_V: Tensor, span: NextSpan, temperature: float = 1.0
+) -> Tensor:
+    """KL(the teacher's distribution over the student's next token || the student's) in nats per position, [T].
+
+    Args:
+        teacher_TV, student_TW: logits, padding columns already dropped.
+        begins_V: the student's token that each of the teacher's begins with; -1 = none, left out.
+    """
+    target_TW = _projected(_logprobs(teacher_TV, temperature).exp(), student_TW.shape[-1], begins_V, span)
+    student_TW = _logprobs(student_TW, temperature)
+    kl_T: Tensor = (torch.special.xlogy(target_TW, target_TW) - target_TW * student_TW).sum(dim=-1)
+    return kl_T
+
+
+def _projected(teacher_TV: Tensor, width: int, begins_V: Tensor, span: NextSpan) -> Tensor:
+    """Probabilities over the student's vocabulary, [T, W]; rows sum to one."""
+    row_T, begins_T = torch.arange(len(teacher_TV), device=teacher_TV.device), begins_V[span.teacher_T]
+    target_TW = teacher_TV.new_zeros(len(teacher_TV), width)
+    target_TW.index_add_(1, begins_V.clamp_min(0), teacher_TV * (begins_V >= 0))
+    moved_T = teacher_TV[row_T, span.teacher_T] * span.rest_T.to(teacher_TV.dtype).exp() * (begins_T >= 0)
+    target_TW[row_T, begins_T.clamp_min(0)] -= moved_T
+    target_TW[row_T, span.student_T] += moved_T
+    target_TW.clamp_min_(0)
+    return target_TW / target_TW.sum(dim=-1, keepdim=True)
+
+
+def _logprobs(logits_TV: Tensor, temperature: float) -> Tensor:
+    at_least_float32 = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return torch.log_softmax(at_least_float32 / temperature, dim=-1)
 
 
 def _unmatched(values_TV: Tensor, matched_M: Tensor) -> Tensor:

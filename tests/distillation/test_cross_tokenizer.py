@@ -19,7 +19,7 @@ from moe_edge.distillation.terms import Heard, Scene
 from moe_edge.distillation.tokenizer_pair import TokenizerPair, require_same_tokenizer, tokenizer_differences
 from moe_edge.distillation.trainer import DistillationTrainingArguments, RowDataset
 from moe_edge.families.token_bytes import token_bytes
-from moe_edge.formulas.uld import hybrid_distance
+from moe_edge.formulas.uld import NextSpan, hybrid_distance, projected_kl
 from tests.families.sentencepiece import sentencepiece_tokenizer
 from tests.tiny import TEXTS, tiny_model, tiny_tokenizer
 
@@ -151,7 +151,11 @@ def test_a_silent_mismatch_is_refused_with_the_differences() -> None:
     with pytest.raises(InputRejected) as caught:
         require_same_tokenizer(small(), sentencepiece_tokenizer(), ["kl", "cka"])
     message = str(caught.value)
-    assert caught.value.exit_code == 4 and "losses cka, kl" in message and "use the loss 'uld'" in message
+    assert (
+        caught.value.exit_code == 4
+        and "losses cka, kl" in message
+        and "use the loss 'projected_kl' or 'uld'" in message
+    )
     assert "280 and " in message and "eos_token is '<|im_end|>' and '</s>'" in message
     assert (
         "another normalizer" in message and "tokens with another id, first '<|endoftext|>': id 0 and missing" in message
@@ -167,31 +171,67 @@ def test_the_same_ids_with_other_splitting_are_told_apart() -> None:
     assert tokenizer_differences(small(), other) == ["another pre_tokenizer"]
 
 
-def test_the_loss_is_the_mean_distance_at_the_places() -> None:
+def by_hand(name: str, student: nn.Module, teacher: nn.Module, ids: list[int], pair: TokenizerPair) -> Tensor:
+    """The distance at every place of one row, whole logits in float64."""
+    widths = len(tiny_tokenizer()), len(small())
+    row = pair.align(ids)
+    assert row is not None
+    with torch.no_grad():
+        ours_PW = student(torch.tensor([ids])).logits[0, row.places_P2[:, 0], : widths[1]].double()
+        theirs_RV = teacher(torch.tensor([row.teacher_ids])).logits[0, :, : widths[0]].double()
+    theirs_PV = theirs_RV[row.places_P2[:, 1]]
+    if name == "uld":
+        return hybrid_distance(theirs_PV, ours_PW, pair.matched(*widths))
+    next_tokens, rests = [], []
+    for (a, b), (_, until) in zip(row.places_P2.tolist(), row.next_P2.tolist(), strict=True):
+        log_RV = theirs_RV.log_softmax(dim=1)
+        rest = [float(log_RV[place - 1, row.teacher_ids[place]]) for place in range(b + 2, until + 1)]
+        rests.append(sum(rest) if until >= 0 else -torch.inf)
+        next_tokens.append((ids[a + 1], row.teacher_ids[b + 1]))
+    ours, theirs = zip(*next_tokens, strict=True)
+    span = NextSpan(torch.tensor(ours), torch.tensor(theirs), torch.tensor(rests, dtype=torch.float64))
+    return projected_kl(theirs_PV, ours_PW, pair.begins(*widths), span)
+
+
+@pytest.mark.parametrize("name", ["uld", "projected_kl"])
+def test_the_loss_is_the_mean_distance_at_the_places(name: str) -> None:
     student_tokenizer, teacher_tokenizer = small(), tiny_tokenizer()
     student = dense(student_tokenizer)
     teacher = tiny_model("qwen3_moe", vocab=len(teacher_tokenizer) + 4)
-    term = CrossTokenizerTerm(student, teacher, student_tokenizer, teacher_tokenizer)
+    term = CrossTokenizerTerm(student, teacher, student_tokenizer, teacher_tokenizer, name)
     at = scene(student_tokenizer, TEXTS[0], HARD)
     pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
-    matched_M2 = pair.matched(len(teacher_tokenizer), len(student_tokenizer))
-    expected = []
-    for ids_S, valid_S in zip(at.ids_BS, at.valid_BS, strict=True):
-        row = pair.align(ids_S[valid_S].tolist())
-        assert row is not None
-        with torch.no_grad():
-            ours_PW = student(ids_S[valid_S][None]).logits[0, row.places_P2[:, 0], : len(student_tokenizer)]
-            theirs_PV = teacher(torch.tensor([row.teacher_ids])).logits[
-                0, row.places_P2[:, 1], : len(teacher_tokenizer)
-            ]
-        expected.append(hybrid_distance(theirs_PV.double(), ours_PW.double(), matched_M2))
+    rows = [ids_S[valid_S].tolist() for ids_S, valid_S in zip(at.ids_BS, at.valid_BS, strict=True)]
+    expected = torch.cat([by_hand(name, student, teacher, ids, pair) for ids in rows])
     value = heard(term, student, at)
-    assert value.item() == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+    assert value.item() == pytest.approx(expected.mean().item(), rel=1e-4)
     read = term.read()
-    assert read["uld_places"] == pytest.approx(len(torch.cat(expected)) / int(at.valid_BS.sum())) and term.read() == {}
+    assert read[f"{name}_places"] == pytest.approx(len(expected) / int(at.valid_BS.sum())) and term.read() == {}
     value.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters()) and not any(m._forward_hooks for m in student.modules())
+
+
+def test_where_they_meet_again_is_the_next_place() -> None:
+    student, teacher = small(), tiny_tokenizer()
+    ids = student(TEXTS[0], add_special_tokens=False)["input_ids"]
+    row = TokenizerPair(student, teacher).align(ids)
+    assert row is not None and row.next_P2[:-1].tolist() == row.places_P2[1:].tolist()
+    assert row.next_P2[-1].tolist() == [len(ids) - 1, len(row.teacher_ids) - 1]  # the end, which is no place itself
+
+
+def test_a_teachers_token_begins_with_a_students() -> None:
+    student, teacher = small(), sentencepiece_tokenizer()
+    begins = TokenizerPair(student, teacher).begins(len(teacher), len(student)).tolist()
+    ours, theirs = token_bytes(student), token_bytes(teacher)
+    for index, found in enumerate(begins):
+        if index == teacher.eos_token_id:
+            assert found == student.eos_token_id
+        elif index in teacher.all_special_ids:
+            assert found == -1
+        else:
+            longer = [text for text in ours[3:] if theirs[index].startswith(text) and len(text) > len(ours[found])]
+            assert theirs[index].startswith(ours[found]) and not longer
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
@@ -206,13 +246,25 @@ def test_a_dense_student_learns_the_text_from_a_mixture_with_another_tokenizer(k
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     untrained = student(ids_NS, labels=ids_NS).loss.item()
     tokenizers = (student_tokenizer, teacher_tokenizer)
-    trainer = cross_tokenizer_trainer(student, teacher, tokenizers, arguments(tmp_path, uld=1.0), rows)
+    trainer = cross_tokenizer_trainer(student, teacher, tokenizers, arguments(tmp_path, projected_kl=1.0), rows)
     trainer.train()
-    assert student(ids_NS, labels=ids_NS).loss.item() < 0.6 * untrained
-    log = [entry for entry in trainer.state.log_history if "uld_loss" in entry]
-    assert log[-1]["uld_loss"] < 0.5 * log[0]["uld_loss"] and 0.2 < log[0]["uld_places"] < 1
-    assert log[0]["total_loss"] == pytest.approx(log[0]["uld_loss"], rel=1e-4)
+    assert student(ids_NS, labels=ids_NS).loss.item() < 0.8 * untrained
+    log = [entry for entry in trainer.state.log_history if "projected_kl_loss" in entry]
+    assert log[-1]["projected_kl_loss"] < 0.8 * log[0]["projected_kl_loss"] and 0.2 < log[0]["projected_kl_places"] < 1
+    assert log[0]["total_loss"] == pytest.approx(log[0]["projected_kl_loss"], rel=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_cross_entropy_and_both_distances_may_be_blended(tmp_path: Path) -> None:
+    tokenizers = small(), tiny_tokenizer()
+    student, teacher = dense(tokenizers[0]).train(), tiny_model("olmoe", vocab=len(tokenizers[1]))
+    settings = arguments(tmp_path, ce=1.0, uld=0.5, projected_kl=0.25)
+    settings.distillation_alpha, settings.distillation_temperature = 0.6, 2.0
+    trainer = cross_tokenizer_trainer(student, teacher, tokenizers, settings, packed(tokenizers[0]))
+    trainer.train()
+    for entry in trainer.state.log_history[:-1]:
+        distances = 0.5 * entry["uld_loss"] + 0.25 * entry["projected_kl_loss"]
+        assert entry["total_loss"] == pytest.approx(0.4 * entry["ce_loss"] + 0.6 * 4 * distances, rel=1e-4)
 
 
 def memorise(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -247,7 +299,7 @@ def test_a_loss_that_compares_tokens_is_refused_across_tokenizers(tmp_path: Path
             *models, tokenizers, arguments(tmp_path, ce=1.0, uld=1.0, kl=0.5), packed(tokenizers[0])
         )
     assert [name for name in LOSSES if not compares_tokens(name)] == [
-        "ce", "expert_diversity", "load_balance", "importance", "router_z", "uld",
+        "ce", "expert_diversity", "load_balance", "importance", "router_z", "uld", "projected_kl",
     ]  # fmt: skip
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_edge.formulas.uld import hybrid_distance, matched_kl, shared_boundaries, sorted_distance
+from moe_edge.formulas.uld import (
+    NextSpan,
+    hybrid_distance,
+    matched_kl,
+    projected_kl,
+    shared_boundaries,
+    sorted_distance,
+)
 
 T = 7
 
@@ -113,3 +120,55 @@ def test_never_negative_zero_at_a_match_and_the_gradient_is_that_of_the_value() 
     same = hybrid_distance(logits(8), logits(8)[:, [4, 1, 0, 3, 2, 5, 6, 7]], pairs((4, 0), (0, 2), (5, 5)))
     torch.testing.assert_close(same, torch.zeros(T, dtype=torch.float64), atol=1e-12, rtol=0)
     assert hybrid_distance(logits(8).bfloat16(), logits(6).bfloat16(), matched).dtype == torch.float32
+
+
+def span(student: list[int], teacher: list[int], rest: list[float]) -> NextSpan:
+    return NextSpan(torch.tensor(student), torch.tensor(teacher), torch.tensor(rest, dtype=torch.float64))
+
+
+BEGINS = torch.tensor([0, 1, 1, 3, 3, -1, 4])  # teacher's 7 tokens, student's 6; token 2 of the student begins none
+SPAN = span([1, 2, 3, 2, 0, 5, 4], [2, 1, 3, 1, 0, 3, 5], [0.0, -0.7, 0.0, -torch.inf, 0.0, -1.2, 0.0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_projected_kl_against_a_loop(temperature: float) -> None:
+    value_T = projected_kl(logits(7), logits(6, 1), BEGINS, SPAN, temperature)
+    for row in range(T):
+        p = (logits(7)[row] / temperature).softmax(0).tolist()
+        target = [0.0] * 6
+        for token, begins in enumerate(BEGINS.tolist()):
+            if begins >= 0:
+                target[begins] += p[token]
+        ours, theirs = int(SPAN.student_T[row]), int(SPAN.teacher_T[row])
+        if BEGINS[theirs] >= 0:
+            moved = p[theirs] * float(SPAN.rest_T[row].exp())
+            target[int(BEGINS[theirs])] -= moved
+            target[ours] += moved
+        total = sum(target)
+        q_W = (logits(6, 1)[row] / temperature).log_softmax(0)
+        expected = sum(
+            a / total * float(torch.tensor(a / total).log() - b) for a, b in zip(target, q_W, strict=True) if a
+        )
+        assert value_T[row].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_projected_kl_with_equal_vocabularies_is_the_plain_kl() -> None:
+    tokens = [3, 1, 0, 2, 5, 4, 3]
+    p, q = logits(6).log_softmax(1), logits(6, 1).log_softmax(1)
+    value_T = projected_kl(logits(6), logits(6, 1), torch.arange(6), span(tokens, tokens, [0.0] * T))
+    torch.testing.assert_close(value_T, (p.exp() * (p - q)).sum(1))
+
+
+def test_a_students_longer_token_has_the_chance_of_the_teachers_pieces() -> None:
+    """Teacher: a, b. Student: a, b, ab. The text goes on with ab, to which the teacher gives 0.6 x 0.3."""
+    teacher_TV = torch.tensor([[0.6, 0.4]], dtype=torch.float64).log()
+    target_TW = torch.tensor([[0.6 - 0.18, 0.4, 0.18]], dtype=torch.float64)
+    after = span([2], [0], [float(torch.tensor(0.3, dtype=torch.float64).log())])
+    value_T = projected_kl(teacher_TV, target_TW.log(), torch.tensor([0, 1]), after)
+    assert value_T.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_projected_kl_is_never_negative_and_has_the_gradient_of_its_value() -> None:
+    student_TW = logits(6, 1).requires_grad_(True)
+    assert (projected_kl(logits(7), student_TW, BEGINS, SPAN) >= 0).all()
+    assert torch.autograd.gradcheck(lambda z: projected_kl(logits(7), z, BEGINS, SPAN), student_TW)
