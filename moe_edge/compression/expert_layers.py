@@ -110,12 +110,7 @@ def expert_layer_table(cka_LEJ: Tensor, teacher_layers: list[int], top: int = 8)
     return {"schema": TABLE_SCHEMA, "student_layers": layers}
 
 
-def write_expert_layer_table(
-    path: Path, teacher: PreTrainedModel, student: PreTrainedModel, ids_NS: Tensor, top: int = 8
-) -> dict[str, Any]:
-    """Measure, write the table as JSON to `path`, and return it. Arguments as `expert_layer_cka`."""
-    teacher_layers = [view.index for view in moe_layers(teacher)]
-    table = expert_layer_table(expert_layer_cka(teacher, student, ids_NS), teacher_layers, top)
-    table["tokens"] = ids_NS.numel()
-    write_json_atomic(path, table)
-    return table
+def write_expert_layer_table(path: Path, teacher: PreTrainedModel, cka_LEJ: Tensor, tokens: int, top: int = 8) -> None:
+    """Write the table of `cka_LEJ`, measured on so many tokens, as JSON to `path`."""
+    table = expert_layer_table(cka_LEJ, [view.index for view in moe_layers(teacher)], top)
+    write_json_atomic(path, table | {"tokens": tokens})

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_edge.storage.statistics import load_tensors, save_tensors
+from moe_edge.storage.tensor_dict import load_tensors, save_tensors
 
 FILE = "imatrix.safetensors"
 SCHEMA = "moe-edge/student-imatrix@1"

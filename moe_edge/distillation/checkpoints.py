@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from moe_edge.contracts.errors import MoeEdgeError
 from moe_edge.contracts.progress import track
 from moe_edge.distillation.terms import Stateful
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.tensor_dict import load_tensors, load_weights_file, save_tensors
 
 log = logging.getLogger(__name__)
 MARKER = "complete"
@@ -47,7 +47,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """
     what = "a training checkpoint does not fit the student"
     try:
-        result = model.load_state_dict(load_tensors(checkpoint / WEIGHTS), strict=False)
+        result = model.load_state_dict(load_weights_file(checkpoint / WEIGHTS), strict=False)
     except RuntimeError as error:
         raise MoeEdgeError(what, where=str(checkpoint), why=str(error).splitlines()[0]) from error
     shared = set(getattr(model, "_tied_weights_keys", None) or ())
@@ -61,12 +61,12 @@ def save_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
     """Write the state of `parts`, each under its name; no file where there is none."""
     tensors = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.state().items()}
     if tensors:
-        save_tensors(checkpoint / EXTRAS, tensors)
+        save_tensors(checkpoint / EXTRAS, tensors, {})
 
 
 def load_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
     """Give every part its state back; raises InputRejected where the checkpoint has none."""
-    tensors = load_tensors(checkpoint / EXTRAS) if parts else {}
+    tensors = load_tensors(checkpoint / EXTRAS)[0] if parts else {}
     for name, part in parts.items():
         own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
         part.restore(own)

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from moe_edge.contracts.config import DistillConfig
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.advice import BalanceAdvice
 from moe_edge.distillation.checkpoints import (
     SAVE_INTERVAL_S,
     SaveByTheClock,
@@ -33,6 +34,7 @@ from moe_edge.distillation.losses import of_kind
 from moe_edge.distillation.schedule import StageSchedule, micro_rows, multipliers_of
 from moe_edge.distillation.signal import SignalSource
 from moe_edge.distillation.stage_parts import PartsBuilder, stage_blend, stage_weights, wants_live_logits
+from moe_edge.distillation.tensorboard import require_tensorboard, tensorboard_callback
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
 from moe_edge.families.students import use_fastest_experts
 
@@ -81,7 +83,10 @@ class Recovery:
 
         Raises:
             ConfigError: patterns without effect, losses that cancel out or lack the teacher.
+            EnvironmentProblem: events are wanted and tensorboard is missing.
         """
+        if self.config.tensorboard:
+            require_tensorboard()
         names = [name for name, _ in student.named_parameters()]
         for schedule in schedules:
             multipliers_of(names, schedule.config.parameter_lr_multipliers)
@@ -90,7 +95,9 @@ class Recovery:
             if divergences and not live and self.signal is None:
                 why = "no teacher logits are cached for these rows"
                 where = f"distill.stages: {schedule.name}"
-                raise ConfigError("a stage has no teacher to learn from", where=where, why=why, next_command="teacher: live")
+                raise ConfigError(
+                    "a stage has no teacher to learn from", where=where, why=why, next_command="teacher: live"
+                )
 
     def _stage(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> list[dict[str, float]]:
         last = latest_checkpoint(folder)
@@ -117,8 +124,15 @@ class Recovery:
             teacher=teacher,
             parts=parts,
             vocab=self.vocab,
-            callbacks=[SaveByTheClock(self.interval_s), ShowProgress(f"distill: {schedule.name}", schedule.steps)],
+            callbacks=self._callbacks(schedule),
         )
+
+    def _callbacks(self, schedule: StageSchedule) -> list[TrainerCallback]:
+        shown = ShowProgress(f"distill: {schedule.name}", schedule.steps)
+        callbacks: list[TrainerCallback] = [SaveByTheClock(self.interval_s), shown, BalanceAdvice()]
+        if self.config.tensorboard:
+            callbacks.append(tensorboard_callback(self.checkpoints.parent / "tensorboard" / schedule.name))
+        return callbacks
 
 
 def training_arguments(
@@ -142,7 +156,6 @@ def training_arguments(
         use_cpu=not cuda,
         bf16=cuda,
         gradient_checkpointing=config.gradient_checkpointing,
-        report_to=["tensorboard"] if config.tensorboard else [],
         distillation_alpha=alpha,
         distillation_temperature=temperature,
         loss_weights={name: float(weight) for name, weight in schedule.config.losses.items()},

@@ -42,7 +42,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """TrainingArguments plus the blend; suited to a short local run: no network, and no reports unless asked for."""
+    """TrainingArguments plus the blend; suited to a short local run: no reports, no network."""
 
     distillation_alpha: float = field(default=0.5, metadata={"help": "0 = plain fine-tuning, 1 = pure distillation"})
     distillation_temperature: float = field(default=2.0, metadata={"help": "temperature of the divergences"})
@@ -51,7 +51,7 @@ class DistillationTrainingArguments(TrainingArguments):
     skew: float = field(default=0.1, metadata={"help": "share of the other side in the skewed divergences"})
 
     def __post_init__(self) -> None:
-        self.report_to = [] if self.report_to is None else self.report_to
+        self.report_to = []
         self.disable_tqdm = True
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
@@ -218,7 +218,7 @@ class DistillationTrainer(Trainer):
     def _token_loss(self, model: nn.Module, hidden_BSD: Tensor, inputs: Batch) -> tuple[Tensor, dict[str, float]]:
         """Position j is judged on token j + 1 and on the teacher's row j; the last position of a row has no label."""
         if not of_kind(self.weights, "labels", "divergence"):
-            return hidden_BSD.new_zeros(()), {}
+            return 0.0 * hidden_BSD.float().sum(), {}  # a micro-batch that no term judges has a gradient, too: zero
         labels_BS = inputs["labels"]
         chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL

@@ -36,7 +36,7 @@ from moe_edge.profiling.passes import (
 )
 from moe_edge.profiling.sums import PassSums, layer_sums, model_sums
 from moe_edge.storage.spill import Spill, complete
-from moe_edge.storage.statistics import load_tensors, save_tensors
+from moe_edge.storage.tensor_dict import load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from moe_edge.families.expert_weights import expert_width
 from moe_edge.families.taps import Tap
 from moe_edge.families.views import MoELayerView
-from moe_edge.storage.statistics import Statistics, load_tensors, save_tensors
+from moe_edge.storage.statistics import Statistics
+from moe_edge.storage.tensor_dict import load_tensors, save_tensors
 
 Sums = dict[str, Tensor]
 IMATRIX = "imatrix."

@@ -1,4 +1,4 @@
-"""distill: the pruned student recovers by learning from the teacher's cached word; writes model/ and train_log.jsonl.
+"""distill: the compressed student recovers by learning from its teacher; writes model/ and train_log.jsonl.
 
 The student that leaves this stage is the better one on rows that were never trained on: if training did not lower the
 held-out KL, the student of `compress` goes on unchanged and the summary says so. Seconds are in the summary only, so
@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ import torch
 from torch import nn
 
 from moe_edge.contracts.artifacts import StageContext
-from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.plan import Plan
 from moe_edge.distillation.alignment import layer_cka
 from moe_edge.distillation.evaluation import held_out_kl
-from moe_edge.distillation.losses import active_weights
 from moe_edge.distillation.recovery import Recovery
-from moe_edge.distillation.schedule import StageSchedule, schedule_stages, split_rows
+from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
+from moe_edge.distillation.stage_parts import stage_blend, wants_live_logits
 from moe_edge.families.loading import load_model, save_student, stored_dtype
+from moe_edge.families.streaming import fits_in_memory
 from moe_edge.families.students import (
     TRAINABLE,
     is_shared_core,
@@ -37,7 +38,7 @@ from moe_edge.families.students import (
     save_trainable,
     trainable_folder,
 )
-from moe_edge.formulas.divergence import temperature_index
+from moe_edge.stages.distill_data import CAPTURED, rows_and_signal, term_material
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
 from moe_edge.storage.folders import written_beside
@@ -66,24 +67,14 @@ def run(context: StageContext) -> Record:
         ConfigError: stages, patterns, losses, temperature or data that cannot be; raised before the first step.
         InputRejected: the logit cache belongs to another teacher.
     """
-    source, config = context.inputs["compress"] / "model", context.config.distill
+    source = context.inputs["compress"] / "model"
     if reason := _nothing_to_do(context):
         log.info("distill: %s, the student goes on unchanged", reason)
         mirror_student(source.parent, context.out)
         _write(context.out, [], {"trained": False, "reason": reason})
         return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
-    if config.data != "calibration":
-        why = f"'{config.data}': only the calibration rows have a cached teacher so far"
-        raise ConfigError(
-            "distill.data is not supported", where="distill.data", why=why, next_command="use calibration"
-        )
-    rows = TokenRows.load(context.inputs["profile"] / "rows.safetensors")
-    identity = {"teacher": context.teacher_digest, "calibration": rows.digest}
-    signal = CachedSignal(context.inputs["profile"] / "logits.h5", identity)
-    try:
+    with rows_and_signal(context) as (rows, signal):
         return _distill(context, source, rows, signal)
-    finally:
-        signal.close()
 
 
 def _nothing_to_do(context: StageContext) -> str | None:
@@ -98,14 +89,17 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     config, ids_NS = context.config.distill, rows.ids_NS
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
-    for schedule in schedules:
-        active_weights(schedule.config.losses, config.alpha, config.temperature)
-    temperature_index(config.temperature, signal.temperatures)
+    for stage in config.stages:
+        if not wants_live_logits(config, stage):
+            signal.require(stage_blend(config, stage)[1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(trainable_folder(source.parent)).to(device)
-    recovery = Recovery(config, ids_NS, signal, student.config.vocab_size, context.teacher, context.out / "checkpoints")
+    recovery = Recovery(
+        config, ids_NS, signal, student.config.vocab_size, context.teacher, context.out / "checkpoints",
+        material=term_material(context, student, rows),
+    )  # fmt: skip
     recovery.check(student, schedules)
-    judge = _judge(context, ids_NS[held_out_rows], signal, schedules)
+    judge = _judge(context, ids_NS[held_out_rows], signal)
     before = judge(student)
     records = recovery.train(student, schedules)
     dtype = stored_dtype(inspect_checkpoint(source))
@@ -123,19 +117,21 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
             "distill: held-out KL %.4f is not below %.4f, the untrained student stays", after.kl_nats, before.kl_nats
         )
         mirror_student(source.parent, context.out)
-    shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
-    summary = _summary(records, before, after, better, len(held_out_rows) * ids_NS.shape[1], signal.k)
+    for scratch in ("checkpoints", CAPTURED):
+        shutil.rmtree(context.out / scratch, ignore_errors=True)
+    summary = _summary(records, before, after, better, len(held_out_rows) * ids_NS.shape[1], signal.description)
     _write(context.out, records, summary)
     return summary | {"seconds_per_stage": {record["stage"]: record["seconds"] for record in records}}
 
 
-def _judge(context: StageContext, ids_NS: Any, signal: CachedSignal, schedules: list[StageSchedule]) -> Any:
-    """A function from a student to its `Measured`; CKA only where a stage trains on it, since it needs the teacher."""
-    aligned = any(schedule.config.losses.get("cka") for schedule in schedules)
+def _judge(context: StageContext, ids_NS: Any, signal: CachedSignal) -> Callable[[nn.Module], Measured]:
+    """A function from a student to its `Measured`; CKA only where the teacher fits beside the student."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fits = fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, device)
 
     def judge(student: nn.Module) -> Measured:
         kl_nats = held_out_kl(student, ids_NS, signal, student.config.vocab_size)
-        if not aligned:
+        if not fits:
             return Measured(kl_nats, None)
         teacher = load_model(context.teacher).to(next(student.parameters()).device)
         return Measured(kl_nats, layer_cka(student, teacher, ids_NS))
@@ -151,7 +147,7 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _summary(
-    records: list[Record], before: Measured, after: Measured, better: bool, held_out_tokens: int, k: int
+    records: list[Record], before: Measured, after: Measured, better: bool, held_out_tokens: int, held_out_kl: str
 ) -> Record:
     reason = "held-out KL fell" if better else "held-out KL did not fall"
     return {
@@ -160,12 +156,12 @@ def _summary(
         "reason": f"{reason}: {before.kl_nats:.4f} -> {after.kl_nats:.4f} nats",
         "tokens_trained": sum(record["tokens"] for record in records),
         "held_out_tokens": held_out_tokens,
-        "held_out_kl": f"cached top-{k} and tail bucket of the teacher, T = 1, nats per token",
+        "held_out_kl": f"{held_out_kl}, T = 1, nats per token",
         "before": before.to_dict(),
         "after": after.to_dict(),
         "cka": "debiased linear CKA of layer outputs, teacher to student, held-out rows"
         if before.cka_by_layer is not None
-        else "not measured: no stage gives CKA a weight, so the teacher was not loaded",
+        else "not measured: the teacher does not fit in memory beside the student",
         "stages": [_stage_summary(record) for record in records],
     }
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.statistics import load_tensors, save_tensors
+from moe_edge.storage.tensor_dict import load_tensors, save_tensors
 
 ROWS_SCHEMA = "moe-edge/rows@1"
 

@@ -11,21 +11,16 @@ every expert of every layer.
 Shape suffixes: L MoE layers, A all decoder layers, E experts, D model width, F expert width, G groups of blocks.
 """
 
-import json
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.storage.tensor_dict import load_tensors, save_tensors
 
 STATISTICS_SCHEMA = "moe-edge/statistics@2"
-HEADER_KEY = "moe-edge"
 IMATRIX_PREFIX = "imatrix."
 
 
@@ -98,27 +93,3 @@ class Statistics:
 
 
 TENSOR_FIELDS = tuple(entry.name for entry in fields(Statistics) if entry.type in (Tensor, "Tensor"))
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """A safetensors file with a JSON header, atomically: written as `path.tmp`, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
-    os.replace(temporary, path)
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors and the JSON header of a file that `save_tensors` wrote.
-
-    Raises:
-        InputRejected: missing, truncated or foreign file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # clone: the file may be replaced while its tensors are in use
-            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}
-        return tensors, json.loads(metadata[HEADER_KEY])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputRejected("cannot read a moe-edge tensor file", where=str(path), why=str(error)) from error

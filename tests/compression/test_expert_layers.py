@@ -74,8 +74,10 @@ def test_the_table_ranks_and_leaves_out_what_is_unknown():
     assert [(row["teacher_layer"], row["expert"]) for row in only] == [(1, 0)]
 
 
-def test_the_written_table_is_the_returned_one(tmp_path):
+def test_the_table_is_written_as_it_is(tmp_path):
     teacher, ids = tiny_model("qwen2_moe"), tiny_ids(tokens=30)
-    table = write_expert_layer_table(tmp_path / "expert_layers.json", teacher, teacher, ids, top=2)
-    assert json.loads((tmp_path / "expert_layers.json").read_text()) == table
+    measured = expert_layer_cka(teacher, teacher, ids)
+    write_expert_layer_table(tmp_path / "expert_layers.json", teacher, measured, ids.numel(), top=2)
+    table = json.loads((tmp_path / "expert_layers.json").read_text())
+    assert table == expert_layer_table(measured, [0, 1], top=2) | {"tokens": 60}
     assert table["tokens"] == 60 and len(table["student_layers"]["1"]) == 2

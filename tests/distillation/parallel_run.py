@@ -1,6 +1,6 @@
 """Started by torchrun: trains the tiny student on the tiny teacher's cache in one or more processes; see test_parallel.
 
-    torchrun --nproc-per-node N parallel_run.py FOLDER ddp|fsdp
+torchrun --nproc-per-node N parallel_run.py FOLDER ddp|fsdp
 """
 
 import json

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.storage.tensor_dict import load_tensors
+from moe_edge.storage.tensor_dict import load_weights_file
 from tests.distillation import parallel_run
 from tests.distillation.parts import rows, tiny_teacher, write_cache
 
@@ -23,7 +23,7 @@ def run(folder: Path, processes: int, backend: str) -> tuple[dict, dict[str, tor
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     out = folder / f"{backend}-{processes}"
-    return json.loads((out / "log.json").read_text()), load_tensors(out / "model" / "model.safetensors")
+    return json.loads((out / "log.json").read_text()), load_weights_file(out / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Stages in sequence, and resuming after a kill: the same bits as without one."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
-from moe_edge.contracts.errors import MoeEdgeError
+from moe_edge.contracts.errors import EnvironmentProblem, MoeEdgeError
+from moe_edge.distillation import tensorboard
 from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
@@ -122,3 +124,17 @@ def test_a_checkpoint_without_its_marker_does_not_count(
 def test_a_foreign_checkpoint_is_refused(teacher: Path, straight: object) -> None:
     with pytest.raises(MoeEdgeError, match="does not fit"):
         load_weights(tiny_student("qwen2_moe"), latest_checkpoint(teacher.parent / "straight" / "1-all"))
+
+
+def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = recovery(teacher, "events/checkpoints")
+    work = replace(work, config=CONFIG.model_copy(update={"tensorboard": True}))
+    schedules = schedule_stages(CONFIG, split_rows(len(rows()))[0], 16)
+    monkeypatch.setattr(tensorboard, "find_spec", lambda _: None)
+    with pytest.raises(EnvironmentProblem, match="tensorboard is not installed"):
+        work.check(tiny_student(), schedules)
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard", reason="tensorboard is optional")
+    work.check(tiny_student(), schedules)
+    work.train(tiny_student(), schedules)
+    assert list((teacher.parent / "events" / "tensorboard").glob("all/events.*"))

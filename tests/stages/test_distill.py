@@ -15,11 +15,13 @@ from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import _EXPERTS_FIRST, BuildConfig, DistillConfig, StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.plan import Estimate, Plan
+from moe_edge.distillation.capture import CaptureConfig, captured_signal
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.families.loading import load_model, save_student
 from moe_edge.families.pruning import prune
 from moe_edge.families.students import load_student
 from moe_edge.stages import compress, distill
+from moe_edge.storage.checkpoint import checkpoint_digest
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.rows import TokenRows
 from tests.distillation.parts import write_cache
@@ -123,7 +125,25 @@ def test_a_worse_student_is_not_kept(tmp_path: Path) -> None:
     summary = distill.run(run)
     assert summary["kept"] == "untrained" and summary["after"]["kl_nats"] > summary["before"]["kl_nats"]
     assert digests(run.out / "model") == digests(tmp_path / "compress" / "model")
-    assert summary["before"]["cka_by_layer"] is None and "teacher was not loaded" in summary["cka"]
+    assert 0 < summary["before"]["cka_mean"] < 1 and "debiased" in summary["cka"]  # shown whatever a stage trains on
+
+
+def test_cka_of_a_teacher_beyond_memory_is_null_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "fits_in_memory", lambda *_: False)
+    stages = [StageConfig(stage_name="all", steps=2, learning_rate=0.01, losses={"kl": 1.0})]
+    summary = distill.run(context(tmp_path, inputs(tmp_path), stages=stages))
+    assert summary["before"]["cka_by_layer"] is None and "does not fit" in summary["cka"]
+
+
+def test_a_capture_of_other_text_is_data_too(tmp_path: Path) -> None:
+    teacher = inputs(tmp_path)
+    rows = TokenRows(tiny_ids(TOKENS, 12, VOCAB).numpy().astype(np.int32)[:, ::-1].copy(), 12 * TOKENS)
+    captured_signal(teacher, rows, tmp_path / "capture", CaptureConfig(k=16, temperatures=(1.0,))).close()
+    run = context(tmp_path, teacher, checkpoint_digest(teacher), data=str(tmp_path / "capture"), temperature=1.0)
+    summary = distill.run(run)
+    assert summary["kept"] == "trained" and summary["held_out_tokens"] == TOKENS
+    with pytest.raises(InputRejected, match="teacher"):
+        distill.run(context(tmp_path, teacher, "another", data=str(tmp_path / "capture")))
 
 
 def test_nothing_pruned_or_no_stages_means_no_training(tmp_path: Path) -> None:
@@ -140,7 +160,7 @@ def test_nothing_pruned_or_no_stages_means_no_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     (
-        ({"data": "text.jsonl"}, "distill.data is not supported"),
+        ({"data": "text.jsonl"}, "no calibration recipe or file"),
         ({"temperature": 2.5}, "temperature 2.5"),
         ({"alpha": 1.0, "stages": [StageConfig(stage_name="a", steps=1, losses={"ce": 1.0})]}, "no loss"),
         ({"stages": [StageConfig(stage_name="a", steps=1, parameter_lr_multipliers=[

@@ -1,0 +1,86 @@
+"""Where distillation's rows come from and what the teacher says of them: the profile's cache, a capture that the user made
+(`moe-edge logits capture`), or one of other text that is made now.
+
+Shape suffixes: N rows, S tokens of a row.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_edge.compression.expert_layers import expert_layer_cka, write_expert_layer_table
+from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.plan import Plan
+from moe_edge.distillation.capture import CaptureConfig, captured_signal
+from moe_edge.distillation.schedule import HELD_OUT_SHARE
+from moe_edge.distillation.signal import CachedSignal
+from moe_edge.families.loading import load_model, load_tokenizer
+from moe_edge.profiling.text_rows import CALIBRATION, text_rows
+from moe_edge.storage.logit_shards import CAPTURE, ROWS
+from moe_edge.storage.rows import TokenRows
+
+CAPTURED = "logits"
+MEASURED_ROWS = 8  # on which layer maps and groups of experts are found
+
+
+@contextmanager
+def rows_and_signal(context: StageContext) -> Iterator[tuple[TokenRows, CachedSignal]]:
+    """The rows to distil on and the teacher's cached word on them.
+
+    Other text is captured into `distill/logits` before training, resumable, and the capture is dropped at the end; one that
+    is to be used again is made beforehand and named as the data.
+
+    Raises:
+        ConfigError, InputRejected: no such text, or too little of it; the cache belongs to another teacher.
+    """
+    rows, signal = _calibration(context) if context.config.distill.data == CALIBRATION else _other_text(context)
+    try:
+        yield rows, signal
+    finally:
+        signal.close()
+
+
+def _calibration(context: StageContext) -> tuple[TokenRows, CachedSignal]:
+    profile = context.inputs["profile"]
+    rows = TokenRows.load(profile / "rows.safetensors")
+    identity = {"teacher": context.teacher_digest, "calibration": rows.digest}
+    return rows, CachedSignal(profile / "logits.h5", identity)
+
+
+def _other_text(context: StageContext) -> tuple[TokenRows, CachedSignal]:
+    given = Path(context.config.distill.data)
+    if (given / CAPTURE).is_file():
+        return TokenRows.load(given / ROWS), CachedSignal(given, {"teacher": context.teacher_digest})
+    rows, logits = _other_rows(context), context.config.profile.logits
+    config = CaptureConfig(k=logits.k, temperatures=tuple(logits.temperatures))
+    return rows, captured_signal(context.teacher, rows, context.out / CAPTURED, config)
+
+
+def _other_rows(context: StageContext) -> TokenRows:
+    """As many tokens as all stages want together, and what is held out."""
+    config = context.config
+    tokens = math.ceil(config.distill.tokens / (1 - HELD_OUT_SHARE))
+    length, seed = config.calibration.sequence_length, config.distill.seed
+    return text_rows(config.distill.data, load_tokenizer(context.teacher), tokens, length, seed)
+
+
+def term_material(context: StageContext, student: PreTrainedModel, rows: TokenRows) -> dict[str, Any]:
+    """What losses on experts and routers know beforehand: see `TermContext`.
+
+    The table of expert-to-layer CKA is measured only where a stage chooses experts by it, and stands in `expert_layers.json`.
+    """
+    plan = Plan.read(context.inputs["plan"] / "plan.json")
+    ids_NS = torch.from_numpy(rows.ids_NS[:MEASURED_ROWS]).long()
+    material: dict[str, Any] = {"kept": plan.kept if plan.prunes else None, "ids_NS": ids_NS}
+    stages = context.config.distill.stages
+    if any(stage.losses.get("expert_cka") and stage.expert_share < 1 for stage in stages):
+        teacher = load_model(context.teacher).to(next(student.parameters()).device)
+        table = expert_layer_cka(teacher, student, ids_NS)
+        write_expert_layer_table(context.out / "expert_layers.json", teacher, table, ids_NS.numel())
+        material["expert_layer_cka"] = table
+    return material
