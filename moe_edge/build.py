@@ -74,13 +74,18 @@ def output_folder(request: Request, config: BuildConfig) -> Path:
     return Path("runs") / f"{name}-{config.target.name}"
 
 
-def inspect_teacher(config: BuildConfig) -> tuple[Path, CheckpointHeaders]:
-    """The teacher's folder and headers; every refusal that needs no weights happens here."""
+def inspect_teacher(config: BuildConfig, *, students: bool = False) -> tuple[Path, CheckpointHeaders]:
+    """The teacher's folder and headers; every refusal that needs no weights happens here.
+
+    Args:
+        students: take dense students, too.
+    """
     teacher = find_teacher(config)
     headers = inspect_checkpoint(teacher)
-    from moe_edge.families import family_of
+    from moe_edge.families import family_of, student_family
 
-    family_of(headers.config).tensors(headers.config, headers.tensors)
+    family = (student_family if students else family_of)(headers.config)
+    family.tensors(headers.config, headers.tensors)
     return teacher, headers
 
 
@@ -90,8 +95,9 @@ def dry_run(request: Request) -> dict[str, Any]:
 
     config = resolve(request)
     _, headers = inspect_teacher(config)
-    profile = output_folder(request, config) / "profile"
-    return options(headers, config, profile if read_manifest(profile) else None)
+    out = output_folder(request, config)
+    profile = out / "profile"
+    return options(headers, config, profile if read_manifest(profile) else None, out / "plan")
 
 
 def build(
@@ -129,7 +135,12 @@ def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
     heldout = heldout_file(config.validate_.text)
     if not heldout.is_file():
         raise ConfigError("no such text file", where=f"validate.text: {heldout}")
-    return {"profile": calibration, "validate": {heldout.name: sha256_file(heldout)}}
+    earlier = Path(config.plan.within) if config.plan.within else None
+    return {
+        "profile": calibration,
+        "plan": {earlier.name: sha256_file(earlier)} if earlier else {},
+        "validate": {heldout.name: sha256_file(heldout)},
+    }
 
 
 def finish(state: pipeline.Build) -> dict[str, Any]:
@@ -181,7 +192,7 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
     from moe_edge.storage.statistics import Statistics
 
     config = resolve(request)
-    model, _ = inspect_teacher(config)
+    model, _ = inspect_teacher(config, students=True)
     digest = checkpoint_digest(model)
     out = output_folder(request, config)
     types = config.target.quantization

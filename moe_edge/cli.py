@@ -25,6 +25,7 @@ from moe_edge.contracts.errors import (
     MoeEdgeError,
     ResourceProblem,
 )
+from moe_edge.evaluate_cli import evaluate
 from moe_edge.logits_cli import logits
 from moe_edge.tables_cli import cache, targets
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(targets, name="targets")
 app.add_typer(cache, name="cache")
+app.command()(evaluate)
 app.add_typer(logits, name="logits")
 
 Teacher = Annotated[str | None, typer.Argument(help="A checkpoint folder or hub id; without it, the demo teacher.")]
@@ -57,7 +59,17 @@ class _Terminated(BaseException):
 def main() -> None:
     """Entry point: runs the app and maps every error to its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "transformers", "accelerate", "matplotlib", "onnxscript", "onnx_ir", "filelock", "gguf"):
+    for noisy in (
+        "httpx",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "onnxscript",
+        "onnx_ir",
+        "filelock",
+        "gguf",
+        "absl",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

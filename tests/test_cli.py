@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def test_impossible_budgets_are_refused_before_any_work(called, tmp_path, settin
     got, _, err = called("build", teacher, "--out", tmp_path / "o", "--set", settings)
     assert got == code and word in err and "Traceback" not in err
     assert not (tmp_path / "o").exists()
+
+
+def test_an_unsafe_ratio_stops_with_three_names_the_safe_one_and_can_be_forced(called, tmp_path, monkeypatch):
+    """The demo teacher with one expert of sixteen: beyond 2 nats per token before recovery."""
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    small = (
+        "calibration.tokens=512", "calibration.sequence_length=64", "profile.cka_tokens=0", "plan.criterion=frequency",
+        "plan.tokens=256", "plan.curve_tokens=128", "plan.experts=1", "plan.top_k=1",
+    )  # fmt: skip
+    wishes = [word for setting in small for word in ("--set", setting)]
+    code, _, err = called("build", "--until", "plan", "--out", tmp_path / "o", *wishes)
+    assert code == 3 and "1 of 16 experts (top-1)" in err and "the safe limit" in err
+    safe = re.search(r"next: +--set plan\.experts=(\d+), or --set plan\.force=true", err)
+    assert safe and 1 < int(safe[1]) < 16
+    assert not (tmp_path / "o/plan/plan.json").exists() and (tmp_path / "o/plan/curve.json").exists()
+    forced = [*wishes, "--set", "plan.force=true"]
+    assert called("build", "--until", "plan", "--out", tmp_path / "o", *forced)[0] == 0
+    _, page, _ = called("plan", "--out", tmp_path / "o", *forced)
+    assert "measured 1 of 16 experts, top-1" in page and "- Unsafe: 94% of the experts are dropped" in page
 
 
 def test_a_dry_run_reads_headers_only(called, tmp_path):

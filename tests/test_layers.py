@@ -17,7 +17,7 @@ LAYERS = [
     ["profiling", "compression", "distillation", "export", "devices"],
     ["stages"],
     ["pipeline"],
-    ["build", "doctor", "logits_cli", "tables_cli"],
+    ["build", "doctor", "evaluate_cli", "logits_cli", "tables_cli"],
     ["cli"],
     ["__main__"],
 ]

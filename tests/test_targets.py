@@ -1,15 +1,19 @@
 """Every shipped target loads, is sourced and is documented; wrong ones are explained."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
 
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.quantization import RECIPES
-from moe_edge.contracts.target import Fact, Target
+from moe_edge.contracts.target import Fact, Hardware, Target
 from moe_edge.contracts.targets_io import describe_target, find_target, list_targets, load_target
 
 SHIPPED = (
@@ -70,12 +74,62 @@ def test_the_constants_are_consistent(name):
         assert (fact.confidence == "measured") == (fact.value is None), "shipped numbers come from documents"
 
 
-def test_the_readme_names_every_target_and_every_key():
-    text = (data_root("targets") / "README.md").read_text()
-    assert all(f"`{name}`" in text for name in SHIPPED)
-    for section in ("hardware", "quantization", "runtime", "budget"):
-        for key in type(getattr(load_target("cpu"), section)).model_fields:
-            assert key in text, key
+UNIT_OF = {
+    "_bytes": "bytes", "weights": "bytes", "peak_memory": "bytes", "_gb_per_s": "1e9 bytes/s", "_share": "share",
+    "_efficiency": "share", "experts": "share", "_agreement_to_teacher": "share", "context_length": "tokens",
+    "context_least": "tokens", "ttft": "seconds", "_tokens_per_s": "tokens/s", "_nats": "nats/token", "_ratio": "ratio",
+    "cores": "count", "threads": "count", "gpu_layers": "layers",
+}  # fmt: skip
+FACT_KEYS = {"value", "source", "confidence"}
+
+
+def documented() -> dict[str, str]:
+    """Key -> unit of the README's table."""
+    lines = (data_root("targets") / "README.md").read_text().split("## Keys")[1].splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| `")]
+    return {row[0].strip("|` "): row[1] for row in rows}
+
+
+def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a raw file down to its leaves; a constant with its source is one."""
+    for name, value in node.items():
+        if isinstance(value, dict) and not FACT_KEYS & set(value):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def test_the_readme_documents_every_key_of_the_schema_with_its_unit():
+    found = documented()
+    assert list(found) == list(keys(Target)), "the same keys in the same order"
+    assert all(unit and unit != "-" for unit in found.values())
+    for key, unit in found.items():
+        expected = next((word for end, word in UNIT_OF.items() if key.endswith(end)), None)
+        assert expected is None or unit.startswith(expected), (key, unit)
+    kinds = {key: str(field.annotation) for key, field in keys(Target).items()}
+    numbers = [key for key, kind in kinds.items() if re.search(r"\b(int|float)\b", kind) and "Literal" not in kind]
+    assert len(numbers) > 10
+    assert all(any(key.endswith(end) for end in UNIT_OF) for key in numbers), numbers
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_key_of_a_shipped_file_is_documented_and_every_constant_sourced(name):
+    """Read as plain YAML, so that what the schema would fill in does not count."""
+    raw = YAML(typ="safe").load((data_root("targets") / f"{name}.yaml").read_text())
+    found, allowed = dict(leaves(raw)), set(get_args(Fact.model_fields["confidence"].annotation))
+    assert set(found) <= set(documented())
+    facts = {key: value for key, value in found.items() if key.startswith("hardware.")}
+    assert set(facts) == {f"hardware.{name}" for name in Hardware.model_fields}
+    for key, fact in facts.items():
+        assert set(fact) == FACT_KEYS and len(fact["source"]) > 5 and fact["confidence"] in allowed, key
+
+
+def test_the_readme_has_a_row_for_every_target():
+    text = (data_root("targets") / "README.md").read_text().split("## Keys")[0]
+    assert [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")] == sorted(
+        SHIPPED, key=text.index
+    )
+    assert all(text.count(f"| `{name}` |") == 1 for name in SHIPPED)
 
 
 def test_an_unknown_target_gets_a_suggestion_and_the_list():

@@ -33,11 +33,14 @@ def check_action(config: BuildConfig, headers: CheckpointHeaders, spec: ModelSpe
         InputRejected: this family's expert width cannot change.
     """
     settings, width = config.plan, config.plan.expert_width
-    if width != "keep":
+    if not isinstance(width, str):
         if width < WIDTH_STEP or width % WIDTH_STEP or width > spec.moe.expert_width:
             why = f"expected a multiple of {WIDTH_STEP} up to the teacher's {spec.moe.expert_width}, got {width}"
             raise ConfigError("impossible expert width", where="plan.expert_width", why=why)
         check_width(meta_model(headers), width)
+    if settings.within is not None and settings.action == "dense" and settings.criterion == "auto":
+        why = f"a dense student takes the choice of {DENSE_CRITERION}, whatever an earlier plan kept"
+        raise ConfigError("within does not go with dense under auto", where="plan.within", why=why)
     if settings.action == "shared-core" and settings.compensate is True:
         why = "it refits experts one by one, which a shared core does not have"
         raise ConfigError("compensate does not go with shared-core", where="plan.compensate", why=why)
@@ -61,7 +64,7 @@ def _has_byte_budget(config: BuildConfig) -> bool:
 def with_action(
     plan: Plan, config: BuildConfig, spec: ModelSpec, stats: Callable[[], Statistics], in_memory: bool = True
 ) -> Plan:
-    """`plan` (what to drop) completed by what the configured action needs.
+    """`plan` (what to drop, and the shape of what stays) completed by what the configured action needs.
 
     Args:
         stats: reads the profile's statistics; only asked where the action chooses by them.
@@ -73,7 +76,7 @@ def with_action(
     settings = config.plan
     changes: dict[str, Any] = {
         "action": settings.action,
-        "expert_width": None if settings.expert_width in ("keep", spec.moe.expert_width) else settings.expert_width,
+        "expert_width": _width(plan, config, spec),
         "compensate": settings.compensate is True,
         "sequential": settings.sequential,
         "action_tokens": settings.action_tokens,
@@ -92,6 +95,13 @@ def with_action(
         changes["compensate"] = settings.action != "shared-core" and (plan.prunes or narrower)
     changes["notes"] = [*plan.notes, *_notes(plan, config, spec, changes)]
     return Plan.model_validate(plan.model_dump(by_alias=True) | changes)
+
+
+def _width(plan: Plan, config: BuildConfig, spec: ModelSpec) -> int | None:
+    """What was asked for; the plan's own choice under keep and auto."""
+    asked = config.plan.expert_width
+    width = plan.expert_width if isinstance(asked, str) else asked
+    return None if width == spec.moe.expert_width else width
 
 
 def _merges(plan: Plan, spec: ModelSpec, stats: Callable[[], Statistics]) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def _notes(plan: Plan, config: BuildConfig, spec: ModelSpec, changes: dict[str, 
             "" if width % K_QUANT_STEP == 0 else f" {width} is no multiple of {K_QUANT_STEP}: K-quants fall back there."
         )
         notes.append(
-            f"Experts keep {width} of {spec.moe.expert_width} neurons; the predicted KL does not count that.{rows}"
+            f"Experts keep {width} of {spec.moe.expert_width} neurons; the predicted KL is with the others silent.{rows}"
         )
     if changes["compensate"]:
         notes.append("Down projections are refitted by compress; the predicted KL does not count the gain.")

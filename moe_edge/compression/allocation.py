@@ -10,7 +10,7 @@ are free). The expert count is uniform over layers, because llama.cpp's is a sca
 Units: bytes, nats per token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moe_edge.compression.actions import check_action
@@ -18,11 +18,13 @@ from moe_edge.compression.demand import Demand, demand_of
 from moe_edge.compression.estimate import Packing
 from moe_edge.compression.headers import ModelHeaders, model_headers
 from moe_edge.compression.options import Option, Space, context_lengths, infeasible, options_grid, space_of
+from moe_edge.compression.shapes import MASKABLE_ACTIONS, Shape, at_shape, shapes_of
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, advice, refusals
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.spec import keepable_counts
 from moe_edge.contracts.units import format_bytes
+from moe_edge.families import family_of
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 UNSAFE_DROPPED_SHARE = 0.5
@@ -50,6 +52,7 @@ class Feasible:
     rival: Option | None  # the competitor
     rival_lost: str  # why
     notes: tuple[str, ...]
+    others: tuple["Feasible", ...] = ()  # the answers at the other shapes, where top-k or the width is auto
 
     @property
     def model(self) -> ModelHeaders:
@@ -58,6 +61,16 @@ class Feasible:
     @property
     def keeps_all(self) -> bool:
         return self.choice.experts == self.model.spec.moe.experts
+
+    @property
+    def alters(self) -> bool:
+        """Does the student compute something else than the teacher, bits aside?"""
+        return not self.keeps_all or self.space.changes_shape
+
+    @property
+    def is_harmless(self) -> bool:
+        """Nothing changed, in the type that the target likes best."""
+        return not self.alters and self.choice.packing == self.demand.preferred[0]
 
     @property
     def quantization(self) -> str:
@@ -85,9 +98,33 @@ def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> Feasible:
     """
     model = model_headers(headers)
     check_action(config, headers, model.spec)
-    demand = demand_of(model.spec, config)
+    shapes = shapes_of(model.spec, config, headers)
+    answers: list[Feasible] = []
+    for shape in shapes:
+        answer = _answer(model, at_shape(config, model.spec, shape), alone=len(shapes) == 1)
+        if answer is not None:
+            answers.append(answer)
+        if answer is not None and answer.is_harmless:  # nothing that changes more can lose less
+            break
+    if not answers:
+        raise _refusal(model, config, headers, shapes)
+    return replace(answers[0], others=tuple(answers[1:]))
+
+
+def _answer(model: ModelHeaders, config: BuildConfig, *, alone: bool = True) -> Feasible | None:
+    """The choice at the configuration's own shape; None where nothing fits.
+
+    Args:
+        alone: is this the only shape, so that a wish which cannot be is an error and not a reason to try the next one?
+    """
+    try:
+        demand = demand_of(model.spec, config)
+    except (ConfigError, InfeasibleError):
+        if alone:
+            raise
+        return None
     _refuse_unexportable(model, demand)
-    base = space_of(model, config.target, demand.top_k, demand.width, dense=config.plan.action == "dense")
+    base = _base_space(model, config, demand)
     for length in context_lengths(config.target):
         space = replace(base, context_length=length)
         choice = _choose(space, demand)
@@ -95,7 +132,41 @@ def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> Feasible:
             rival = _rival(space, demand, choice)
             lost = "" if rival is None else _why_lost(rival, demand)
             return Feasible(space, demand, choice, rival, lost, tuple(notes_of(space, demand, choice)))
-    raise infeasible(base, list(_walk(base, demand)), _with_other_settings(space, demand))
+    return None
+
+
+def _base_space(model: ModelHeaders, config: BuildConfig, demand: Demand) -> Space:
+    return space_of(model, config.target, demand.top_k, demand.width, dense=config.plan.action == "dense")
+
+
+def _refusal(
+    model: ModelHeaders, config: BuildConfig, headers: CheckpointHeaders, shapes: Sequence[Shape]
+) -> InfeasibleError:
+    """Why no shape fits, told of the one with the least change, and which top-k would fit where one was fixed.
+
+    Raises:
+        ConfigError: a wish that cannot be at any shape.
+    """
+    settled = at_shape(config, model.spec, shapes[0])
+    demand = demand_of(model.spec, settled)
+    base = _base_space(model, settled, demand)
+    shortest = replace(base, context_length=context_lengths(config.target)[-1])
+    faster = _faster(model, settled, headers, demand) if len(shapes) == 1 else None
+    return infeasible(base, list(_walk(base, demand)), _with_other_settings(shortest, demand), faster)
+
+
+def _faster(model: ModelHeaders, config: BuildConfig, headers: CheckpointHeaders, demand: Demand) -> Option | None:
+    """What would be chosen at the largest smaller top-k at which something fits; None where nothing does, or speed is no
+    budget."""
+    fixed = family_of(headers.config).fixed_top_k is not None or config.plan.action not in MASKABLE_ACTIONS
+    if config.target.budget.decode_tokens_per_s is None or fixed:
+        return None
+    for top_k in range(demand.top_k - 1, 0, -1):
+        shape = Shape(top_k, demand.width)
+        answer = _answer(model, at_shape(config, model.spec, shape), alone=False)
+        if answer is not None:
+            return answer.choice
+    return None
 
 
 def _with_other_settings(space: Space, demand: Demand) -> list[Option]:
@@ -134,9 +205,14 @@ def _choose(space: Space, demand: Demand) -> Option | None:
             fewer.setdefault(option.packing, option)
 
     def prior_nats(option: Option) -> float:
-        return DROPPED_KL_NATS * (1 - option.experts / total) ** 2 + RECIPE_KL_NATS.get(option.packing.name, 0.0)
+        return prior_dropped_nats(option.experts, total) + RECIPE_KL_NATS.get(option.packing.name, 0.0)
 
     return min(fewer.values(), key=prior_nats, default=None)
+
+
+def prior_dropped_nats(experts: int, total: int) -> float:
+    """Masked KL of keeping `experts` of `total`, before anything has been measured."""
+    return DROPPED_KL_NATS * (1 - experts / total) ** 2
 
 
 def _walk(space: Space, demand: Demand) -> Iterator[Option]:
@@ -208,9 +284,11 @@ def settle(feasible: Feasible, masked_kl_nats: float) -> Feasible:
 
 
 def describe(option: Option, model: ModelHeaders) -> str:
-    """'10 of 16 experts at Q4_K_M (134.2 MiB)'."""
-    size = format_bytes(option.estimate.file_bytes)
-    return f"{option.experts} of {model.spec.moe.experts} experts at {option.packing.label} ({size})"
+    """'10 of 16 experts at Q4_K_M (134.2 MiB)'; with top-k and width where they are not the teacher's."""
+    size, moe = format_bytes(option.estimate.file_bytes), model.spec.moe
+    shape = f" (top-{option.shape.top_k})" if option.shape.top_k != moe.top_k else ""
+    shape += f" of {option.shape.width} neurons" if option.shape.width is not None else ""
+    return f"{option.experts} of {moe.experts} experts{shape} at {option.packing.label} ({size})"
 
 
 def shown_options(feasible: Feasible) -> list[Option]:

@@ -32,6 +32,8 @@ Cell = tuple[str, int]  # bit class, third of the layers (0 for what lies outsid
 NOISE = {
     "F32": 0.0, "F16": 0.0, "BF16": 2.8e-6, "Q8_0": 2.9e-5, "Q6_K": 3.1e-4, "Q5_K": 1.28e-3, "Q5_1": 1.18e-3,
     "Q5_0": 1.67e-3, "Q4_K": 5.2e-3, "Q4_1": 5.6e-3, "IQ4_NL": 5.7e-3, "Q4_0": 6.8e-3, "Q3_K": 2.15e-2, "Q2_K": 7.5e-2,
+    "IQ4_XS": 5.8e-3, "MXFP4": 1.33e-2, "IQ3_S": 1.9e-2, "IQ3_XXS": 3.3e-2, "IQ2_S": 6.2e-2, "IQ2_XS": 9.0e-2,
+    "IQ2_XXS": 0.119,
 }  # fmt: skip
 ROUTING_EXPONENT = 0.5  # of the noise power
 # KL of a whole class per square root of noise power, nats: a prior, measured on a 135 M parameter Qwen2-MoE (1024 tokens)

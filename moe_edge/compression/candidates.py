@@ -7,12 +7,13 @@ Shape suffixes: L MoE layers, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS, select
+from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS, first_in_order, keep_prefix, rank
 from moe_edge.formulas.super_experts import super_experts
 from moe_edge.storage.statistics import Statistics
 
@@ -30,12 +31,24 @@ class Candidates:
     groups: int = 1  # of the router
     seed: int = 0  # of "random"
     guarded: bool = True  # do super experts stay?
+    within: Kept = field(default_factory=dict)  # decoder layer -> the only experts that may stay; empty: all may
 
     def kept(self, criterion: str, n_keep: int) -> Kept:
-        """Decoder layer -> the experts that stay under a criterion, a prefix of its ranking."""
-        guard_LE = self._guard_LE if self.guarded else None
-        chosen = select(criterion, self.stats, n_keep, self.seed, groups=self.groups, guard_LE=guard_LE)
-        return dict(zip(self.layers, chosen.values(), strict=True))
+        """Decoder layer -> the experts that stay under a criterion, a prefix of its ranking: at fewer experts a subset.
+
+        Those of an earlier plan come first, in the criterion's order, so that the choice is nested in it, too.
+        """
+        order_LE = rank(criterion, self.stats, self.seed, self._guard_LE if self.guarded else None)
+        if self.within:
+            order_LE = first_in_order(order_LE, self._within_LE)
+        return dict(zip(self.layers, keep_prefix(order_LE, n_keep, self.groups).values(), strict=True))
+
+    @property
+    def _within_LE(self) -> Tensor:
+        within_LE = torch.zeros(self.stats.counts_LE.shape, dtype=torch.bool)
+        for position, layer in enumerate(self.layers):
+            within_LE[position, self.within[layer]] = True
+        return within_LE
 
     @property
     def _guard_LE(self) -> Tensor:
@@ -46,7 +59,8 @@ class Candidates:
         """Decoder layer -> experts that stay under every criterion but "random"; layers without one are absent."""
         if not self.guarded:
             return {}
-        found = zip(self.layers, self._guard_LE, strict=True)
+        guard_LE = self._guard_LE & self._within_LE if self.within else self._guard_LE
+        found = zip(self.layers, guard_LE, strict=True)
         return {layer: row.nonzero().flatten().tolist() for layer, row in found if bool(row.any())}
 
     def notes(self) -> list[str]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
-from moe_edge.compression.allocation import RECIPE_KL_NATS, Feasible, notes_of
+from moe_edge.compression.allocation import RECIPE_KL_NATS, Feasible, notes_of, prior_dropped_nats, settle
 from moe_edge.compression.bits import Sensitivity, prior_sensitivity
-from moe_edge.compression.curve import Curve
+from moe_edge.compression.curve import Curve, CurvePoint
 from moe_edge.compression.options import Option
 from moe_edge.compression.spend import allocate
 from moe_edge.contracts.config import BuildConfig
@@ -85,6 +85,20 @@ def decide(feasible: Feasible, curve: Curve, sensitivity: Sensitivity | None = N
     if rival is None and best.option.experts < total:
         settled = replace(settled, notes=(*settled.notes, "Keeping every expert fits at no number of bits."))
     return settled, quantization_of(settled, known)
+
+
+def decide_by_priors(feasible: Feasible, config: BuildConfig) -> Feasible:
+    """What `decide` or `settle` would say if the model behaved like the one behind the priors: for a dry run, which may
+    measure nothing. At another top-k or width there is no prior, and the answer from headers stays."""
+    if feasible.space.changes_shape:
+        return feasible
+    total = feasible.model.spec.moe.experts
+    if not bits_are_free(feasible, config):
+        settled = settle(feasible, prior_dropped_nats(feasible.choice.experts, total))
+        return replace(settled, notes=feasible.notes) if settled.choice is feasible.choice else settled
+    points = tuple(CurvePoint(count, prior_dropped_nats(count, total), None) for count in feasible.demand.counts)
+    settled, _ = decide(feasible, Curve("prior", total, feasible.space.top_k, 0, points))
+    return settled
 
 
 def _compared(best: _Way, rival: _Way) -> str:

@@ -9,11 +9,13 @@ Shape suffix legend: E experts of the teacher, F their width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
+from pathlib import Path
 
 from moe_edge.compression.estimate import ONNX_BITS, Packing
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import did_you_mean
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
+from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
 from moe_edge.contracts.spec import ModelSpec, keepable_counts
 from moe_edge.formulas.selection import CRITERIA
@@ -47,7 +49,7 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
     _check_criterion(config.plan.criterion)
     top_k, full, asked = _top_k(spec, config), spec.moe.expert_width, config.plan.expert_width
     width = None if asked == "keep" or asked == full else asked  # checked by actions.check_action
-    counts, why_fewer = _expert_counts(spec, config, top_k, (width or full) / full)
+    counts, why_fewer = _nested(*_expert_counts(spec, config, top_k, (width or full) / full), spec, config)
     formats = config.target.formats if config.export.formats == "auto" else config.export.formats
     chosen = config.export.onnx.precision
     precision = config.target.quantization.onnx if chosen == "auto" else chosen
@@ -81,6 +83,40 @@ def _top_k(spec: ModelSpec, config: BuildConfig) -> int:
             why=f"the teacher has {spec.moe.experts} experts per layer",
         )
     return top_k
+
+
+def earlier_plan(path: str, spec: ModelSpec) -> Plan:
+    """The plan that plan.within names.
+
+    Raises:
+        ConfigError: it cannot be read, or belongs to another model.
+    """
+    where = f"plan.within: {path}"
+    try:
+        plan = Plan.read(Path(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError("the earlier plan cannot be read", where=where, why=str(error)) from error
+    if plan.experts_total != spec.moe.experts or set(plan.kept) != set(spec.moe_layers):
+        why = f"it keeps experts of {len(plan.kept)} layers of {plan.experts_total}"
+        raise ConfigError("the earlier plan belongs to another model", where=where, why=why)
+    return plan
+
+
+def _nested(
+    counts: tuple[int, ...], why_fewer: str | None, spec: ModelSpec, config: BuildConfig
+) -> tuple[tuple[int, ...], str | None]:
+    """Only as many as the plan that `plan.within` names has kept."""
+    if config.plan.within is None:
+        return counts, why_fewer
+    most = earlier_plan(config.plan.within, spec).experts_kept
+    possible = tuple(count for count in counts if count <= most)
+    if not possible:
+        raise ConfigError(
+            f"cannot keep {counts[-1]} experts of the {most} that an earlier plan kept",
+            where="plan.within, plan.experts",
+            next_command=f"--set plan.experts={most} or fewer",
+        )
+    return possible, why_fewer if possible == counts else f"plan.within keeps {most}"
 
 
 def _expert_counts(

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import psutil
 
 from moe_edge.compression.headers import Group, ModelHeaders
-from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability
+from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability, stored_shapes
 from moe_edge.contracts.plan import Estimate
 from moe_edge.contracts.quantization import ALWAYS_F32, pinned_type, tensor_bytes
 from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, ModelSpec, TensorClass
@@ -95,10 +95,15 @@ def _number(fact: Fact) -> float | None:
 
 def stored_groups(model: ModelHeaders, experts: int, packing: Packing, width: int | None = None) -> tuple[Group, ...]:
     """The tensors that the file holds; a tied head is one of them where the runtime demands it."""
-    groups, spec = model.with_experts(experts, width), model.spec
-    row = capability(RUNTIME_OF_FORMAT[packing.format], spec.family)
+    spec, runtime = model.spec, RUNTIME_OF_FORMAT[packing.format]
+    groups = [
+        group._replace(shape=shape)
+        for group in model.with_experts(experts, width)
+        for shape in stored_shapes(runtime, spec, group.part, group.shape)
+    ]
+    row = capability(runtime, spec.family)
     writes_head = spec.tied_embeddings and row is not None and not row.tied_head
-    return (*groups, Group("head", (spec.vocab, spec.hidden), 1, None)) if writes_head else groups
+    return (*groups, Group("head", (spec.vocab, spec.hidden), 1, None)) if writes_head else tuple(groups)
 
 
 def stored_bytes(packing: Packing, tensor_class: TensorClass, shape: tuple[int, ...], layer: int | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from moe_edge.contracts.quantization import layer_thirds
 from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, EXPERT_SIZED, ModelSpec, TensorClass
-from moe_edge.families import family_of
+from moe_edge.families import student_family
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 Shape = tuple[int, ...]
@@ -29,6 +29,7 @@ class Group(NamedTuple):
     shape: Shape  # of one tensor
     tensors: int  # how many of them
     layer: int | None  # the first layer of the third; None: outside the layers
+    part: str = "weight"  # of other attention, where it says what the matrix is
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,22 @@ def model_headers(headers: CheckpointHeaders) -> ModelHeaders:
     Raises:
         InputRejected: dense or unsupported model, or tensors that do not belong to its family.
     """
-    family = family_of(headers.config)
+    family = student_family(headers.config)
     entries = family.tensors(headers.config, list(headers.tensors))
     spec = family.spec(headers.config)
     first_of = {layer: third[0] for third in layer_thirds(spec.layers) for layer in third}
     groups = Counter(
-        (entry.tensor_class, entry.shape, None if entry.layer is None else first_of[entry.layer]) for entry in entries
+        (
+            entry.tensor_class,
+            entry.shape,
+            None if entry.layer is None else first_of[entry.layer],
+            entry.part if entry.tensor_class == "attention_other" else "weight",
+        )
+        for entry in entries
     )
     return ModelHeaders(
         spec=spec,
-        groups=tuple(Group(name, shape, count, layer) for (name, shape, layer), count in groups.items()),
+        groups=tuple(Group(name, shape, count, layer, part) for (name, shape, layer, part), count in groups.items()),
         checkpoint_bytes=headers.total_bytes,
         tokenizer_bytes=tokenizer_bytes(headers.folder),
     )

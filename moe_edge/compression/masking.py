@@ -8,6 +8,7 @@ Shape suffixes: C choices, N rows, S tokens of a row, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.contracts.progress import track
+from moe_edge.families.neuron_masks import NeuronMask, silenced
 from moe_edge.families.pruning import masked
 from moe_edge.formulas.divergence import kl_dense
 from moe_edge.metrics.quality import bootstrap_ci95
@@ -39,13 +41,20 @@ class MaskedKl:
         return other.kl_nats > self.kl_nats if interval is None else interval[0] > 0
 
 
-def masked_kl_rows(model: PreTrainedModel, choices: Sequence[Kept], ids_NS: Tensor, top_k: int | None = None) -> Tensor:
+def masked_kl_rows(
+    model: PreTrainedModel,
+    choices: Sequence[Kept],
+    ids_NS: Tensor,
+    top_k: int | None = None,
+    neurons: NeuronMask | None = None,
+) -> Tensor:
     """Mean KL(teacher || masked teacher) of every row under every choice.
 
     Args:
         choices: layer -> kept expert ids; an absent layer keeps all.
         ids_NS: token ids.
         top_k: the student's, where it differs from the teacher's.
+        neurons: those that stay, where the student's experts are narrower; the teacher's logits are of all of them.
 
     Returns:
         [C, N] float64, nats per token.
@@ -60,7 +69,10 @@ def masked_kl_rows(model: PreTrainedModel, choices: Sequence[Kept], ids_NS: Tens
             if index < 0:
                 teacher_NSV = _logits(model, batch_NS)
                 continue
-            with masked(model, choices[index], top_k):
+            with ExitStack() as undo:
+                undo.enter_context(masked(model, choices[index], top_k))
+                if neurons is not None:
+                    undo.enter_context(silenced(model, neurons))
                 kl_CN[index].append(row_kl(teacher_NSV, _logits(model, batch_NS)))
     return torch.stack([torch.cat(parts) for parts in kl_CN])
 
@@ -76,14 +88,18 @@ def row_kl(reference_NSV: Tensor, other_NSV: Tensor) -> Tensor:
 
 
 def masked_kl(
-    model: PreTrainedModel, choices: Mapping[str, Kept], ids_NS: Tensor, top_k: int | None = None
+    model: PreTrainedModel,
+    choices: Mapping[str, Kept],
+    ids_NS: Tensor,
+    top_k: int | None = None,
+    neurons: NeuronMask | None = None,
 ) -> dict[str, MaskedKl]:
     """The cost of named choices on the same rows; equal choices are run once.
 
     Args as `masked_kl_rows`. Returns a result per name, in the given order.
     """
     distinct, place = distinct_choices(choices)
-    kl_CN = masked_kl_rows(model, distinct, ids_NS, top_k)
+    kl_CN = masked_kl_rows(model, distinct, ids_NS, top_k, neurons)
     return {name: summarise(kl_CN[index], ids_NS.numel()) for name, index in place.items()}
 
 

@@ -4,12 +4,14 @@ table of options.
 Units: bytes, tokens per second.
 """
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_edge.compression.estimate import Cache, Packing, estimate, kv_precisions, machine_of
+from moe_edge.compression.estimate import Cache, KvPrecision, Packing, estimate, kv_precisions, machine_of
 from moe_edge.compression.headers import ModelHeaders
+from moe_edge.compression.shapes import Shape
 from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.contracts.plan import Estimate
 from moe_edge.contracts.target import Target
@@ -32,6 +34,7 @@ class Option:
     """A point of the search: what it would be, and which budgets it breaks."""
 
     experts: int
+    shape: Shape
     packing: Packing
     estimate: Estimate  # with the KV cache in it
     broken: tuple[str, ...]  # in words; empty = fits
@@ -46,6 +49,8 @@ class Option:
         """For a table or JSON."""
         return {
             "experts_kept": self.experts,
+            "top_k": self.shape.top_k,
+            "expert_width": self.shape.width,
             "format": self.packing.format,
             "quantization": self.packing.label,
             "context_length": self.estimate.context_length,
@@ -69,6 +74,15 @@ class Space:
     context_length: int  # tokens
     width: int | None = None  # neurons kept per expert; None = all
     dense: bool = False  # every kept expert is read for every token
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.top_k, self.width)
+
+    @property
+    def changes_shape(self) -> bool:
+        """Does a token run fewer or narrower experts than in the teacher?"""
+        return self.shape != (self.model.spec.moe.top_k, None)
 
     def option(self, experts: int, packing: Packing) -> Option:
         """With the best KV cache that fits; where none does, with the smallest."""
@@ -96,12 +110,27 @@ class Space:
             ratios.append(least / speed)
             if speed < least:
                 broken.append(f"about {speed:.1f} tokens/s, target.budget.decode_tokens_per_s is {least:g}")
-        return Option(experts, packing, expected, tuple(broken), max(ratios, default=0.0))
+        return Option(experts, self.shape, packing, expected, tuple(broken), max(ratios, default=0.0))
 
 
 def space_of(model: ModelHeaders, target: Target, top_k: int, width: int | None = None, dense: bool = False) -> Space:
     """The space of a model on a target, at the target's own context length."""
     return Space(model, target, top_k, limits_of(target), target.context_length, width, dense)
+
+
+def largest_contexts(space: Space, option: Option) -> dict[str, int]:
+    """KV precision -> the most tokens of context with which an option still meets every budget, up to the model's own
+    limit; a precision with which not even one token fits is absent."""
+    found = {}
+    for precision in kv_precisions(space.model, space.target, option.packing.format):
+
+        def fits(tokens: int, precision: KvPrecision = precision) -> bool:
+            return space.judged(option.experts, option.packing, Cache(tokens, precision)).fits
+
+        tokens = bisect_left(range(1, space.model.spec.context_length + 1), True, key=lambda length: not fits(length))
+        if tokens:
+            found[str(precision)] = tokens
+    return found
 
 
 def context_lengths(target: Target) -> list[int]:
@@ -123,12 +152,15 @@ def options_grid(space: Space, counts: Collection[int], packings: Sequence[Packi
     return [space.option(count, packing) for count in sorted(set(counts), reverse=True) for packing in packings]
 
 
-def infeasible(space: Space, allowed: Sequence[Option], others: Sequence[Option]) -> InfeasibleError:
+def infeasible(
+    space: Space, allowed: Sequence[Option], others: Sequence[Option], faster: Option | None = None
+) -> InfeasibleError:
     """The refusal with the nearest options.
 
     Args:
         allowed: what the configuration lets the solver choose; none of them fits.
         others: what it would let choose with other settings; those that fit are named first.
+        faster: the least cut of top-k that would meet the budgets, and what would then be chosen.
     """
     fitting = [option for option in others if option.fits]
     fitting.sort(
@@ -139,25 +171,35 @@ def infeasible(space: Space, allowed: Sequence[Option], others: Sequence[Option]
         by_packing.setdefault(option.packing, option)
     nearest = list(by_packing.values())
     shown = [*fitting[: ROWS_WHEN_INFEASIBLE // 2], *nearest][:ROWS_WHEN_INFEASIBLE]
+    why = f"at top-{space.top_k} the nearest options are:\n" + options_table(shown)
+    if faster is not None:
+        why += f"\n  at top-{faster.shape.top_k} this would meet every budget:\n" + options_table([faster])
     return InfeasibleError(
         "no plan meets the target's budget",
         where=f"target {space.target.name}, estimated from the headers alone",
-        why="the nearest options are:\n" + options_table(shown),
-        next_command=_remedy(space, nearest[0], fitting),
+        why=why,
+        next_command=_remedy(space, nearest[0], fitting, faster),
     )
 
 
-def _remedy(space: Space, nearest: Option, fitting: Sequence[Option]) -> str:
+def _remedy(space: Space, nearest: Option, fitting: Sequence[Option], faster: Option | None) -> str:
+    lower = f"--set plan.top_k={faster.shape.top_k}" if faster else ""
     if fitting and fitting[0].shorter:
-        return f"--set target.context_length={fitting[0].estimate.context_length}"
+        shorter = f"--set target.context_length={fitting[0].estimate.context_length}"
+        return f"{shorter}, or {lower}" if lower else shorter
     if fitting:
         return f"--set plan.experts={fitting[0].experts} --set plan.bits={fitting[0].packing.name}"
+    if lower:
+        return f"{lower}, or plan.top_k=auto and plan.expert_width=auto, which compare by masked KL"
     need, limits, settings = nearest.estimate, space.limits, []
     if limits.weights_bytes is not None and need.file_bytes > limits.weights_bytes:
         settings.append(f"--set target.budget.weights={need.file_bytes}")
     if limits.peak_memory_bytes is not None and need.peak_memory_bytes > limits.peak_memory_bytes:
         settings.append(f"--set target.budget.peak_memory={need.peak_memory_bytes} on a device that has it")
-    return " ".join(settings) or "relax target.budget, or lower plan.top_k"
+    speed, least = need.decode_tokens_per_s, limits.decode_tokens_per_s
+    if speed is not None and least is not None and speed < least:
+        settings.append(f"--set target.budget.decode_tokens_per_s={speed:.3g}; no top-k reaches {least:g} here")
+    return " ".join(settings)
 
 
 def _verdict(option: Option) -> str:

@@ -55,6 +55,9 @@ class Rules:
     groups: int = 1  # of the router; a swap stays inside one
     guard: Mapping[int, Collection[int]] = field(default_factory=dict)  # decoder layer -> experts that stay
     residual_scale: float = 1.0  # of the model, see local_layers
+    within: Mapping[int, Collection[int]] = field(
+        default_factory=dict
+    )  # layer -> the only ones that may stay; absent: all
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,8 @@ class Predictions:
 def _moves(local: LocalLayer, kept: Sequence[int], rules: Rules) -> list[Move]:
     view, guard = local.view, rules.guard.get(local.view.index, ())
     old = [expert for expert in kept if expert not in guard]
-    new = [expert for expert in range(view.count) if expert not in kept]
+    allowed = rules.within.get(view.index, range(view.count))
+    new = [expert for expert in allowed if expert not in kept]
     if len(old) * len(new) > SHORT_LIST**2:
         old, new = local.promising(old, new, SHORT_LIST, rules.top_k)
     sets = swaps(kept, old, new, view.count // rules.groups)

@@ -8,6 +8,7 @@ Shape suffixes: C choices, B rows of a batch, N all rows, S tokens of a row, D m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moe_edge.compression.masking import Kept, MaskedKl, distinct_choices, row_kl, summarise
 from moe_edge.contracts.progress import track
+from moe_edge.families.neuron_masks import NeuronMask, silenced
 from moe_edge.families.pruning import check_kept, masked
 from moe_edge.families.streaming import StreamedModel
 from moe_edge.families.taps import head
@@ -24,7 +26,12 @@ BATCH_ROWS = 4
 
 
 def streamed_masked_kl(
-    teacher: StreamedModel, choices: Mapping[str, Kept], ids_NS: Tensor, scratch: Path, top_k: int | None = None
+    teacher: StreamedModel,
+    choices: Mapping[str, Kept],
+    ids_NS: Tensor,
+    scratch: Path,
+    top_k: int | None = None,
+    neurons: NeuronMask | None = None,
 ) -> dict[str, MaskedKl]:
     """The cost of named choices on the same rows; as `masking.masked_kl`.
 
@@ -32,12 +39,17 @@ def streamed_masked_kl(
         scratch: a folder with room for (C + 2) N S D float32 numbers; nothing stays there.
     """
     distinct, place = distinct_choices(choices)
-    kl_CN = streamed_masked_kl_rows(teacher, distinct, ids_NS, scratch, top_k)
+    kl_CN = streamed_masked_kl_rows(teacher, distinct, ids_NS, scratch, top_k, neurons)
     return {name: summarise(kl_CN[index], ids_NS.numel()) for name, index in place.items()}
 
 
 def streamed_masked_kl_rows(
-    teacher: StreamedModel, choices: Sequence[Kept], ids_NS: Tensor, scratch: Path, top_k: int | None = None
+    teacher: StreamedModel,
+    choices: Sequence[Kept],
+    ids_NS: Tensor,
+    scratch: Path,
+    top_k: int | None = None,
+    neurons: NeuronMask | None = None,
 ) -> Tensor:
     """Mean KL(teacher || masked teacher) of every row under every choice, [C, N] float64 nats.
 
@@ -56,7 +68,10 @@ def streamed_masked_kl_rows(
                 runs[0].step(layer)  # the teacher as it is
                 for run, kept in zip(runs[1:], choices, strict=True):
                     only_here = {layer: kept[layer]} if layer in kept else {}
-                    with masked(teacher.model, only_here, top_k):
+                    with ExitStack() as undo:
+                        undo.enter_context(masked(teacher.model, only_here, top_k))
+                        if neurons is not None:
+                            undo.enter_context(silenced(teacher.model, neurons))
                         run.step(layer)
         with teacher.loaded("head"):
             kl_CN = _compare(runs)

@@ -5,8 +5,9 @@ is ONNX Runtime's CPU provider. Facts are from llama.cpp's model graphs (src/mod
 0.5.0) and from ONNX Runtime 1.32's QMoE operator.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from moe_edge.contracts.spec import FEATURES, Feature, ModelSpec
 from moe_edge.contracts.yarn import MAX_RAD_PER_TOKEN, rounding_error
@@ -34,6 +35,10 @@ class Capability:
     alternating_windows: bool = False  # a window in layers 0, 2, ..., none in layers 1, 3, ...
     swiglu: tuple[float, float] | None = None  # the only alpha and limit of a clamped SwiGLU; None: any
     rounds_yarn: bool = False  # to whole columns, and knows only its default scale of attention
+    yarn_scales_all: bool = False  # by mscale_all_dim, which must be given and equal mscale
+    group_score: Literal["max", "top2_sum"] | None = None  # the only one that the graph computes; None: any
+    equal_linear_heads: bool = False  # keys and values of linear attention must be equally wide
+    direct_query_layers: tuple[int, ...] = ()  # layer counts at which the loader expects q without a latent
     uniform_experts: bool = True  # one expert count, top-k and width for all layers
     max_experts: int | None = None
     width_multiple: int = 1  # advised for expert width and hidden size: below it, larger types than the recipe's
@@ -45,7 +50,6 @@ _GGUF = Capability(
     rounds_yarn=True,
 )  # fmt: skip
 _ONNX = Capability("", uniform_experts=False, width_multiple=32)
-_GGUF_LATER = replace(_GGUF, exported=False)
 _ONNX_LATER = replace(_ONNX, exported=False)
 
 
@@ -58,16 +62,26 @@ _GPT_OSS = _features(
     "router_bias", "expert_biases", "clamped_swiglu", "sinks", "mixed_windows", "output_bias", "scaled_rotary"
 )
 _ERNIE = _features("selection_bias", "dense_layers", "ungated_shared", "paired_rotary")
-_DEEPSEEK2 = _features(
-    "latent_attention", "dense_layers", "ungated_shared", "routed_scale", "groups", "paired_rotary", "scaled_rotary",
-    "sigmoid", "selection_bias",
+_DEEPSEEK2 = replace(
+    _GGUF,
+    architecture="deepseek2",
+    computes=_features(
+        "latent_attention", "dense_layers", "ungated_shared", "routed_scale", "groups", "paired_rotary",
+        "scaled_rotary", "sigmoid", "selection_bias",
+    ),
+    needs_shared_expert=True,
+    leading_dense=True,
+    yarn_scales_all=True,
+    group_score="top2_sum",
+    direct_query_layers=(26, 27),
 )  # fmt: skip
 _GLM4 = _features("sigmoid", "selection_bias", "dense_layers", "ungated_shared", "routed_scale", "partial_rotary")
-_LFM2 = _features("sigmoid", "selection_bias", "convolutions", "dense_layers", "routed_scale")
+_LFM2 = _features("sigmoid", "selection_bias", "convolutions", "dense_layers")
 _QWEN3_5 = _features("linear_attention", "output_gate", "norms_around_one", "partial_rotary")
 _SELECTED = _features("selection_bias")
 _MINIMAX = _features("sigmoid", "selection_bias", "partial_rotary")
 _HUNYUAN = _features("norm_after_rope", "ungated_shared")
+_DENSE = replace(_GGUF, computes=_features("dense_layers"))
 
 # A family whose exporter is finished: take `_LATER` off its row, and add what the exporter does not write to the tests.
 CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
@@ -106,25 +120,53 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("llama_cpp", "granitemoeshared"): replace(
         _GGUF, architecture="granitemoe", renormalises=True, computes=_GRANITE | {"ungated_shared"}
     ),
-    # deepseek2 and the rows after it take gating, renormalisation and scale from the file's metadata.
-    ("llama_cpp", "deepseek_v2"): replace(_GGUF_LATER, architecture="deepseek2", computes=_DEEPSEEK2),
-    ("llama_cpp", "deepseek_v3"): replace(_GGUF_LATER, architecture="deepseek2", computes=_DEEPSEEK2),
-    ("llama_cpp", "glm4_moe_lite"): replace(_GGUF_LATER, architecture="deepseek2", computes=_DEEPSEEK2),
+    # deepseek2 and glm4moe take gating, renormalisation and scale from the file's metadata.
+    ("llama_cpp", "deepseek_v2"): _DEEPSEEK2,
+    ("llama_cpp", "deepseek_v3"): _DEEPSEEK2,
+    ("llama_cpp", "glm4_moe_lite"): _DEEPSEEK2,
     ("llama_cpp", "glm4_moe"): replace(
-        _GGUF_LATER, architecture="glm4moe", computes=_GLM4, needs=_SELECTED, needs_shared_expert=True
+        _GGUF,
+        architecture="glm4moe",
+        computes=_GLM4 | {"groups"},
+        needs=_SELECTED,
+        needs_shared_expert=True,
+        leading_dense=True,
+        group_score="top2_sum",
     ),
     ("llama_cpp", "lfm2_moe"): replace(
-        _GGUF_LATER, architecture="lfm2moe", renormalises=True, computes=_LFM2, needs=_SELECTED
+        _GGUF,
+        architecture="lfm2moe",
+        renormalises=True,
+        computes=_LFM2,
+        needs=_SELECTED,
+        square_attention=True,
+        leading_dense=True,
     ),
     ("llama_cpp", "minimax_m2"): replace(
-        _GGUF_LATER, architecture="minimax-m2", renormalises=True, computes=_MINIMAX, needs=_SELECTED
+        _GGUF, architecture="minimax-m2", renormalises=True, tied_head=False, computes=_MINIMAX, needs=_SELECTED
     ),
     ("llama_cpp", "hunyuan_v1_moe"): replace(
-        _GGUF_LATER, architecture="hunyuan-moe", renormalises=True, computes=_HUNYUAN
+        _GGUF,
+        architecture="hunyuan-moe",
+        renormalises=True,
+        computes=_HUNYUAN,
+        needs=_features("norm_after_rope"),
+        needs_shared_expert=True,
     ),
     ("llama_cpp", "qwen3_5_moe"): replace(
-        _GGUF_LATER, architecture="qwen35moe", renormalises=True, computes=_QWEN3_5, needs_shared_expert=True
+        _GGUF,
+        architecture="qwen35moe",
+        renormalises=True,
+        computes=_QWEN3_5,
+        needs=_features("output_gate", "norms_around_one"),
+        needs_shared_expert=True,
+        equal_linear_heads=True,
     ),
+    # dense students
+    ("llama_cpp", "qwen3"): replace(_DENSE, architecture="qwen3"),
+    ("llama_cpp", "qwen2"): replace(_DENSE, architecture="qwen2", square_attention=True),
+    ("llama_cpp", "mistral"): replace(_DENSE, architecture="llama"),
+    ("llama_cpp", "granite"): replace(_DENSE, architecture="granite", computes=_DENSE.computes | _GRANITE),
     ("ort", "qwen3_moe"): replace(_ONNX, architecture="qwen3"),
     ("ort", "qwen2_moe"): replace(_ONNX, architecture="qwen2"),
     ("ort", "mixtral"): replace(_ONNX, architecture="mistral"),
@@ -133,7 +175,7 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("ort", "gpt_oss"): replace(_ONNX, architecture="gptoss", computes=_GPT_OSS),
     ("ort", "ernie4_5_moe"): replace(_ONNX, architecture="ernie4_5", renormalises=True, computes=_ERNIE),
     ("ort", "granitemoeshared"): replace(_ONNX, architecture="granite", computes=_GRANITE | {"ungated_shared"}),
-    ("ort", "lfm2_moe"): replace(_ONNX_LATER, architecture="lfm2", computes=_LFM2),
+    ("ort", "lfm2_moe"): replace(_ONNX_LATER, architecture="lfm2", computes=_LFM2 | {"routed_scale"}),
     ("ort", "qwen3_5_moe"): replace(_ONNX_LATER, architecture="qwen3_5_text", computes=_QWEN3_5),
     ("ort", "glm4_moe"): replace(_ONNX_LATER, architecture="llama", computes=_GLM4),
     ("ort", "minimax_m2"): replace(_ONNX_LATER, architecture="qwen3", computes=_MINIMAX),
@@ -222,6 +264,18 @@ def _layer_mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]
             row.swiglu is not None and row.swiglu != swiglu,
             f"clamps its SwiGLU with alpha and limit {row.swiglu}, this model has {swiglu}",
         ),
+        (
+            row.group_score not in (None, spec.moe.group_score) and spec.moe.groups_used < spec.moe.groups,
+            f"scores a group of experts by {row.group_score}, this model by {spec.moe.group_score}",
+        ),
+        (
+            row.equal_linear_heads and spec.mixer.get("key_dim") != spec.mixer.get("value_dim"),
+            "needs keys and values of linear attention to be equally wide",
+        ),
+        (
+            spec.latent is not None and spec.latent.q_rank is not None and spec.layers in row.direct_query_layers,
+            f"takes a model of {spec.layers} layers for one whose q has no latent",
+        ),
     ]
 
 
@@ -238,15 +292,37 @@ def _rotary_mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str
         ]
     if not row.rounds_yarn:
         return []
-    given = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
-    error = rounding_error(rope, spec.head_dim, spec.rope_theta)
+    error = rounding_error(rope, spec.rotary_dim, spec.rope_theta)
     return [
-        (bool(given), f"scales attention by yarn's default, this model sets {', '.join(given)}"),
+        _yarn_scale_mismatch(row, rope),
         (
             error > MAX_RAD_PER_TOKEN,
             f"rounds yarn's range to whole columns, for this model an error of {error:.1e} rad per token (truncate)",
         ),
     ]
+
+
+def _yarn_scale_mismatch(row: Capability, rope: Mapping[str, Any]) -> tuple[bool, str]:
+    """Does the graph scale attention as this model does?"""
+    if row.yarn_scales_all:
+        scales = (rope.get("mscale"), rope.get("mscale_all_dim"))
+        wrong = not scales[1] or scales[0] != scales[1] or rope.get("attention_factor") not in (None, 1.0)
+        return wrong, f"scales all of attention by mscale_all_dim, which must equal mscale; this model has {dict(rope)}"
+    given = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
+    return bool(given), f"scales attention by yarn's default, this model sets {', '.join(given)}"
+
+
+def stored_shapes(runtime: RuntimeName, spec: ModelSpec, part: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes in which a runtime's file holds a tensor of the checkpoint: mostly its own, alone.
+
+    llama.cpp works on the latent itself: the matrix that expands it becomes one matrix per head for keys, transposed,
+    and one for values.
+    """
+    if runtime == "llama_cpp" and part == "kv_b" and spec.latent is not None:
+        latent = spec.latent
+        keys = (spec.heads, latent.kv_rank, latent.nope_dim)
+        return [keys, (spec.heads, latent.value_dim, latent.kv_rank)]
+    return [shape]
 
 
 def advice(
@@ -268,7 +344,7 @@ def advice(
     if row.rounds_yarn and rope is not None and rope["rope_type"] == "yarn" and not rope.get("truncate", True):
         found.append(
             f"{runtime} rounds yarn's range to whole columns, this model does not (truncate: false): positions drift apart "
-            f"by {rounding_error(rope, spec.head_dim, spec.rope_theta):.0e} rad per token (contracts/yarn.py)."
+            f"by {rounding_error(rope, spec.rotary_dim, spec.rope_theta):.0e} rad per token (contracts/yarn.py)."
         )
     if on_gpu and row.fused_on_gpu and not _fused(experts_kept):
         found.append(

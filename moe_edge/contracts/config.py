@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moe_edge.contracts.target import Target
+from moe_edge.contracts.units import ByteSize
 
 _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,8 +62,10 @@ class PlanConfig(BaseModel):
         "drop",
         description="drop | merge into the nearest kept expert | shared-core with low-rank wrappers | dense: one FFN",
     )
-    expert_width: int | Literal["keep"] = Field(
-        "keep", description="keep | neurons kept per expert, a multiple of 32; 256 where K-quants are exported"
+    expert_width: int | Literal["keep", "auto"] = Field(
+        "keep",
+        description="keep | neurons kept per expert, a multiple of 32; 256 where K-quants are exported | auto: compared by "
+        "masked KL",
     )
     shared_rank: int = Field(16, gt=0, description="shared-core: rank of each expert's input and output wrapper")
     compensate: bool | Literal["auto"] = Field(
@@ -75,7 +78,9 @@ class PlanConfig(BaseModel):
         4096, gt=0, description="calibration tokens on which merges, wrappers and refits are fitted"
     )
     experts: int | float | Literal["auto"] = Field("auto", description="auto | experts kept per layer | fraction kept")
-    top_k: int | Literal["keep"] = "keep"
+    top_k: int | Literal["keep", "auto"] = Field(
+        "keep", description="keep | experts that a token runs | auto: compared by masked KL"
+    )
     bits: str = Field("auto", description="auto | a GGUF recipe such as Q4_K_M")
     tokens: int = Field(4096, gt=0, description="calibration tokens on which a choice's masked KL is measured")
     max_kl_nats: float | None = Field(
@@ -90,6 +95,9 @@ class PlanConfig(BaseModel):
         100_000,
         ge=0,
         description="work of the swap search (criterion auto), in tokens of a teacher forward pass; 0 = off",
+    )
+    within: str | None = Field(
+        None, description="an earlier plan.json of this teacher: only experts that it kept may stay (nested plans)"
     )
     super_expert_guard: bool = Field(True, description="super experts stay under every criterion but 'random'")
     seed: int = Field(0, description="seed of the criterion 'random' and of the search")
@@ -162,7 +170,7 @@ class StageConfig(BaseModel):
         "identity", description="teacher layer of each student layer; auto: the monotone path of greatest CKA"
     )
     expert_share: float = Field(
-        1.0, gt=0, le=1, description="expert_cka: teacher experts to learn from, the nearest to the layer by CKA first"
+        1.0, gt=0, le=1, description="expert_cka: share of a layer's teacher experts that teach, by CKA with the layer"
     )
     alpha: float | None = Field(None, ge=0, le=1, description="this stage's alpha; null: distill.alpha")
     temperature: float | None = Field(None, gt=0, description="this stage's temperature; null: distill.temperature")
@@ -211,6 +219,11 @@ class GgufConfig(BaseModel):
     model_config = _CLOSED
     types: list[str] | Literal["auto"] = Field("auto", description="auto | recipes such as [F16, Q4_K_M]")
     pre_tokenizer: str | None = Field(None, description="override of tokenizer.ggml.pre")
+    split_bytes: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="cut larger files into parts of at most this size, such as 4GB; llama.cpp opens the first",
+    )
 
 
 class OnnxConfig(BaseModel):

@@ -43,6 +43,23 @@ class Estimate(BaseModel):
     routed_expert_share_kept: float
 
 
+class TriedShape(BaseModel):
+    """A top-k and expert width that was compared, with its best count of experts and bits."""
+
+    model_config = ConfigDict(extra="forbid")
+    top_k: int
+    expert_width: int | None = Field(description="neurons kept per expert; null = all")
+    experts_kept: int
+    quantization: str
+    masked_kl_nats: float = Field(
+        description="of the best ranking criterion's choice on plan.curve_tokens, nats per token"
+    )
+    quantization_kl_nats: float = Field(description="of its bits, nats per token")
+    kl_nats: float = Field(description="their sum: the least one was chosen")
+    file_bytes: int
+    decode_tokens_per_s: float | None = Field(description="roofline estimate")
+
+
 class Plan(BaseModel):
     """What will be done to the teacher."""
 
@@ -88,6 +105,10 @@ class Plan(BaseModel):
     )
     quantization_kl_source: str = Field("prior", description="measured (on the teacher) or prior (of another model)")
     candidates: list[Candidate] = []
+    shapes: list[TriedShape] = Field([], description="compared where plan.top_k or plan.expert_width is auto")
+    largest_contexts: dict[str, int] = Field(
+        {}, description="KV precision -> tokens of context up to which all budgets hold, at most the model's own limit"
+    )
     estimate: Estimate
     competitor: str | None = Field(None, description="the other way to meet the budget, and why it lost")
     notes: list[str] = []

@@ -17,10 +17,17 @@ from moe_edge.contracts.spec import TensorClass
 GGML_TYPES: dict[str, tuple[int, int]] = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
     "Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18), "IQ4_NL": (32, 18),
+    "MXFP4": (32, 17),
     "Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "Q3_K": (256, 110), "Q2_K": (256, 84),
+    "IQ4_XS": (256, 136), "IQ3_S": (256, 110), "IQ3_XXS": (256, 98), "IQ2_S": (256, 82), "IQ2_XS": (256, 74),
+    "IQ2_XXS": (256, 66),
 }  # fmt: skip
 # When a row is not a multiple of the block: the next type with smaller blocks and at least as many bits.
 FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
+_CODEBOOKS = ("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")  # weights as points of a small lattice
+FALLBACK |= dict.fromkeys(_CODEBOOKS, "IQ4_NL")
+# Useless without an importance matrix: llama.cpp refuses them (llama-quant.cpp, tensor_requires_imatrix).
+NEEDS_IMATRIX = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
 
 ALWAYS_F32: frozenset[TensorClass] = frozenset(
     {
@@ -55,6 +62,17 @@ RECIPES: dict[str, dict[TensorClass, str]] = {
     "Q4_0": _recipe("Q4_0", **(dict.fromkeys((*_ATTENTION, *_SHARED), "Q8_0") | {"embedding": "Q6_K", "head": "Q6_K"})),
     "Q3_K_M": _recipe("Q3_K", **(_DENSE_Q6 | {"expert_down": "Q4_K"})),
     "Q2_K": _recipe("Q2_K", **(_DENSE_Q6 | {"expert_down": "Q3_K"})),
+    # Codebooks: fewer bits for the same error where there is an importance matrix, slower on a CPU. The down projection,
+    # whose rows are the most sensitive, gets the next larger type.
+    "IQ4_NL": _recipe("IQ4_NL", **_DENSE_Q6),
+    "IQ4_XS": _recipe("IQ4_XS", **_DENSE_Q6),
+    "IQ3_S": _recipe("IQ3_S", **(_DENSE_Q6 | {"expert_down": "IQ4_XS"})),
+    "IQ3_XXS": _recipe("IQ3_XXS", **(_DENSE_Q6 | {"expert_down": "IQ3_S"})),
+    "IQ2_S": _recipe("IQ2_S", **(_DENSE_Q6 | {"expert_down": "IQ3_XXS"})),
+    "IQ2_XS": _recipe("IQ2_XS", **(_DENSE_Q6 | {"expert_down": "IQ3_XXS"})),
+    "IQ2_XXS": _recipe("IQ2_XXS", **(_DENSE_Q6 | {"expert_down": "IQ2_S"})),
+    # 4-bit floats with a power of two per 32 weights, for the experts; all else as llama.cpp has it beside them.
+    "MXFP4": _recipe("Q8_0", **dict.fromkeys(("expert_gate", "expert_up", "expert_down"), "MXFP4")),
 }
 # Best quality first; what `bits: auto` walks through.
 RECIPE_ORDER = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
@@ -120,10 +138,8 @@ def type_for_row(kind: str, row_length: int) -> str:
     return kind
 
 
-def pinned_type(
-    recipe: str, tensor_class: TensorClass, row_length: int, layer: int | None = None, mix: Mix | None = None
-) -> str:
-    """The ggml type of a tensor under a recipe and a plan's mix, after the fallback its row length (n_in) demands.
+def chosen_type(recipe: str, tensor_class: TensorClass, layer: int | None = None, mix: Mix | None = None) -> str:
+    """The ggml type that a recipe and a plan's mix name for a tensor, whatever its rows are.
 
     Raises:
         ConfigError: the recipe is unknown.
@@ -132,8 +148,14 @@ def pinned_type(
         raise ConfigError(f"unknown quantization '{recipe}'", why=f"known: {', '.join(RECIPES)}")
     if tensor_class in ALWAYS_F32:
         return "F32"
-    chosen = mixed_type(mix, tensor_class, layer) if mix else None
-    return type_for_row(chosen or RECIPES[recipe][tensor_class], row_length)
+    return (mixed_type(mix, tensor_class, layer) if mix else None) or RECIPES[recipe][tensor_class]
+
+
+def pinned_type(
+    recipe: str, tensor_class: TensorClass, row_length: int, layer: int | None = None, mix: Mix | None = None
+) -> str:
+    """`chosen_type` after the fallback that the tensor's row length (n_in) demands."""
+    return type_for_row(chosen_type(recipe, tensor_class, layer, mix), row_length)
 
 
 def bits_per_weight(kind: str) -> float:

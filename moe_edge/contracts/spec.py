@@ -160,6 +160,11 @@ class ModelSpec:
         return self.layer_kinds[layer] if self.layer_kinds else "full"
 
     @property
+    def rotary_dim(self) -> int:
+        """Columns of a q or k head that rotate."""
+        return self.latent.rope_dim if self.latent else int(self.head_dim * self.rotary_share)
+
+    @property
     def features(self) -> frozenset[Feature]:
         """What a back end must compute beyond the plain model."""
         moe, kinds = self.moe, set(self.layer_kinds)

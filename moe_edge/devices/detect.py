@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.runtimes.gguf_header import parts_of
 
 GGUF_MAGIC = b"GGUF"
 
@@ -45,8 +46,8 @@ def detect(path: Path) -> Kind:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of the weights: the GGUF file, model.onnx*, or all safetensors shards."""
+    """Bytes of the weights: the GGUF file with all its parts, model.onnx*, or all safetensors shards."""
     if path.is_file():
-        return path.stat().st_size
+        return sum(part.stat().st_size for part in parts_of(path))
     files = [file for pattern in ("model.onnx*", "*.safetensors") for file in path.glob(pattern)]
     return sum(file.stat().st_size for file in files)

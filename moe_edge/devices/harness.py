@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,7 @@ _OUT_OF_MEMORY_TEXTS = ("MemoryError", "bad_alloc", "out of memory", "failed to 
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact, one shape. `prompt_ids` None: the worker draws seeded random ids."""
+    """One artifact, one shape. `prompt_ids` None: the worker draws seeded random ids. `options`: for the runtime."""
 
     runtime: str
     path: str
@@ -41,6 +41,7 @@ class Job:
     new_tokens: int
     repetitions: int
     prompt_ids: list[int] | None = None
+    options: dict[str, str] = field(default_factory=dict)
 
 
 class Samples(BaseModel):

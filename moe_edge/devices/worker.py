@@ -21,7 +21,7 @@ from moe_edge.metrics.memory import PeakRss, high_water_bytes, tree_rss_bytes
 
 REJECTED = 3  # the exit status of a job that the runtime refused with a message for the user
 CONTEXT_MARGIN_TOKENS = 8
-Opener = Callable[[str, str, int, int], Any]
+Opener = Callable[..., Any]
 
 
 def main(opener: Opener | None = None) -> int:
@@ -40,20 +40,21 @@ def main(opener: Opener | None = None) -> int:
     return 0
 
 
-def _open(kind: str, path: str, threads: int, context_length: int) -> Any:
+def _open(kind: str, path: str, threads: int, context_length: int, **options: str) -> Any:
     from pathlib import Path
 
     from moe_edge.runtimes import open_runtime
 
-    return open_runtime(kind, Path(path), threads, context_length)
+    return open_runtime(kind, Path(path), threads, context_length, **options)
 
 
 def measure(job: dict[str, Any], opener: Opener) -> dict[str, Any]:
     """Load, warm up and measure.
 
     Args:
-        job: runtime, path, threads, prompt_tokens, new_tokens, repetitions, prompt_ids (null: seeded random ids).
-        opener: opens a runtime from (kind, path, threads, context_length).
+        job: runtime, path, threads, prompt_tokens, new_tokens, repetitions, prompt_ids (null: seeded random ids),
+            options of the runtime (none where absent).
+        opener: opens a runtime from (kind, path, threads, context_length, **options).
 
     Returns:
         Raw samples: runs of monotonic timestamps in ns, memory in bytes.
@@ -63,7 +64,7 @@ def measure(job: dict[str, Any], opener: Opener) -> dict[str, Any]:
     baseline_bytes = tree_rss_bytes(psutil.Process())
     started_ns = time.perf_counter_ns()
     with PeakRss(uss=True) as peak:
-        runtime = opener(job["runtime"], job["path"], job["threads"], context_length)
+        runtime = opener(job["runtime"], job["path"], job["threads"], context_length, **job.get("options", {}))
         load_ns = time.perf_counter_ns() - started_ns
         prompt_S = _prompt(job, runtime.vocab)
         one_run(runtime, prompt_S, job["new_tokens"])

@@ -20,15 +20,10 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.progress import track
 from moe_edge.contracts.quantization import ALWAYS_F32
 from moe_edge.contracts.spec import ModelSpec, TensorEntry
-from moe_edge.export.gguf_layout import (
-    LAYOUTS,
-    check_representable,
-    gguf_name,
-    stored_shape,
-    write_hyperparameters,
-)
+from moe_edge.export.gguf_hyperparameters import hyperparameters
+from moe_edge.export.gguf_layout import LAYOUTS, StoredTensor, architecture_of, file_entries, stored_tensors
 from moe_edge.export.gguf_tokenizer import gguf_vocabulary, verify_tokenizer, write_vocabulary
-from moe_edge.families import assemble, family_of
+from moe_edge.families import assemble, student_family
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint
 
@@ -38,10 +33,6 @@ logging.getLogger("gguf").setLevel(logging.WARNING)
 SMALLEST_GATE = 1e-12
 CAST_ELEMENTS = 1 << 22  # converted at once
 MAPPED_BYTES = 128 << 20  # pages of the checkpoint that may stay mapped between two tensors
-_ROTATED = {
-    ("attention_q", "weight"): "q", ("attention_bias", "q_bias"): "q",
-    ("attention_k", "weight"): "k", ("attention_bias", "k_bias"): "k",
-}  # fmt: skip
 _STANDARD_KEYS = {"license": "general.license", "description": "general.description", "author": "general.author"}
 
 
@@ -67,16 +58,18 @@ def write_gguf(
             or weights beyond float16.
     """
     headers = inspect_checkpoint(checkpoint)
-    family = family_of(headers.config)
+    family = student_family(headers.config)
     spec = family.spec(headers.config)
-    row = check_representable(spec)
-    entries = _planned(family.tensors(headers.config, headers.tensors), spec.tied_embeddings and not row.tied_head)
+    architecture = architecture_of(spec)
+    entries = file_entries(family.tensors(headers.config, headers.tensors), spec)
     partial = out.with_name(out.name + ".tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(partial, row.architecture)
+    writer = GGUFWriter(partial, architecture)
     try:
         _write_metadata(writer, name, provenance or {})
-        write_hyperparameters(writer, spec)
+        hyperparameters(writer, spec)
+        for write in LAYOUTS[spec.family].writes:
+            write(writer, spec)
         write_vocabulary(writer, gguf_vocabulary(checkpoint, spec.vocab, pre_tokenizer))
         _write_tensors(writer, checkpoint, entries, spec)
     finally:
@@ -84,14 +77,6 @@ def write_gguf(
     check_gguf_header(partial)
     verify_tokenizer(partial, checkpoint)
     os.replace(partial, out)
-
-
-def _planned(entries: list[TensorEntry], repeat_embedding: bool) -> list[TensorEntry]:
-    """The entries in file order, with the embedding again as head where the architecture demands an output.weight."""
-    if repeat_embedding:
-        embedding = next(entry for entry in entries if entry.tensor_class == "embedding")
-        return [*entries, replace(embedding, tensor_class="head")]
-    return entries
 
 
 def _write_metadata(writer: GGUFWriter, name: str, provenance: dict[str, str]) -> None:
@@ -107,37 +92,35 @@ def _write_metadata(writer: GGUFWriter, name: str, provenance: dict[str, str]) -
 
 def _write_tensors(writer: GGUFWriter, checkpoint: Path, entries: list[TensorEntry], spec: ModelSpec) -> None:
     """The tensor table first, then the numbers, streamed."""
-    for entry in entries:
-        dtype, shape = _dtype(entry), stored_shape(entry)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        name = gguf_name(entry.tensor_class, entry.part, entry.layer, spec.family)
-        writer.add_tensor_info(name, shape, dtype, size)
+    tensors = [stored for entry in entries for stored in stored_tensors(entry, spec)]
+    for stored in tensors:
+        dtype = _dtype(stored.entry)
+        size = int(np.prod(stored.shape, dtype=np.int64)) * dtype.itemsize
+        writer.add_tensor_info(stored.name, stored.shape, dtype, size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     reader, mapped_bytes = TensorReader(checkpoint), 0
-    for entry in track(entries, "GGUF F16", total=len(entries)):
-        mapped_bytes += sum(reader.headers.tensors[source].bytes for source in entry.sources)
+    for stored in track(tensors, "GGUF F16", total=len(tensors)):
+        mapped_bytes += sum(reader.headers.tensors[source].bytes for source in stored.entry.sources)
         if mapped_bytes > MAPPED_BYTES:  # a fresh reader gives the pages of the mapped checkpoint back
             reader, mapped_bytes = TensorReader(checkpoint), 0
-        writer.write_tensor_data(_converted(entry, reader, spec))
+        writer.write_tensor_data(_converted(stored, reader))
 
 
 def _dtype(entry: TensorEntry) -> np.dtype:
     return np.dtype(np.float32 if entry.tensor_class in ALWAYS_F32 else np.float16)
 
 
-def _converted(entry: TensorEntry, reader: TensorReader, spec: ModelSpec) -> np.ndarray:
-    """One tensor as it lies in the file, shape `stored_shape(entry)`; experts are converted one by one."""
+def _converted(stored: StoredTensor, reader: TensorReader) -> np.ndarray:
+    """One tensor as it lies in the file; experts are converted one by one."""
+    entry = stored.entry
     out = np.empty(entry.shape, dtype=_dtype(entry))
     for expert, part in _parts(entry):
         _fill(out if expert is None else out[expert : expert + 1], assemble(part, reader), part)
-    rotated = _ROTATED.get((entry.tensor_class, entry.part))
-    if LAYOUTS[spec.family].permutes_rope and rotated:
-        out = interleave_rope(out, spec.heads if rotated == "q" else spec.kv_heads)
     if entry.tensor_class == "shared_router" and not out.any():
         out[:] = SMALLEST_GATE
-    return np.ascontiguousarray(out.reshape(stored_shape(entry)))
+    return np.ascontiguousarray(stored.convert(out).reshape(stored.shape))
 
 
 def _parts(entry: TensorEntry) -> Iterator[tuple[int | None, TensorEntry]]:
@@ -159,13 +142,3 @@ def _fill(out: np.ndarray, tensor: torch.Tensor, entry: TensorEntry) -> None:
             finite = bool(torch.isfinite(piece).all())
             why = "a value exceeds float16's 65504" if finite else "a value is not finite"
             raise InputRejected("a weight cannot be exported", where=", ".join(entry.sources), why=why)
-
-
-def interleave_rope(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection from transformers' half-split order to llama.cpp's neighbouring pairs.
-
-    Per head, row j of the first half and row j of the second half (the two parts of one rotation) become neighbours.
-    """
-    rows = weight.shape[0] // heads
-    split = weight.reshape(heads, 2, rows // 2, *weight.shape[1:])
-    return split.swapaxes(1, 2).reshape(weight.shape)

@@ -1,53 +1,79 @@
-"""How each family looks inside a GGUF file: tensor names, metadata and row orders, as data.
+"""How each family looks inside a GGUF file: tensor names, shapes and row orders, as data.
 
-What: `LAYOUTS` (family -> how its file differs), `TENSOR_NAMES` (neutral tensor -> GGUF name), and the refusal of a model
-that llama.cpp would silently compute differently (contracts/capabilities.py). A new family is one row in each table.
-Facts: llama.cpp src/models/{llama,qwen2moe,qwen3moe,olmoe,granite-moe,openai-moe,ernie4-5-moe}.cpp.
-Legend: D model width, F expert width.
+What: `LAYOUTS` (family -> how its file differs), `TENSOR_NAMES` (neutral tensor -> GGUF name), `stored_tensors` (what a
+checkpoint's tensor becomes), and the refusal of a model that llama.cpp would silently compute differently
+(contracts/capabilities.py). A new family is one row in each table; its metadata is in gguf_hyperparameters.py.
+Facts: llama.cpp src/models/*.cpp.
+Legend: D model width, F expert width, H heads, R rank of the latent.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
+from gguf import GGUFWriter
 
-from moe_edge.contracts.capabilities import Capability, capability, refusals
+from moe_edge.contracts.capabilities import capability, refusals, stored_shapes
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import ModelSpec, TensorClass, TensorEntry
+from moe_edge.export import gguf_hyperparameters as write
+from moe_edge.export.gguf_reorder import Convert, conversion, latent_keys, latent_values
+
+Key = tuple[TensorClass, str]  # class and part of a neutral tensor
 
 
 @dataclass(frozen=True)
 class Layout:
     """How the file of one family differs from its sisters'; what the graph computes is in contracts/capabilities.py."""
 
-    width_is_expert: bool  # F is expert_feed_forward_length; otherwise feed_forward_length alone
-    permutes_rope: bool  # rotates neighbouring pairs where transformers rotates halves: rows of q and k are interleaved
-    multiplies: bool = False  # the four multipliers are metadata
-    counts_dense: bool = False  # so is the number of layers without experts, which come first
-    ffn_norm: str = "ffn_norm"  # what this file calls the norm before the feed-forward block
+    writes: tuple[Callable[[GGUFWriter, ModelSpec], None], ...] = ()  # metadata beside what every file has
+    rotates_pairs: bool = False  # neighbouring rows of q and k; rows of a model that rotates halves are interleaved
+    names: Mapping[Key, str] = field(default_factory=dict)  # that differ from TENSOR_NAMES
 
 
+_AFTER_ATTENTION = {("norm", "post_attention_norm"): "blk.{}.post_attention_norm.weight"}
+_DEEPSEEK2 = Layout(
+    (write.latent_attention, write.expert_width, write.shared_count, write.leading_dense), rotates_pairs=True
+)
+_GRANITE = Layout((write.shared_width, write.multipliers), rotates_pairs=True)
 LAYOUTS: dict[str, Layout] = {
-    "mixtral": Layout(width_is_expert=False, permutes_rope=True),
-    "qwen2_moe": Layout(width_is_expert=True, permutes_rope=False),
-    "qwen3_moe": Layout(width_is_expert=True, permutes_rope=False),
-    "olmoe": Layout(width_is_expert=False, permutes_rope=False),
-    "granitemoe": Layout(width_is_expert=False, permutes_rope=True, multiplies=True),
-    "granitemoeshared": Layout(width_is_expert=False, permutes_rope=True, multiplies=True),
-    "ernie4_5_moe": Layout(width_is_expert=True, permutes_rope=False, counts_dense=True),
-    "gpt_oss": Layout(width_is_expert=True, permutes_rope=False, ffn_norm="post_attention_norm"),
+    "mixtral": Layout(rotates_pairs=True),
+    "qwen2_moe": Layout((write.expert_width, write.shared_width)),
+    "qwen3_moe": Layout((write.expert_width,)),
+    "olmoe": Layout(),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "ernie4_5_moe": Layout(
+        (write.expert_width, write.shared_width, write.leading_dense, write.every_layer), rotates_pairs=True
+    ),
+    "gpt_oss": Layout((write.expert_width,), names=_AFTER_ATTENTION),
+    "deepseek_v2": _DEEPSEEK2,
+    "deepseek_v3": _DEEPSEEK2,
+    "glm4_moe_lite": _DEEPSEEK2,
+    "glm4_moe": Layout((write.expert_width, write.shared_count, write.leading_dense), names=_AFTER_ATTENTION),
+    "lfm2_moe": Layout(
+        (write.expert_width, write.leading_dense, write.convolutions),
+        names={("norm", "final_norm"): "token_embd_norm.weight"},
+    ),
+    "minimax_m2": Layout((write.expert_width,)),
+    "hunyuan_v1_moe": Layout((write.expert_width, write.shared_width)),
+    "qwen3_5_moe": Layout((write.expert_width, write.shared_width, write.linear_attention), names=_AFTER_ATTENTION),
+    "qwen3": Layout(),
+    "qwen2": Layout(),
+    "mistral": Layout(rotates_pairs=True),
+    "granite": Layout((write.multipliers,), rotates_pairs=True),
 }
 
 # (class, part) -> name; {} is the layer
-_FFN_NORM: tuple[TensorClass, str] = ("norm", "post_attention_norm")  # the one name in which the files differ
-TENSOR_NAMES: dict[tuple[TensorClass, str], str] = {
+TENSOR_NAMES: dict[Key, str] = {
     ("embedding", "weight"): "token_embd.weight",
     ("norm", "final_norm"): "output_norm.weight",
     ("head", "weight"): "output.weight",
     ("norm", "input_norm"): "blk.{}.attn_norm.weight",
     ("norm", "q_norm"): "blk.{}.attn_q_norm.weight",
     ("norm", "k_norm"): "blk.{}.attn_k_norm.weight",
-    _FFN_NORM: "blk.{}.ffn_norm.weight",
+    ("norm", "post_attention_norm"): "blk.{}.ffn_norm.weight",
     ("attention_q", "weight"): "blk.{}.attn_q.weight",
     ("attention_k", "weight"): "blk.{}.attn_k.weight",
     ("attention_v", "weight"): "blk.{}.attn_v.weight",
@@ -57,6 +83,25 @@ TENSOR_NAMES: dict[tuple[TensorClass, str], str] = {
     ("attention_bias", "v_bias"): "blk.{}.attn_v.bias",
     ("attention_bias", "o_bias"): "blk.{}.attn_output.bias",
     ("attention_bias", "sinks"): "blk.{}.attn_sinks.weight",
+    ("norm", "q_a_norm"): "blk.{}.attn_q_a_norm.weight",
+    ("norm", "kv_a_norm"): "blk.{}.attn_kv_a_norm.weight",
+    ("attention_other", "q_a"): "blk.{}.attn_q_a.weight",
+    ("attention_other", "q_b"): "blk.{}.attn_q_b.weight",
+    ("attention_other", "kv_a"): "blk.{}.attn_kv_a_mqa.weight",
+    ("attention_other", "k_b"): "blk.{}.attn_k_b.weight",
+    ("attention_other", "v_b"): "blk.{}.attn_v_b.weight",
+    ("attention_other", "conv_in"): "blk.{}.shortconv.in_proj.weight",
+    ("attention_bias", "conv"): "blk.{}.shortconv.conv.weight",
+    ("attention_other", "conv_out"): "blk.{}.shortconv.out_proj.weight",
+    ("attention_other", "linear_qkv"): "blk.{}.attn_qkv.weight",
+    ("attention_other", "linear_gate"): "blk.{}.attn_gate.weight",
+    ("attention_other", "linear_beta"): "blk.{}.ssm_beta.weight",
+    ("attention_other", "linear_decay"): "blk.{}.ssm_alpha.weight",
+    ("attention_other", "linear_out"): "blk.{}.ssm_out.weight",
+    ("attention_bias", "linear_conv"): "blk.{}.ssm_conv1d.weight",
+    ("attention_bias", "decay_rate"): "blk.{}.ssm_a",
+    ("attention_bias", "decay_bias"): "blk.{}.ssm_dt.bias",
+    ("norm", "linear_norm"): "blk.{}.ssm_norm.weight",
     ("router", "weight"): "blk.{}.ffn_gate_inp.weight",
     ("router_bias", "bias"): "blk.{}.ffn_gate_inp.bias",
     ("selection_bias", "bias"): "blk.{}.exp_probs_b.bias",
@@ -74,15 +119,17 @@ TENSOR_NAMES: dict[tuple[TensorClass, str], str] = {
     ("dense_up", "weight"): "blk.{}.ffn_up.weight",
     ("dense_down", "weight"): "blk.{}.ffn_down.weight",
 }
-_CLASSES = {template.replace("{}", "N"): key[0] for key, template in TENSOR_NAMES.items()}
-_CLASSES |= {f"blk.N.{layout.ffn_norm}.weight": "norm" for layout in LAYOUTS.values()}
+_GENERIC = {key: template.replace("{}", "N") for key, template in TENSOR_NAMES.items()}
+_CLASSES = {name: key[0] for key, name in _GENERIC.items()}
+_CLASSES |= {
+    template.replace("{}", "N"): key[0] for layout in LAYOUTS.values() for key, template in layout.names.items()
+}
 
 
-def gguf_name(tensor_class: TensorClass, part: str, layer: int | None, family: str | None = None) -> str:
-    """The GGUF name of a neutral tensor; `family` matters for the norm before the feed-forward block only."""
-    if family is not None and (tensor_class, part) == _FFN_NORM:
-        return f"blk.{layer}.{LAYOUTS[family].ffn_norm}.weight"
-    return TENSOR_NAMES[tensor_class, part].format(layer)
+def gguf_name(tensor_class: TensorClass, part: str, layer: int | None, family: str) -> str:
+    """The GGUF name of a neutral tensor of a family; of one without a layout what most files call it."""
+    key = (tensor_class, part)
+    return LAYOUTS.get(family, Layout()).names.get(key, TENSOR_NAMES[key]).format(layer)
 
 
 def class_of(name: str) -> TensorClass:
@@ -103,14 +150,13 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_representable(spec: ModelSpec) -> Capability:
-    """What llama.cpp's graph does with this family, once it is known to compute this very model.
+def architecture_of(spec: ModelSpec) -> str:
+    """llama.cpp's architecture of a family, once its graph is known to compute this very model.
 
     Raises:
         InputRejected: llama.cpp would load the file and compute something else, or not load it; says which and why.
     """
-    row = capability("llama_cpp", spec.family)
-    reasons = refusals("llama_cpp", spec)
+    row, reasons = capability("llama_cpp", spec.family), refusals("llama_cpp", spec)
     if reasons or row is None or spec.family not in LAYOUTS:
         raise InputRejected(
             "GGUF cannot represent this model",
@@ -118,60 +164,38 @@ def check_representable(spec: ModelSpec) -> Capability:
             why="; ".join(reasons) or "no layout for this family",
             next_command="export ONNX instead: --set export.formats=[onnx]",
         )
-    return row
+    return row.architecture
 
 
-def write_hyperparameters(writer: GGUFWriter, spec: ModelSpec) -> None:
-    """The architecture's metadata, for a model that `check_representable` admits."""
-    writer.add_block_count(spec.layers)
-    writer.add_context_length(spec.context_length)
-    writer.add_embedding_length(spec.hidden)
-    writer.add_feed_forward_length(spec.dense_width or spec.moe.expert_width)
-    writer.add_layer_norm_rms_eps(spec.rms_eps)
-    writer.add_vocab_size(spec.vocab)
-    _write_attention(writer, spec)
-    _write_experts(writer, spec)
-    if LAYOUTS[spec.family].multiplies:
-        writer.add_embedding_scale(spec.embedding_scale)
-        writer.add_attention_scale(spec.attention_scale or spec.head_dim**-0.5)
-        writer.add_residual_scale(spec.residual_scale)
-        writer.add_logit_scale(spec.logits_divisor)  # the graph divides by it
+def file_entries(entries: list[TensorEntry], spec: ModelSpec) -> list[TensorEntry]:
+    """The entries in file order, with the embedding again as head where the architecture demands an output.weight."""
+    row = capability("llama_cpp", spec.family)
+    if spec.tied_embeddings and row is not None and not row.tied_head:
+        embedding = next(entry for entry in entries if entry.tensor_class == "embedding")
+        return [*entries, replace(embedding, tensor_class="head")]
+    return entries
 
 
-def _write_attention(writer: GGUFWriter, spec: ModelSpec) -> None:
-    writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    if spec.head_dim * spec.heads != spec.hidden:
-        writer.add_key_length(spec.head_dim)
-        writer.add_value_length(spec.head_dim)
-    writer.add_rope_freq_base(spec.rope_theta)
-    writer.add_rope_dimension_count(spec.head_dim)
-    if "sliding" in spec.layer_kinds and spec.sliding_window:
-        writer.add_sliding_window(spec.sliding_window)
-    if spec.rope_scaling is not None:
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(spec.rope_scaling["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(int(spec.rope_scaling["original_max_position_embeddings"]))
-        writer.add_rope_scaling_yarn_beta_fast(float(spec.rope_scaling.get("beta_fast") or 32.0))
-        writer.add_rope_scaling_yarn_beta_slow(float(spec.rope_scaling.get("beta_slow") or 1.0))
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the file and how its numbers come from the checkpoint's tensor."""
+
+    entry: TensorEntry
+    name: str
+    shape: tuple[int, ...]
+    convert: Convert  # from shape `entry.shape`
 
 
-def _write_experts(writer: GGUFWriter, spec: ModelSpec) -> None:
-    """`expert_gating_func` always, because llama.cpp's defaults differ; a softmax of the chosen is one that is renormalised."""
-    moe = spec.moe
-    writer.add_expert_count(moe.experts)
-    writer.add_expert_used_count(moe.top_k)
-    writer.add_expert_gating_func(ExpertGatingFuncType.SOFTMAX)
-    writer.add_expert_weights_norm(moe.renormalise)
-    if LAYOUTS[spec.family].width_is_expert:
-        writer.add_expert_feed_forward_length(moe.expert_width)
-    if moe.shared_width:
-        writer.add_expert_shared_feed_forward_length(moe.shared_width)
-    if LAYOUTS[spec.family].counts_dense:
-        writer.add_leading_dense_block_count(len(spec.dense_layers))
-        writer.add_interleave_moe_layer_step(1)
+def stored_tensors(entry: TensorEntry, spec: ModelSpec) -> list[StoredTensor]:
+    """What one tensor of the checkpoint becomes: itself, reordered or reshaped, or the two parts of `kv_b`."""
+    shapes = stored_shapes("llama_cpp", spec, entry.part, entry.shape)
+    if len(shapes) == 2:
+        halves = zip(("k_b", "v_b"), shapes, (latent_keys, latent_values), strict=True)
+        return [_stored(entry, spec, part, shape, partial(half, spec=spec)) for part, shape, half in halves]
+    squeezed = entry.tensor_class == "shared_router" or entry.part in ("conv", "linear_conv")  # [1, D], [D, 1, taps]
+    shape = tuple(size for size in entry.shape if size != 1 or not squeezed)
+    return [_stored(entry, spec, entry.part, shape, conversion(entry, spec, LAYOUTS[spec.family].rotates_pairs))]
 
 
-def stored_shape(entry: TensorEntry) -> tuple[int, ...]:
-    """The shape in the file: the shared expert's gate is a vector there, one row in transformers."""
-    return entry.shape[1:] if entry.tensor_class == "shared_router" else entry.shape
+def _stored(entry: TensorEntry, spec: ModelSpec, part: str, shape: tuple[int, ...], convert: Convert) -> StoredTensor:
+    return StoredTensor(entry, gguf_name(entry.tensor_class, part, entry.layer, spec.family), shape, convert)

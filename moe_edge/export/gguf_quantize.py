@@ -15,7 +15,7 @@ import numpy as np
 from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
-from moe_edge.contracts.quantization import RECIPES, Mix, pinned_type
+from moe_edge.contracts.quantization import NEEDS_IMATRIX, RECIPES, Mix, pinned_type
 from moe_edge.export.gguf_layout import class_of, layer_of
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, GgufHeader, check_gguf_header
 from moe_edge.runtimes.llama_log import last_errors, quiet_llama
@@ -24,6 +24,7 @@ MAX_BUFFER_BYTES = 512 << 20
 # recipe -> llama_ftype: what general.file_type will say
 FILE_TYPES = {
     "F32": 0, "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18,
+    "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "MXFP4": 38,
 }  # fmt: skip
 
 
@@ -40,13 +41,14 @@ def quantize_gguf(
         GGUF tensor name -> ggml type, as read back from the finished file.
 
     Raises:
-        ConfigError: the recipe is unknown.
+        ConfigError: the recipe is unknown, or needs an importance matrix that is not there.
         InputRejected: `src` is not a GGUF of ours, an imatrix does not fit it, or llama.cpp refuses it.
         ResourceProblem: the disk is full.
     """
     header = check_gguf_header(src)
     wanted = pinned_types(header, recipe, mix)
     _check_imatrix(header, imatrix or {})
+    _check_importance_is_there(wanted, imatrix or {}, recipe)
     partial = dst.with_name(dst.name + ".tmp")
     dst.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(dst.parent, header)
@@ -83,6 +85,21 @@ def _check_imatrix(header: GgufHeader, imatrix: dict[str, np.ndarray]) -> None:
             raise InputRejected("the importance matrix does not fit the model", where=name, why=why)
 
 
+def _check_importance_is_there(wanted: dict[str, str], imatrix: dict[str, np.ndarray], recipe: str) -> None:
+    """llama.cpp itself stops in the middle of the file."""
+    exempt = {"token_embd.weight", "output.weight"}
+    bare = [
+        name for name, kind in wanted.items() if kind in NEEDS_IMATRIX and name not in imatrix and name not in exempt
+    ]
+    if bare:
+        raise ConfigError(
+            f"{recipe} needs an importance matrix",
+            where=bare[0],
+            why=f"{wanted[bare[0]]} is garbage without one, and {len(bare)} tensors have none",
+            next_command="moe-edge profile MODEL first, or another type: --set export.gguf.types=[Q2_K]",
+        )
+
+
 def _check_disk(folder: Path, header: GgufHeader) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < header.file_bytes:
@@ -94,7 +111,7 @@ def _run(
     src: Path, dst: Path, recipe: str, wanted: dict[str, str], imatrix: dict[str, np.ndarray], threads: int
 ) -> None:
     params = lib.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.max_buf_size = threads, FILE_TYPES[recipe], MAX_BUFFER_BYTES
+    params.nthread, params.ftype, params.max_buf_size = threads, _file_type(recipe), MAX_BUFFER_BYTES
     params.token_embedding_type = GGML_TYPE_IDS[wanted["token_embd.weight"]]
     if "output.weight" in wanted:
         params.output_tensor_type = GGML_TYPE_IDS[wanted["output.weight"]]
@@ -107,6 +124,11 @@ def _run(
     status = lib.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(params))
     if status != 0:
         raise InputRejected(f"llama.cpp could not quantize to {recipe}", where=str(src), why=last_errors())
+
+
+def _file_type(recipe: str) -> int:
+    """llama.cpp obeys the pinned types only where the file's own type is a quantized one: F16 with a mix goes as Q8_0."""
+    return FILE_TYPES.get(recipe, FILE_TYPES["Q8_0"])
 
 
 def _overrides(wanted: dict[str, str]) -> ctypes.Array:

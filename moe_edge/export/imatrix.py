@@ -1,12 +1,12 @@
 """The importance matrix: from the profile's neutral sums to what llama.cpp's quantizer reads, and to its file format.
 
-What: `imatrix_arrays` (mean square of every input column, per expert) and `write_imatrix_gguf` (the sums, for other
-tools). The formula is in formulas/importance.py.
-Legend: L layers, E experts, D model width, F expert width.
+What: `imatrix_arrays` (mean square of every input column, per expert), `dense_imatrix` (of a student in which the experts
+stand side by side) and `write_imatrix_gguf` (the sums, for other tools). The formula is in formulas/importance.py.
+Legend: L MoE layers, A all decoder layers, E experts, K kept experts, D model width, F expert width.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +20,28 @@ from moe_edge.formulas.importance import mean_squares
 from moe_edge.storage.statistics import Statistics
 
 CHUNK_TOKENS = 512
+Key = tuple[TensorClass, str]
 
-# statistics key -> the tensor classes whose input it describes
-_DENSE: dict[str, tuple[TensorClass, ...]] = {
-    "attention_in": ("attention_q", "attention_k", "attention_v"),
-    "attention_o": ("attention_o",),
-    "ffn_in": ("shared_gate", "shared_up"),
-    "shared_down": ("shared_down",),
-    "dense_in": ("dense_gate", "dense_up"),
-    "dense_down": ("dense_down",),
-}
-_EXPERT: dict[str, tuple[TensorClass, ...]] = {
-    "expert_in": ("expert_gate", "expert_up"),
-    "expert_down": ("expert_down",),
+# statistics key -> the tensors whose input it describes
+_DENSE: dict[str, tuple[Key, ...]] = {
+    "attention_in": (
+        ("attention_q", "weight"), ("attention_k", "weight"), ("attention_v", "weight"), ("attention_other", "q_a"),
+        ("attention_other", "kv_a"), ("attention_other", "conv_in"), ("attention_other", "linear_qkv"),
+        ("attention_other", "linear_gate"), ("attention_other", "linear_beta"), ("attention_other", "linear_decay"),
+    ),
+    "attention_o": (("attention_o", "weight"),),
+    "attention_q_b": (("attention_other", "q_b"),),
+    "attention_kv_b": (("attention_other", "v_b"),),  # keys read q there, which no pass has summed
+    "conv_out": (("attention_other", "conv_out"),),
+    "linear_out": (("attention_other", "linear_out"),),
+    "ffn_in": (("shared_gate", "weight"), ("shared_up", "weight")),
+    "shared_down": (("shared_down", "weight"),),
+    "dense_in": (("dense_gate", "weight"), ("dense_up", "weight")),
+    "dense_down": (("dense_down", "weight"),),
+}  # fmt: skip
+_EXPERT: dict[str, tuple[Key, ...]] = {
+    "expert_in": (("expert_gate", "weight"), ("expert_up", "weight")),
+    "expert_down": (("expert_down", "weight"),),
 }
 
 
@@ -43,7 +52,7 @@ class _Sums(NamedTuple):
 
 
 def imatrix_arrays(
-    statistics_imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, list[int]] | None = None
+    statistics_imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, Sequence[int]] | None = None
 ) -> dict[str, np.ndarray]:
     """Mean squares per GGUF tensor, float32 [experts * columns] or [columns], all finite and positive.
 
@@ -55,6 +64,39 @@ def imatrix_arrays(
     return {entry.name: _mean_squares(entry) for entry in _entries(statistics_imatrix, spec, kept)}
 
 
+def dense_imatrix(
+    imatrix: Mapping[str, torch.Tensor], spec: ModelSpec, kept: Mapping[int, Sequence[int]] | None
+) -> dict[str, torch.Tensor]:
+    """The sums of a student with one network per layer, from those of a teacher without dense layers.
+
+    Every token passes the network, whose inner columns are those of the kept experts (and of the shared expert, where
+    it joined them) side by side: each keeps the mean square that it had on the tokens of its expert.
+
+    Args:
+        spec: the student's, a dense class or one with a single expert.
+        kept: decoder layer -> the teacher's experts that the network consists of; None = all.
+    """
+    count, dense = imatrix["dense_count"].double(), not spec.moe_layers
+    layers = list(spec.moe_layers or range(spec.layers))
+    energy_LF = []
+    for layer, sums_EF, count_E in zip(layers, imatrix["expert_down"], imatrix["expert_count"], strict=True):
+        chosen = slice(None) if kept is None else list(kept[layer])
+        columns = [(mean_squares(sums_EF, count_E)[chosen].double() * count).flatten()]
+        if dense and "shared_down" in imatrix:
+            columns.append(imatrix["shared_down"][layer].double())
+        energy_LF.append(torch.cat(columns))
+    own = {name: sums for name, sums in imatrix.items() if name not in _EXPERT and name != "expert_count"}
+    inside_LF = torch.stack(energy_LF)
+    fits = inside_LF.shape[1] == (
+        spec.dense_width if dense else spec.moe.expert_width
+    )  # narrowed ones: unknown columns
+    if dense:
+        own["dense_in"] = own.pop("ffn_in")
+        return own | ({"dense_down": inside_LF} if fits else {})
+    own |= {"expert_in": own["ffn_in"][layers][:, None], "expert_count": count.expand(len(layers), 1)}
+    return own | ({"expert_down": inside_LF[:, None]} if fits else {})
+
+
 def write_imatrix_gguf(path: Path, statistics: Statistics, spec: ModelSpec) -> None:
     """Write the unpruned sums and counts in llama.cpp's imatrix format (tools/imatrix), deterministically."""
     temporary = path.with_name(path.name + ".tmp")
@@ -64,7 +106,7 @@ def write_imatrix_gguf(path: Path, statistics: Statistics, spec: ModelSpec) -> N
     writer.add_array("imatrix.datasets", [str(statistics.meta.get("calibration_digest", "calibration"))])
     writer.add_uint32("imatrix.chunk_count", -(-statistics.tokens // CHUNK_TOKENS))
     writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
-    for entry in sorted(_entries(statistics.imatrix, spec, None)):
+    for entry in sorted(_entries(statistics.imatrix, spec, None), key=lambda entry: entry.name):
         writer.add_tensor(f"{entry.name}.in_sum2", entry.sums.astype(np.float32))
         writer.add_tensor(f"{entry.name}.counts", entry.counts.astype(np.float32)[:, None])
     writer.write_header_to_file()
@@ -74,31 +116,47 @@ def write_imatrix_gguf(path: Path, statistics: Statistics, spec: ModelSpec) -> N
     os.replace(temporary, path)
 
 
-def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, list[int]] | None) -> Iterator[_Sums]:
+def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, Sequence[int]] | None) -> Iterator[_Sums]:
     numbers = {key: np.asarray(value, dtype=np.float64) for key, value in imatrix.items()}
     dense = numbers["dense_count"].reshape(1)
-    for key, classes in _DENSE.items():
+    for key, tensors in _DENSE.items():
         for layer in range(spec.layers if key in numbers else 0):
-            for tensor_class in classes:
-                if _there(tensor_class, layer, spec):
-                    yield _Sums(gguf_name(tensor_class, "weight", layer), numbers[key][layer][None], dense)
-    for key, classes in _EXPERT.items():
-        for position, layer in enumerate(spec.moe_layers):
-            chosen = slice(None) if kept is None else kept[layer]
-            for tensor_class in classes:
+            for tensor in tensors:
+                if _there(tensor, layer, spec):
+                    name, copies = gguf_name(*tensor, layer, spec.family), spec.heads if tensor[1] == "v_b" else 1
+                    yield _Sums(name, np.tile(numbers[key][layer], (copies, 1)), np.tile(dense, copies))
+    for key, tensors in _EXPERT.items():
+        for position, layer in enumerate(spec.moe_layers if key in numbers else ()):
+            chosen = slice(None) if kept is None else list(kept[layer])
+            for tensor in tensors:
                 sums, counts = numbers[key][position][chosen], numbers["expert_count"][position][chosen]
-                yield _Sums(gguf_name(tensor_class, "weight", layer), sums, counts)
+                yield _Sums(gguf_name(*tensor, layer, spec.family), sums, counts)
     if "head_in" in numbers:
-        tied = spec.tied_embeddings
-        for name in ("output.weight", *(("token_embd.weight",) if tied else ())):
+        for name in ("output.weight", *(("token_embd.weight",) if spec.tied_embeddings else ())):
             yield _Sums(name, numbers["head_in"][None], dense)
 
 
-def _there(tensor_class: TensorClass, layer: int, spec: ModelSpec) -> bool:
+def _there(tensor: Key, layer: int, spec: ModelSpec) -> bool:
     """Has this layer such a tensor? Shared experts stand beside routed ones, dense blocks in their place."""
+    tensor_class, part = tensor
     if tensor_class.startswith("dense"):
         return layer in spec.dense_layers
-    return not tensor_class.startswith("shared") or (bool(spec.moe.shared_width) and layer not in spec.dense_layers)
+    if tensor_class.startswith("shared"):
+        return bool(spec.moe.shared_width) and layer not in spec.dense_layers
+    kind = spec.kind_of(layer)
+    if part.startswith(("conv", "linear")):
+        return part.startswith(kind)
+    if kind in ("conv", "linear"):
+        return False
+    if part in ("q_a", "q_b"):
+        return spec.latent is not None and spec.latent.q_rank is not None
+    if part in ("kv_a", "v_b"):
+        return spec.latent is not None
+    return (
+        spec.latent is None
+        or tensor_class == "attention_o"
+        or (tensor_class == "attention_q" and spec.latent.q_rank is None)
+    )
 
 
 def _mean_squares(entry: _Sums) -> np.ndarray:

@@ -1,10 +1,25 @@
 """Hunyuan MoE v1 (A13B): the router is a linear layer inside the gate, q and k are normalised after their rotation, and
 an ungated shared expert has the width of the others.
 
+Released checkpoints stretch the base of the rotation by a fixed factor and call that "dynamic" with an `alpha`.
 `moe_topk` may be a list with one number per layer, which must agree.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from moe_edge.families.base import AttentionNames, Family, Names
+from moe_edge.families.checks import rotary
+
+
+def _attention(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"norm_after_rope": True, "sliding_window": None}
+    rope, width = rotary(values), values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    alpha = (rope.scaling or {}).get("alpha")
+    if rope.kind == "dynamic" and alpha:  # HunYuanMoEV1RotaryEmbedding.compute_ntk_alpha_rope_parameters
+        found |= {"rope_scaling": None, "rope_theta": rope.theta * alpha ** (width / (width - 2))}
+    return found
+
 
 HUNYUAN_V1_MOE = Family(
     model_type="hunyuan_v1_moe",
@@ -24,5 +39,5 @@ HUNYUAN_V1_MOE = Family(
     bias_key="attention_bias",
     output_bias=True,
     shared_width=lambda v: v["intermediate_size"],
-    more=lambda v: {"norm_after_rope": True, "sliding_window": None},
+    more=_attention,
 )  # fmt: skip

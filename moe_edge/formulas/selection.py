@@ -160,10 +160,13 @@ def rank(criterion: str, stats: RoutedSums, seed: int = 0, guard_LE: Tensor | No
         KeyError: an unknown criterion.
     """
     order_LE = CRITERIA[criterion](stats, seed)
-    if guard_LE is None or criterion == "random":
-        return order_LE
-    guarded_LE = guard_LE.gather(1, order_LE)
-    return order_LE.gather(1, guarded_LE.int().argsort(dim=1, descending=True, stable=True))
+    return order_LE if guard_LE is None or criterion == "random" else first_in_order(order_LE, guard_LE)
+
+
+def first_in_order(order_LE: Tensor, chosen_LE: Tensor) -> Tensor:
+    """The same order with the chosen experts (True) before all others, [L, E]."""
+    ranked_LE = chosen_LE.gather(1, order_LE)
+    return order_LE.gather(1, ranked_LE.int().argsort(dim=1, descending=True, stable=True))
 
 
 def keep_prefix(order_LE: Tensor, n_keep: int, groups: int = 1) -> Kept:

@@ -2,7 +2,7 @@
 
 `calibration` is the default recipe; a path is what `calibration.recipe` takes; `datasets:ID[:CONFIG[:SPLIT]]` is a hub id
 or a local folder, whose rows are read as those of a .jsonl file (recipes.py): messages, or instruction and output, or text.
-A data set is streamed, so that only what fills the wanted tokens is fetched. Its library is an extra of the package.
+A data set is streamed, so that only what fills the wanted tokens is fetched.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ def _load(name: DatasetName) -> Any:
     try:
         import datasets
     except ImportError as error:
-        command = "pip install 'moe-edge[data]'"
+        command = "pip install datasets"
         raise EnvironmentProblem("the library 'datasets' is not installed", next_command=command) from error
     streaming = not datasets.config.HF_DATASETS_OFFLINE or name.id.startswith((".", "/", "~"))
     try:

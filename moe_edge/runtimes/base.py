@@ -1,15 +1,27 @@
 """The one interface behind which transformers, llama.cpp and ONNX Runtime look the same.
 
-What: `Runtime`, the protocol of an opened artifact, and `generate`, greedy decoding on top of it. Parity checks, the
-quality judge and the speed harness speak only to this. Why one shape: a number that compares two runtimes must come
-from the same calls. Legend: S sequence, V vocabulary in the natural Hugging Face order.
+What: `Runtime`, the protocol of an opened artifact, and `generate`, decoding on top of it: greedy, or sampled with a seed.
+Parity checks, the quality judge and the speed harness speak only to this. Why one shape: a number that compares two
+runtimes must come from the same calls. Legend: S sequence, V vocabulary in the natural Hugging Face order.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
+
+from moe_edge.runtimes.sampling import GREEDY, Sampling, pick, row_generator
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt to be continued; `row` names it for the random numbers (`sampling.row_generator`)."""
+
+    ids: Sequence[int]
+    row: str = ""
+    seed: int = 0
 
 
 @runtime_checkable
@@ -31,6 +43,12 @@ class Runtime(Protocol):
         """Append one token to the context and return its logits [V] float32."""
         ...
 
+    def generate_batch(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """The continuation of every prompt, as `generate` gives it."""
+        ...
+
     def close(self) -> None:
         """Free the model and the context; closing twice is harmless."""
         ...
@@ -43,7 +61,15 @@ class Runtime(Protocol):
 
 
 class ClosingRuntime:
-    """The context-manager half of a runtime, for the adapters to inherit."""
+    """What the adapters inherit: the context manager, and batches that are answered one prompt after another."""
+
+    def generate_batch(
+        self: Runtime, prompts: Sequence[Prompt], max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """The continuation of every prompt; adapters that decode rows side by side override it."""
+        return [
+            generate(self, p.ids, max_new_tokens, stop_ids, sampling, row_generator(p.seed, p.row)) for p in prompts
+        ]
 
     def close(self) -> None:
         """Overridden by the adapter that owns something."""
@@ -58,13 +84,31 @@ class ClosingRuntime:
 
 
 def generate(
-    runtime: Runtime, ids_S: Sequence[int] | np.ndarray, max_new_tokens: int, stop_ids: Collection[int] = ()
+    runtime: Runtime,
+    ids_S: Sequence[int] | np.ndarray,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    sampling: Sampling = GREEDY,
+    generator: np.random.Generator | None = None,
 ) -> list[int]:
-    """Greedy continuation of a prompt, without the prompt; a stop token ends it and is not returned."""
+    """Continuation of a prompt, without the prompt; a stop token ends it and is not returned.
+
+    Args:
+        runtime: an open runtime.
+        ids_S: the prompt.
+        max_new_tokens: fewer tokens than this mean that a stop token came.
+        stop_ids: tokens that end an answer.
+        sampling: greedy by default.
+        generator: the random numbers of a sampled answer; the same ones give the same answer.
+
+    Raises:
+        InputRejected: the logits hold NaN or infinity.
+    """
+    generator = generator or row_generator(0, "")
     generated: list[int] = []
-    logits_V = runtime.prefill(np.asarray(ids_S, dtype=np.int64))
+    logits_V = runtime.prefill(np.asarray(ids_S, dtype=np.int64)) if max_new_tokens > 0 else None
     while len(generated) < max_new_tokens:
-        token = int(np.argmax(logits_V))
+        token = pick(logits_V, sampling, generator)
         if token in stop_ids:
             break
         generated.append(token)

@@ -18,7 +18,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from moe_edge.contracts.quantization import GGML_TYPES
+from moe_edge.contracts.quantization import GGML_TYPES, NEEDS_IMATRIX
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS
 
 ROWS_PER_TASK = 64  # quantized by one thread at a time
@@ -85,6 +85,8 @@ def quantize_rows(
     stored_RB = np.empty((count, row_bytes(kind, length)), dtype=np.uint8)
     if kind == "F32":
         return rows_RN.view(np.uint8)
+    if importance_N is None and kind in NEEDS_IMATRIX:  # ggml would abort the process
+        raise ValueError(f"{kind} needs an importance matrix")
     weights = None if importance_N is None else np.ascontiguousarray(importance_N, dtype=np.float32)
     if weights is not None and weights.shape != (length,):
         raise ValueError(f"{weights.shape} importances for rows of {length}")

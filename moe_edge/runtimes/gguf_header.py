@@ -6,6 +6,7 @@ before anything is read or allocated. Why: gguf 0.19's GGUFReader hangs on a 49-
 """
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass, field
 from math import prod
@@ -24,6 +25,7 @@ _STRING, _ARRAY = 8, 9
 GGML_TYPE_IDS = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
     "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "BF16": 30,
+    "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "MXFP4": 39,
 }  # fmt: skip
 _TYPE_NAMES = {number: name for name, number in GGML_TYPE_IDS.items()}
 
@@ -44,6 +46,7 @@ class GgufHeader:
     """Everything before the data section."""
 
     metadata: dict[str, Any]
+    metadata_bytes: int  # of all keys and values, which follow the first 24 bytes
     tensors: dict[str, GgufTensor]
     data_start: int
     file_bytes: int
@@ -103,6 +106,29 @@ class _Cursor:
         return self.scalar(_SCALARS[kind])
 
 
+def part_name(stem: str, number: int, count: int) -> str:
+    """The name of part `number` (from 0) of a split file: what llama.cpp derives from the first part's."""
+    return f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of a GGUF model, given its first: itself, or the parts that its name and metadata announce.
+
+    Raises:
+        InputRejected: `path` is a later part, or a part is missing.
+    """
+    match = re.fullmatch(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", path.name)
+    count = int(match["count"]) if match else 0
+    if match is None or not count:
+        return [path]
+    parts = [path.with_name(part_name(match["stem"], number, count)) for number in range(count)]
+    if int(match["number"]) != 1:
+        raise InputRejected("not the first part of a split GGUF", where=str(path), next_command=f"use {parts[0].name}")
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise InputRejected("a split GGUF is incomplete", where=str(path), why=f"missing: {', '.join(missing[:3])}")
+    return parts
+
+
 def check_gguf_header(path: Path) -> GgufHeader:
     """Parse and validate the header of `path` in bounded time and memory.
 
@@ -134,8 +160,10 @@ def _parse(cursor: _Cursor) -> GgufHeader:
         if key in metadata:
             cursor.refuse(f"the key '{key[:80]}' appears twice")
         metadata[key] = cursor.value()
+    metadata_bytes = cursor.at - 24
     rows = [_tensor_row(cursor) for _ in range(n_tensors)]
-    return _locate(cursor, metadata, rows)
+    tensors, start = _locate(cursor, metadata, rows)
+    return GgufHeader(metadata, metadata_bytes, tensors, start, len(cursor.data))
 
 
 def _tensor_row(cursor: _Cursor) -> GgufTensor:
@@ -154,8 +182,9 @@ def _tensor_row(cursor: _Cursor) -> GgufTensor:
     return GgufTensor(name, kind, tuple(reversed(dims)), offset, count // per_block * block_bytes)
 
 
-def _locate(cursor: _Cursor, metadata: dict[str, Any], rows: list[GgufTensor]) -> GgufHeader:
-    """Check that the tensors lie one after the other, aligned, inside the file (what libllama demands)."""
+def _locate(cursor: _Cursor, metadata: dict[str, Any], rows: list[GgufTensor]) -> tuple[dict[str, GgufTensor], int]:
+    """The tensors by name and where their numbers start, once they lie one after the other, aligned, inside the file
+    (what libllama demands)."""
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         cursor.refuse(f"general.alignment is {alignment!r}")
@@ -170,4 +199,4 @@ def _locate(cursor: _Cursor, metadata: dict[str, Any], rows: list[GgufTensor]) -
     tensors = {row.name: row for row in rows}
     if len(tensors) != len(rows):
         cursor.refuse("two tensors have the same name")
-    return GgufHeader(metadata, tensors, start, len(cursor.data))
+    return tensors, start

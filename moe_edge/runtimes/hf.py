@@ -3,6 +3,7 @@
 Legend: S sequence, V vocabulary.
 """
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from transformers import DynamicCache
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.loading import load_model
-from moe_edge.runtimes.base import ClosingRuntime
+from moe_edge.families.students import load_student, use_fastest_experts
+from moe_edge.runtimes.base import ClosingRuntime, Prompt
+from moe_edge.runtimes.hf_batch import generate_side_by_side
+from moe_edge.runtimes.sampling import Sampling
 
 
 class HfRuntime(ClosingRuntime):
@@ -31,7 +34,7 @@ class HfRuntime(ClosingRuntime):
 
     def __init__(self, path: Path, threads: int, context_length: int) -> None:
         self.context_length = context_length
-        self._model: torch.nn.Module | None = load_model(Path(path))
+        self._model: torch.nn.Module | None = load_student(Path(path))
         self.vocab: int = self._model.config.vocab_size
         self._cache: DynamicCache | None = None
         self._old_threads = torch.get_num_threads()
@@ -52,6 +55,21 @@ class HfRuntime(ClosingRuntime):
         if self._cache is None:
             raise ConfigError("step needs a prefill first")
         return self._forward(np.array([token]), self._cache, last_only=True)[-1]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """The continuations of all prompts side by side, from here on with the fastest experts kernel.
+
+        Raises:
+            ConfigError: a prompt is empty, or does not fit into the context with its answer.
+        """
+        model, longest = self._open_model(), max(len(prompt.ids) for prompt in prompts)
+        if longest + max_new_tokens > self.context_length or not all(len(prompt.ids) for prompt in prompts):
+            why = f"{longest} tokens of prompt and {max_new_tokens} new ones, limit {self.context_length}"
+            raise ConfigError("the tokens do not fit into the context", why=why)
+        use_fastest_experts(model)
+        return generate_side_by_side(model, prompts, max_new_tokens, stop_ids, sampling)
 
     def close(self) -> None:
         """Free the model and restore the thread count."""

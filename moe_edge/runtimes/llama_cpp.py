@@ -6,6 +6,7 @@ Legend: S sequence, V vocabulary.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.runtimes.base import ClosingRuntime
-from moe_edge.runtimes.gguf_header import check_gguf_header
+from moe_edge.runtimes.gguf_header import check_gguf_header, parts_of
 from moe_edge.runtimes.llama_log import last_errors, quiet_llama
 
 LOGITS_BATCH_TOKENS = 128  # rows of V floats held by llama.cpp at once
 PREFILL_BATCH_TOKENS = 512
 _MODE_NONE, _MODE_MMAP = 0, 1  # llama_load_mode
-_FLASH_ATTENTION_OFF = 0
+_FLASH_ATTENTION_OFF, _FLASH_ATTENTION_ON = 0, 1
 _F32 = 0  # ggml_type
+KV_TYPES = {"f16": 1, "q8_0": 8}  # name -> ggml_type
 
 
 class LlamaCppRuntime(ClosingRuntime):
@@ -32,12 +34,14 @@ class LlamaCppRuntime(ClosingRuntime):
         context_length: tokens the KV cache holds.
         use_mmap: map the weights instead of copying them.
         repack: let llama.cpp keep a second, rearranged copy of the weights for speed, where `repack_is_safe`.
-        kv_float32: float32 KV cache and plain attention, for parity checks; otherwise llama.cpp's defaults (float16).
+        kv_float32: float32 KV cache and plain attention, for parity checks.
+        kv_cache: otherwise f16 (llama.cpp's default) or q8_0, which needs flash attention and heads in blocks of 32.
         gpu_layers: layers on an accelerator, -1 = all.
 
     Raises:
         InputRejected: the file is not a GGUF that this llama.cpp can load; quotes llama.cpp's own message.
-        ResourceProblem: the context does not fit into memory.
+        ConfigError: an unknown precision of the KV cache.
+        ResourceProblem: the context does not fit into memory, or its heads not into the cache's blocks.
     """
 
     name = "llama_cpp"
@@ -51,18 +55,21 @@ class LlamaCppRuntime(ClosingRuntime):
         use_mmap: bool = True,
         repack: bool = True,
         kv_float32: bool = False,
+        kv_cache: str = "f16",
         gpu_layers: int = 0,
     ) -> None:
         self._model = self._context = None
+        if kv_cache not in KV_TYPES:
+            raise ConfigError(f"unknown KV cache '{kv_cache}'", why=f"known: {', '.join(KV_TYPES)}")
         self.path, self.context_length = path, context_length
-        self.metadata = check_gguf_header(path).metadata
+        self.metadata = [check_gguf_header(part).metadata for part in parts_of(path)][0]
         self._model = load_gguf(path, use_mmap=use_mmap, repack=repack, gpu_layers=gpu_layers)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab = int(lib.llama_vocab_n_tokens(self._vocab))
-        self._context = self._open_context(threads, kv_float32)
+        self._context = self._open_context(threads, kv_float32, kv_cache)
         self._position = 0
 
-    def _open_context(self, threads: int, kv_float32: bool) -> lib.llama_context_p:
+    def _open_context(self, threads: int, kv_float32: bool, kv_cache: str) -> lib.llama_context_p:
         params = lib.llama_context_default_params()
         params.n_ctx = self.context_length
         params.n_batch = params.n_ubatch = min(PREFILL_BATCH_TOKENS, self.context_length)
@@ -71,6 +78,9 @@ class LlamaCppRuntime(ClosingRuntime):
         if kv_float32:
             params.type_k = params.type_v = _F32
             params.flash_attn_type = _FLASH_ATTENTION_OFF
+        elif kv_cache != "f16":
+            params.type_k = params.type_v = KV_TYPES[kv_cache]
+            params.flash_attn_type = _FLASH_ATTENTION_ON  # llama.cpp reads quantized values only there
         context = lib.llama_init_from_model(self._model, params)
         if not context:
             why = last_errors()
@@ -107,6 +117,18 @@ class LlamaCppRuntime(ClosingRuntime):
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text` by llama.cpp's own tokenizer."""
         return tokenize(self._vocab, text, add_special, parse_special)
+
+    def detokenize(self, ids: Sequence[int]) -> bytes:
+        """UTF-8 of the tokens without special ones; a text cut inside a character ends with half of it."""
+        tokens = (lib.llama_token * len(ids))(*ids)
+        count = lib.llama_detokenize(self._vocab, tokens, len(ids), None, 0, True, False)
+        text = ctypes.create_string_buffer(max(-count, 1))
+        count = lib.llama_detokenize(self._vocab, tokens, len(ids), text, len(text), True, False)
+        return text.raw[:count]
+
+    def end_ids(self) -> frozenset[int]:
+        """Every token that ends an answer, by the file's own metadata."""
+        return frozenset(token for token in range(self.vocab) if lib.llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
         """Free the context and the model; closing twice is harmless."""

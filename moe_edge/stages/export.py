@@ -7,7 +7,7 @@ Every file is written beside and renamed, so that a killed export goes on after 
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,21 @@ from moe_edge.compression.estimate import Packing, file_bytes
 from moe_edge.compression.headers import model_headers
 from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
 from moe_edge.export import parity
-from moe_edge.export.gguf import write_gguf
-from moe_edge.export.gguf_quantize import quantize_gguf
-from moe_edge.export.imatrix import imatrix_arrays
+from moe_edge.export.imatrix import dense_imatrix
 from moe_edge.export.onnx import export_onnx
-from moe_edge.families import family_of
+from moe_edge.families import student_family
 from moe_edge.families.counting import count_params
-from moe_edge.families.dense import DENSE_TYPES
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes import open_runtime
+from moe_edge.stages.export_gguf import export_gguf
+from moe_edge.stages.export_job import Job
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics
@@ -41,34 +41,17 @@ PARITY_TOKENS = 256
 FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything decided before the first byte is written."""
-
-    model: Path
-    out: Path
-    name: str
-    spec: ModelSpec
-    params_total: int
-    formats: tuple[str, ...]
-    recipes: tuple[str, ...]
-    precision: str
-    config: BuildConfig
-    statistics: Statistics | None
-    kept: dict[int, list[int]] | None
-    provenance: dict[str, str]
-    mix: dict[str, str]  # of the main recipe: types per class that the plan chose instead of the recipe's
-
-
 def run(context: StageContext) -> dict[str, Any]:
     """Export the distilled student of a build; returns {"artifacts": [...], "parity": [...]}."""
     plan = Plan.read(context.inputs["plan"] / "plan.json")
-    _refuse_dense(context.inputs["distill"] / "model")
+    model = context.inputs["distill"] / "model"
     statistics = Statistics.load(context.inputs["profile"] / "statistics.safetensors")
     imatrix, kept = student_imatrix(statistics.imatrix, plan.kept if plan.prunes else None, context.inputs["compress"])
+    if plan.action == "dense":
+        imatrix, kept = dense_imatrix(imatrix, _spec_of(model), kept), None
     return export_model(
         plan_job(
-            context.config, context.inputs["distill"] / "model", context.out,
+            context.config, model, context.out,
             main=plan.quantization, precision=plan.onnx_precision,
             statistics=replace(statistics, imatrix=imatrix), kept=None if kept is None else plan.kept,
             provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
@@ -77,33 +60,45 @@ def run(context: StageContext) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _refuse_dense(model: Path) -> None:
-    kind = inspect_checkpoint(model).config.get("model_type")
-    if kind in DENSE_TYPES:
-        raise InputRejected(
-            "a dense student cannot be exported yet", where=str(model), why=f"it is a plain {kind} checkpoint",
-            next_command="--until distill; any tool for that family can convert the folder",
-        )  # fmt: skip
-
-
 def plan_job(
     config: BuildConfig, model: Path, out: Path, *, main: str, precision: str, statistics: Statistics | None,
     kept: dict[int, list[int]] | None, provenance: dict[str, str], mix: dict[str, str] | None = None,
 ) -> Job:  # fmt: skip
     """Read the model's headers and settle names, formats and types."""
     headers = inspect_checkpoint(model)
-    family = family_of(headers.config)
+    family = student_family(headers.config)
     spec = family.spec(headers.config)
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
-    formats = config.target.formats if config.export.formats == "auto" else config.export.formats
+    formats, notes = _formats(config, spec)
     types = config.export.gguf.types
     recipes = [main, *_others_that_fit(config, headers, main)] if types == "auto" else list(types)
     onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
-    name = f"{model_name(config)}-{spec.moe.experts}e"
+    name = f"{model_name(config)}-{f'{spec.moe.experts}e' if spec.moe_layers else 'dense'}"
+    calibration = {"calibration_digest": str(statistics.meta.get("calibration_digest"))} if statistics else {}
+    provenance = {"base_model": model_name(config)} | calibration | provenance
     return Job(
-        model, out, name, spec, counts.total, tuple(formats), tuple(recipes), onnx_precision, config, statistics, kept,
-        provenance, mix or {},
+        model, out, name, spec, counts.total, formats, tuple(recipes), onnx_precision, config, statistics, kept,
+        provenance, mix or {}, notes,
     )  # fmt: skip
+
+
+def _spec_of(model: Path) -> ModelSpec:
+    config = inspect_checkpoint(model).config
+    return student_family(config).spec(config)
+
+
+def _formats(config: BuildConfig, spec: ModelSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The formats to write, and what is said about one of the target's that cannot hold this student.
+
+    Only a dense student can be refused here: that a teacher's family can be exported is checked before the profile.
+    """
+    asked = config.target.formats if config.export.formats == "auto" else config.export.formats
+    refused = {name: refusals(RUNTIME_OF_FORMAT[name], spec) for name in asked if not spec.moe_layers}
+    possible = tuple(name for name in asked if not refused.get(name))
+    told = tuple(f"{name} was left out: {'; '.join(reasons)}" for name, reasons in refused.items() if reasons)
+    if told and (config.export.formats != "auto" or not possible):
+        raise InputRejected("this dense student cannot be exported", where=f"a {spec.family} checkpoint", why=told[0])
+    return possible, told
 
 
 def _others_that_fit(config: BuildConfig, headers: CheckpointHeaders, main: str) -> list[str]:
@@ -126,9 +121,9 @@ def export_model(job: Job) -> dict[str, Any]:
     """Write, reopen and compare every file of the job."""
     artifacts: list[dict[str, Any]] = []
     reopened: list[tuple[str, str, Path]] = []  # parity kind, runtime, path
-    notes: list[str] = []
+    notes = list(job.notes)
     if "gguf" in job.formats:
-        _export_gguf(job, artifacts, reopened)
+        export_gguf(job, artifacts, reopened)
     if "onnx" in job.formats:
         _export_onnx(job, artifacts, reopened, notes)
     rows = _parity(job, reopened)
@@ -149,22 +144,6 @@ def _once(path: Path, write: Callable[[Path], Any]) -> Any:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     return write(path)
-
-
-def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]]) -> None:
-    full = job.out / "reference" / "F16.gguf"
-    pre = job.config.export.gguf.pre_tokenizer
-    _once(full, lambda path: write_gguf(job.model, path, name=job.name, pre_tokenizer=pre, provenance=job.provenance))
-    reopened.append(("gguf F16", "llama_cpp", full))
-    imatrix = imatrix_arrays(job.statistics.imatrix, job.spec, job.kept) if job.statistics else None
-    for recipe in job.recipes:
-        mix = job.mix if recipe == job.recipes[0] else {}
-        label = f"{recipe}-mix" if mix else recipe
-        path = job.out / "gguf" / f"{job.name}-{label}.gguf"
-        log.info("quantizing %s", path.name)
-        _once(path, lambda path, recipe=recipe, mix=mix: quantize_gguf(full, path, recipe, imatrix, _threads(job), mix))
-        reopened.append((f"gguf {label}", "llama_cpp", path))
-        artifacts.append(_artifact(job, "gguf", "llama_cpp", f"artifacts/gguf/{path.name}", path, label))
 
 
 def _export_onnx(

@@ -16,18 +16,22 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_edge.compression.actions import check_action, with_action
+from moe_edge.compression.actions import with_action
 from moe_edge.compression.allocation import Feasible, header_plan, settle, shown_options
+from moe_edge.compression.bits import Sensitivity
 from moe_edge.compression.candidates import Kept, criteria_to_compare
-from moe_edge.compression.decision import Quantization, bits_are_free, quantization_of
+from moe_edge.compression.decision import Quantization, bits_are_free, decide_by_priors, quantization_of
 from moe_edge.compression.masking import MaskedKl
+from moe_edge.compression.options import largest_contexts
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.plan import Candidate, Plan
+from moe_edge.contracts.manifest import read_manifest
+from moe_edge.contracts.plan import Candidate, Plan, TriedShape
 from moe_edge.families.counting import describe_model
 from moe_edge.stages.plan_budget import check_safe, measure_budget, write_curve
-from moe_edge.stages.plan_judge import Desk, calibration_rows, candidates_of, choose, honesty, student_top_k
+from moe_edge.stages.plan_judge import Desk, calibration_rows, candidates_of, choose, honesty
+from moe_edge.stages.plan_shapes import settle_shape
 from moe_edge.stages.plan_teacher import open_teacher
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_text_atomic
@@ -46,15 +50,13 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     headers = inspect_checkpoint(context.teacher)
     feasible = header_plan(headers, context.config)
-    check_action(context.config, headers, feasible.model.spec)
-    if changes_routing(feasible):
+    spec = feasible.model.spec
+    if any(answer.alters for answer in (feasible, *feasible.others)):
         plan = _measured_plan(feasible, headers, context)
     else:
         why = "Every expert is kept, so there is no masked KL to measure and no criterion to choose."
         plan = make_plan(feasible, KEEP_ALL, _all_experts(feasible), {}, (why,), quantization_of(feasible))
-    plan = with_action(
-        plan, context.config, feasible.model.spec, lambda: read_statistics(context.inputs["profile"], feasible)
-    )
+    plan = with_action(plan, context.config, spec, lambda: read_statistics(context.inputs["profile"], feasible))
     write_text_atomic(context.out / "plan.json", plan.to_json())
     log.info(
         "plan: %d of %d experts, %s, predicted KL %s nats",
@@ -63,43 +65,56 @@ def run(context: StageContext) -> dict[str, Any]:
     return plan.model_dump(mode="json", by_alias=True, exclude={"kept"})
 
 
-def changes_routing(feasible: Feasible) -> bool:
-    """Will the student route differently from the teacher?"""
-    return not feasible.keeps_all or feasible.space.top_k != feasible.model.spec.moe.top_k
-
-
 def _all_experts(feasible: Feasible) -> Kept:
     spec = feasible.model.spec
     return {layer: list(range(spec.moe.experts)) for layer in spec.moe_layers}
 
 
 def _measured_plan(feasible: Feasible, headers: CheckpointHeaders, context: StageContext) -> Plan:
-    """Score the choices by masked KL, take the least, and let "quantize harder" compete with it."""
+    """Settle top-k and width where they are free, score the choices by masked KL, take the least, and let "quantize
+    harder" compete with it."""
     config, folder = context.config, context.inputs["profile"]
     rows = calibration_rows(folder / "rows.safetensors", config.plan.tokens)
-    if feasible.keeps_all:  # a lower top-k alone
-        with open_teacher(context, headers, student_top_k(feasible)) as teacher:
-            results = dict(teacher.score({KEEP_ALL: _all_experts(feasible)}, rows.judged_NS))
-        return make_plan(feasible, KEEP_ALL, _all_experts(feasible), results, [rows.where], quantization_of(feasible))
     chosen = candidates_of(feasible, config, read_statistics(folder, feasible))
     criteria_to_compare(config.plan.criterion, chosen.stats)  # refuses before the teacher is loaded
-    with open_teacher(context, headers, student_top_k(feasible)) as teacher:
-        return _settled_plan(Desk(config, chosen, teacher, rows), feasible, context.out)
+    tried: list[TriedShape] = []
+    sensitivity = None
+    with open_teacher(context, headers) as teacher:
+        desk = Desk(config, chosen, teacher, rows)
+        if feasible.others:
+            feasible, tried, sensitivity = settle_shape(desk, feasible, _all_experts(feasible))
+        if feasible.keeps_all:
+            plan = _reshaped_plan(desk, feasible)
+        else:
+            plan = _settled_plan(desk, feasible, context.out, sensitivity)
+    return plan.model_copy(update={"shapes": tried})
 
 
-def _settled_plan(desk: Desk, feasible: Feasible, out: Path) -> Plan:
+def _reshaped_plan(desk: Desk, feasible: Feasible) -> Plan:
+    """Every expert stays; a lower top-k or narrower experts alone are measured."""
+    kept, notes = _all_experts(feasible), [desk.rows.where]
+    results = dict(desk.score(feasible)({KEEP_ALL: kept}, desk.rows.judged_NS)) if feasible.alters else {}
+    if results:
+        nats = results[KEEP_ALL].kl_nats
+        notes += check_safe(feasible, nats, None, desk.config.plan, f"{KEEP_ALL} {nats:.3f}")
+    return make_plan(feasible, KEEP_ALL, kept, results, notes, quantization_of(feasible))
+
+
+def _settled_plan(desk: Desk, feasible: Feasible, out: Path, sensitivity: Sensitivity | None = None) -> Plan:
     """Judge the candidates, settle how many experts stay and in which bits, and say what must be said."""
     config = desk.config
     free = bits_are_free(feasible, config)
     judged = desk.judge(feasible, searching=not free)  # where bits are free the count may still change: no search yet
     budget = measure_budget(
-        feasible, config, desk.teacher.score, desk.teacher.model, desk.rows.judged_NS, desk.chosen.stats.imatrix,
-        judged.ranking, partial(desk.chosen.kept, judged.ranking),
+        feasible, config, desk.score(feasible), desk.teacher.model, desk.rows.judged_NS, desk.chosen.stats.imatrix,
+        judged.ranking, partial(desk.chosen.kept, judged.ranking), sensitivity,
     )  # fmt: skip
     settled = budget.feasible if budget.free else settle(feasible, judged.best_nats)
     write_curve(out, budget.curve, config.plan, settled.choice.experts)
-    if settled.keeps_all:
+    if settled.keeps_all and not settled.alters:
         return make_plan(settled, KEEP_ALL, _all_experts(settled), judged.results, judged.notes, budget.quantization)
+    if settled.keeps_all:
+        return _reshaped_plan(desk, settled)
     if free:
         judged = desk.judge(settled, searching=True)
     table = ", ".join(f"{name} {kl:.3f}" for name, kl in judged.ranked)
@@ -138,6 +153,7 @@ def make_plan(
         experts_total=feasible.model.spec.moe.experts,
         experts_kept=feasible.choice.experts,
         top_k=feasible.space.top_k,
+        expert_width=feasible.space.width,
         kept={layer: list(ids) for layer, ids in kept.items()},
         quantization=feasible.quantization,
         quantization_by_class=dict(feasible.choice.packing.mix),
@@ -150,23 +166,32 @@ def make_plan(
             for name, result in ranked
         ],
         estimate=feasible.choice.estimate,
+        largest_contexts=largest_contexts(feasible.space, feasible.choice),
         competitor=feasible.competitor,
         notes=[*feasible.notes, *notes],
     )
 
 
-def dry_run(headers: CheckpointHeaders, config: BuildConfig, profile: Path | None = None) -> dict[str, Any]:
-    """What fits, what it costs and why, from headers alone (and the statistics of a profile, if there is one).
+def dry_run(
+    headers: CheckpointHeaders, config: BuildConfig, profile: Path | None = None, finished: Path | None = None
+) -> dict[str, Any]:
+    """What fits, what it costs and why, from headers alone (and what a profile or a finished plan tells, if there is one).
+
+    Expected KLs are priors here; a finished plan has the measured ones.
+
+    Args:
+        profile: the folder of a finished profile.
+        finished: the folder of a finished plan of this teacher.
 
     Returns:
-        JSON-able {teacher, target, budget, choice, competitor, options, criteria, notes}; sizes in bytes.
+        JSON-able {teacher, target, budget, choice, competitor, options, shapes, criteria, notes, measured}; sizes in bytes.
 
     Raises:
         As `header_plan`.
     """
-    feasible = header_plan(headers, config)
+    answer = header_plan(headers, config)
+    feasible = decide_by_priors(answer, config)
     spec = feasible.model.spec
-    check_action(config, headers, spec)
     return {
         "teacher": describe_model(headers),
         "target": config.target.name,
@@ -175,15 +200,34 @@ def dry_run(headers: CheckpointHeaders, config: BuildConfig, profile: Path | Non
             "experts_kept": feasible.choice.experts,
             "experts_total": spec.moe.experts,
             "top_k": feasible.space.top_k,
-            "quantization": feasible.quantization,
+            "expert_width": feasible.space.width,
+            "quantization": feasible.choice.packing.label
+            if feasible.choice.packing.format == "gguf"
+            else feasible.quantization,
             "onnx_precision": feasible.onnx_precision,
             "estimate": feasible.choice.estimate.model_dump(mode="json"),
+            "largest_contexts": largest_contexts(feasible.space, feasible.choice),
+            "context_limit": spec.context_length,
         },
         "competitor": feasible.competitor,
         "options": [option.row() for option in shown_options(feasible)],
+        "shapes": [other.choice.row() for other in (answer, *answer.others)] if answer.others else [],
         "criteria": _previews(feasible, config, profile),
         "notes": list(feasible.notes),
+        "measured": _measured(finished, config),
     }
+
+
+def _measured(folder: Path | None, config: BuildConfig) -> dict[str, Any] | None:
+    """What a finished plan says; None where there is none, or it was made for other wishes."""
+    manifest = read_manifest(folder) if folder else None
+    if folder is None or manifest is None:
+        return None
+    wishes = config.model_dump(mode="json", by_alias=True)
+    if any(manifest.config.get(section) != wishes[section] for section in ("plan", "target", "export")):
+        return None
+    plan = Plan.read(folder / "plan.json")
+    return plan.model_dump(mode="json", by_alias=True, exclude={"kept", "merges"})
 
 
 def _previews(feasible: Feasible, config: BuildConfig, profile: Path | None) -> list[dict[str, Any]]:

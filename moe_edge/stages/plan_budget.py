@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.compression.allocation import Feasible, describe
+from moe_edge.compression.bits import Sensitivity
 from moe_edge.compression.curve import DOUBTFUL_KL_NATS, UNSAFE_KL_NATS, Curve, Score, curve_counts, measure_curve
 from moe_edge.compression.curve_plot import curve_svg
 from moe_edge.compression.decision import Quantization, bits_are_free, decide, quantization_of
@@ -47,32 +48,39 @@ def measure_budget(
     imatrix: Mapping[str, Tensor] | None,
     criterion: str,
     kept_at: Callable[[int], Kept],
+    known: Sensitivity | None = None,
 ) -> Measured:
     """Measure the curve, and the sensitivity where bits are free, and decide.
 
     Args:
         feasible: the answer from headers alone.
-        score: masked KL of named choices on rows, with the student's top-k.
+        score: masked KL of named choices on rows, with the student's top-k and neurons.
         model: the teacher, to quantize; None where it does not fit in memory, and then priors decide.
         ids_NS: calibration rows, of which the first few are used (plan.curve_tokens, plan.sensitivity_tokens).
         imatrix: the profile's sums of squares.
         criterion: its name, for the curve.
         kept_at: count -> the criterion's kept experts.
+        known: the sensitivity, where it has been measured already.
     """
     spec, settings = feasible.model.spec, config.plan
     curve = measure_curve(
-        score, criterion, kept_at, _counts(feasible), first_rows(ids_NS, settings.curve_tokens),
+        score, criterion, kept_at, counts_of(feasible), first_rows(ids_NS, settings.curve_tokens),
         experts_total=spec.moe.experts, top_k=feasible.space.top_k,
     )  # fmt: skip
     if not bits_are_free(feasible, config):
         return Measured(feasible, quantization_of(feasible), curve, False)
-    sensitivity = None
-    if settings.sensitivity_tokens and model is not None:
-        sensitivity = measure_sensitivity(model, first_rows(ids_NS, settings.sensitivity_tokens), imatrix)
-    return Measured(*decide(feasible, curve, sensitivity), curve, True)
+    return Measured(*decide(feasible, curve, known or sensitivity_of(config, model, ids_NS, imatrix)), curve, True)
 
 
-def _counts(feasible: Feasible) -> list[int]:
+def sensitivity_of(
+    config: BuildConfig, model: PreTrainedModel | None, ids_NS: Tensor, imatrix: Mapping[str, Tensor] | None
+) -> Sensitivity | None:
+    """Measured on the teacher; None where that is switched off or the teacher does not fit in memory: priors then."""
+    tokens = config.plan.sensitivity_tokens
+    return measure_sensitivity(model, first_rows(ids_NS, tokens), imatrix) if tokens and model is not None else None
+
+
+def counts_of(feasible: Feasible) -> list[int]:
     """The usual shares and the choice, where every layer and group can keep that many."""
     spec, top_k = feasible.model.spec, feasible.space.top_k
     possible = keepable_counts(spec, top_k)
@@ -95,10 +103,11 @@ def limit_nats(settings: PlanConfig) -> float:
     return UNSAFE_KL_NATS if settings.max_kl_nats is None else settings.max_kl_nats
 
 
-def check_safe(feasible: Feasible, kl_nats: float, curve: Curve, settings: PlanConfig, detail: str) -> list[str]:
+def check_safe(feasible: Feasible, kl_nats: float, curve: Curve | None, settings: PlanConfig, detail: str) -> list[str]:
     """What to say about a choice whose masked KL is `kl_nats`; nothing where it is harmless.
 
     Args:
+        curve: by experts kept; None where all of them are, and only top-k or width fell.
         detail: the masked KL of the other criteria, in words.
 
     Raises:
@@ -106,18 +115,21 @@ def check_safe(feasible: Feasible, kl_nats: float, curve: Curve, settings: PlanC
     """
     limit, chosen = limit_nats(settings), describe(feasible.choice, feasible.model)
     if kl_nats > limit and not settings.force:
-        safe = curve.fewest_within(limit)
+        safe = curve.fewest_within(limit) if curve else None
         keep = f"--set plan.experts={safe}" if safe else "a target with more memory"
+        if feasible.space.changes_shape and not safe:
+            keep = "--set plan.top_k=keep --set plan.expert_width=keep"
         raise InfeasibleError(
             f"{chosen} loses {kl_nats:.3f} nats per token, the limit is {limit:g}",
             where="plan.max_kl_nats" + ("" if settings.max_kl_nats is not None else " (not set: the safe limit)"),
-            why=f"masked KL before recovery: {detail}. By experts kept: {_points(curve)}",
+            why=f"masked KL before recovery: {detail}" + (f". By experts kept: {_points(curve)}" if curve else ""),
             next_command=f"{keep}, or --set plan.force=true",
         )
     if kl_nats > limit:
         return [f"Forced: {chosen} loses {kl_nats:.3f} nats per token before recovery, the limit is {limit:g}."]
     if kl_nats > DOUBTFUL_KL_NATS:
-        text = f"Doubtful: {chosen} loses {kl_nats:.3f} nats per token before recovery ({_points(curve)})."
+        where = f" ({_points(curve)})" if curve else ""
+        text = f"Doubtful: {chosen} loses {kl_nats:.3f} nats per token before recovery{where}."
         log.warning("%s", text)
         return [text]
     return []

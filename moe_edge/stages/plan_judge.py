@@ -3,7 +3,7 @@
 Shape suffixes: N rows, S tokens of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,9 +11,14 @@ from torch import Tensor
 
 from moe_edge.compression.allocation import Feasible
 from moe_edge.compression.candidates import AUTO, SEARCH, Candidates, Kept, criteria_to_compare
+from moe_edge.compression.curve import Score
+from moe_edge.compression.demand import earlier_plan
 from moe_edge.compression.masking import MaskedKl
+from moe_edge.compression.narrowing import Narrowing
 from moe_edge.compression.search import Found, Rules, search
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.families.neuron_masks import NeuronMask
 from moe_edge.stages.plan_teacher import Teacher
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
@@ -41,9 +46,14 @@ def calibration_rows(path: Path, tokens: int) -> CalibrationRows:
 
 
 def candidates_of(feasible: Feasible, config: BuildConfig, stats: Statistics) -> Candidates:
-    """How experts are chosen for this model under this configuration."""
+    """How experts are chosen for this model under this configuration.
+
+    Raises:
+        ConfigError: plan.within is no plan of this model.
+    """
     spec, plan = feasible.model.spec, config.plan
-    return Candidates(stats, spec.moe_layers, spec.moe.groups, plan.seed, plan.super_expert_guard)
+    within = earlier_plan(plan.within, spec).kept if plan.within else {}
+    return Candidates(stats, spec.moe_layers, spec.moe.groups, plan.seed, plan.super_expert_guard, within)
 
 
 def choose(feasible: Feasible, config: BuildConfig, chosen: Candidates) -> dict[str, Kept]:
@@ -88,6 +98,28 @@ class Desk:
     chosen: Candidates
     teacher: Teacher
     rows: CalibrationRows
+    _narrowings: dict[int, Narrowing] = field(default_factory=dict)  # by width
+
+    def score(self, feasible: Feasible) -> Score:
+        """Masked KL at the top-k and width of `feasible`.
+
+        Raises:
+            ConfigError: narrower experts, and the profile has no sums of activations to choose neurons by.
+        """
+        return self.teacher.at(student_top_k(feasible), self._neurons(feasible.space.width))
+
+    def _neurons(self, width: int | None) -> NeuronMask | None:
+        if width is None:
+            return None
+        sums_LEF = self.chosen.stats.imatrix.get("expert_down")
+        if sums_LEF is None:
+            raise ConfigError(
+                "narrower experts need a profile with activations",
+                where="plan.expert_width",
+                why="the profile has no sums of squared activations to choose neurons by",
+                next_command="moe-edge profile TEACHER --fresh",
+            )
+        return self._narrowings.setdefault(width, Narrowing(sums_LEF, width)).mask
 
     def judge(self, feasible: Feasible, *, searching: bool) -> Judged:
         """Every criterion's choice at the count of `feasible`, and the search's, masked on the judging rows."""
@@ -97,11 +129,12 @@ class Desk:
             found = self._search(feasible, choices)
             notes.append(self._search_note(found, choices))
             choices |= {} if found is None else {SEARCH: found.kept}
-        results = dict(self.teacher.score(choices, self.rows.judged_NS))
+        results = dict(self.score(feasible)(choices, self.rows.judged_NS))
         return Judged(choices, results, best_of(results, asked), notes)
 
     def _search(self, feasible: Feasible, choices: dict[str, Kept]) -> Found | None:
-        """Swaps from the best criterion's choice; None where it is off, impossible, or there are no rows for it."""
+        """Swaps from the best criterion's choice; None where it is off, impossible, or there are no rows for it. Narrower
+        experts are not part of a search; what it finds is judged with them, like every other choice."""
         spec, settings, model = feasible.model.spec, self.config.plan, self.teacher.model
         if model is None or not settings.search_tokens or not len(self.rows.search_NS):
             return None
@@ -110,7 +143,9 @@ class Desk:
             {name: kept for name, kept in choices.items() if name != "random"},
             self.rows.search_NS,
             budget_tokens=settings.search_tokens,
-            rules=Rules(student_top_k(feasible), spec.moe.groups, self.chosen.guard, spec.residual_scale),
+            rules=Rules(
+                student_top_k(feasible), spec.moe.groups, self.chosen.guard, spec.residual_scale, self.chosen.within
+            ),
             seed=settings.seed,
         )
 

@@ -6,7 +6,7 @@ would read it once more.
 Shape suffixes: N rows, S tokens of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_edge.compression.curve import Score
-from moe_edge.compression.masking import masked_kl
+from moe_edge.compression.masking import MaskedKl, masked_kl
 from moe_edge.compression.streamed_kl import streamed_masked_kl
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.families.loading import load_model
+from moe_edge.families.neuron_masks import NeuronMask
 from moe_edge.families.streaming import StreamedModel, fits_in_memory
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
@@ -31,16 +32,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Teacher:
     """Something whose experts can be masked."""
 
-    score: Score  # masked KL of named choices on rows ids_NS, with the student's top-k
+    masked: Callable[..., Mapping[str, MaskedKl]]  # (choices, ids_NS, top_k=..., neurons=...), see masking.masked_kl
     model: PreTrainedModel | None  # None where it does not fit in memory
+
+    def at(self, top_k: int | None, neurons: NeuronMask | None) -> Score:
+        """Masked KL of named choices on rows, with the student's top-k and neurons; None: the teacher's."""
+        return partial(self.masked, top_k=top_k, neurons=neurons)
 
 
 @contextmanager
-def open_teacher(context: StageContext, headers: CheckpointHeaders, top_k: int | None) -> Iterator[Teacher]:
+def open_teacher(context: StageContext, headers: CheckpointHeaders) -> Iterator[Teacher]:
     """The teacher while the context is open.
-
-    Args:
-        top_k: the student's, where it differs from the teacher's.
 
     Raises:
         InputRejected: as `families.loading.load_model`.
@@ -51,10 +53,10 @@ def open_teacher(context: StageContext, headers: CheckpointHeaders, top_k: int |
     if mode == "whole" or (mode == "auto" and fits_in_memory(headers, dtype, device)):
         model = load_model(context.teacher, dtype=dtype)
         model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to
-        yield Teacher(partial(masked_kl, model, top_k=top_k), model)
+        yield Teacher(partial(masked_kl, model), model)
         return
     with (
         TemporaryDirectory(prefix="streams-", dir=context.out, ignore_cleanup_errors=True) as scratch,
         closing(StreamedModel(context.teacher, dtype, device, compact=True)) as streamed,
     ):
-        yield Teacher(partial(streamed_masked_kl, streamed, scratch=Path(scratch), top_k=top_k), None)
+        yield Teacher(partial(streamed_masked_kl, streamed, scratch=Path(scratch)), None)

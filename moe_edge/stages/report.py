@@ -86,7 +86,7 @@ def build_report(
         versions=measured.get("versions", {}),
         definitions=DEFINITIONS,
         notes=_notes(summaries),
-        next_commands=_next_commands(run_dir, artifacts, measured["verdict"]),
+        next_commands=_next_commands(run_dir, artifacts, measured["verdict"], plan),
     )
 
 
@@ -134,8 +134,8 @@ def predictions(plan: Mapping[str, Any] | None, artifacts: Sequence[Artifact]) -
 
 def _prediction(plan: Mapping[str, Any], artifact: Artifact) -> Prediction:
     masked = plan["predicted_kl_nats"]
-    if masked is None and plan["experts_kept"] == plan["experts_total"]:
-        masked = 0.0  # nothing is dropped
+    if masked is None and plan["experts_kept"] == plan["experts_total"] and plan["action"] in ("drop", "merge"):
+        masked = 0.0  # nothing is dropped, and a lower top-k or width would have been measured
     bits = plan["quantization_kl_nats"].get(artifact.quantization) if artifact.format == "gguf" else None
     known = masked is not None and bits is not None
     reasons = [artifact.quality.reason] if artifact.quality.kl_nats is None else []
@@ -160,8 +160,25 @@ def _notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(note) for summary in summaries.values() for note in summary.get("notes", [])))
 
 
-def _next_commands(run_dir: Path, artifacts: Sequence[Artifact], verdict: str) -> list[str]:
-    commands = [f"moe-edge bench {run_dir / artifact.path}" for artifact in artifacts if artifact.format == "gguf"][:1]
+def _gguf_commands(run_dir: Path, artifact: Artifact, plan: Mapping[str, Any] | None) -> list[str]:
+    """How to measure and how to run a GGUF file, with the context and the KV cache that were planned."""
+    path, bench, run = run_dir / artifact.path, "", ""
+    if plan is not None:
+        estimate = plan["estimate"]
+        run = f" -c {estimate['context_length']}" if estimate["context_length"] else ""
+        if estimate["kv_precision"] != "f16":
+            bench = f" --set target.runtime.kv_cache={estimate['kv_precision']}"
+            run += f" -fa on -ctk {estimate['kv_precision']} -ctv {estimate['kv_precision']}"
+    return [f"moe-edge bench {path}{bench}", f"llama-cli -m {path}{run}"]
+
+
+def _next_commands(
+    run_dir: Path, artifacts: Sequence[Artifact], verdict: str, plan: Mapping[str, Any] | None
+) -> list[str]:
+    commands = [
+        line for artifact in artifacts if artifact.format == "gguf" for line in _gguf_commands(run_dir, artifact, plan)
+    ]
+    commands = commands[:2]  # of the main file
     if verdict == "fail":
         commands.append(
             "moe-edge build ... --set plan.bits=Q6_K   # more bits, or --set plan.experts=0.75: more experts"

@@ -20,11 +20,12 @@ def plan_section(report: ReportV1) -> str:
     share = plan["estimate"]["routed_expert_share_kept"]
     lines = [
         f"{plan['action']}: {plan['experts_kept']} of {plan['experts_total']} experts per layer "
-        f"({share:.1%} of the routed-expert parameters), chosen by {inert(plan['criterion'])}; "
+        f"({share:.1%} of the routed-expert parameters){_shape(plan)}, chosen by {inert(plan['criterion'])}; "
         f"GGUF {inert(_label(plan))}, ONNX {inert(plan['onnx_precision'])}.",
         _prediction(report, plan),
-        _predictions(report.predictions),
+        _predictions(report.predictions, plan),
         _bits(plan["quantization_by_class"]),
+        _shapes(plan),
         _candidates(plan),
         inert(plan["competitor"]) if plan.get("competitor") else "",
         _curve(report.curve),
@@ -34,6 +35,23 @@ def plan_section(report: ReportV1) -> str:
 
 def _label(plan: dict[str, Any]) -> str:
     return f"{plan['quantization']}-mix" if plan["quantization_by_class"] else str(plan["quantization"])
+
+
+def _shape(plan: dict[str, Any]) -> str:
+    width = "" if plan["expert_width"] is None else f" of {plan['expert_width']} neurons"
+    return f", top-{plan['top_k']}{width}"
+
+
+def _shapes(plan: dict[str, Any]) -> str:
+    """What other top-k and widths would have cost, where the plan was free to choose."""
+    rows = [
+        (f"top-{s['top_k']}", s["expert_width"] or "all", s["experts_kept"], inert(s["quantization"]),
+         number(s["masked_kl_nats"]), number(s["kl_nats"]), format_bytes(s["file_bytes"]),
+         number(s["decode_tokens_per_s"]))
+        for s in plan.get("shapes", [])
+    ]  # fmt: skip
+    header = ("top-k", "neurons", "experts", "type", "masked KL, nats", "with bits", "file", "tokens/s")
+    return table(header, rows) if rows else ""
 
 
 def _candidates(plan: dict[str, Any]) -> str:
@@ -54,17 +72,32 @@ def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
     before = (report.distillation or {}).get("before", {}).get("kl_nats")
     measured = student.quality.kl_nats if student else None
     estimate = plan["estimate"]
-    memory = format_bytes(estimate["peak_memory_bytes"])
     return (
         f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])}, "
-        f"before training {number(before)} (held-out calibration rows), of the student {number(measured)} (held-out text). "
-        f"Predicted file {format_bytes(estimate['file_bytes'])}, peak memory {memory}, "
+        f"{'refitted, ' if plan['compensate'] else ''}before training {number(before)} (held-out calibration rows), "
+        f"of the student {number(measured)} (held-out text). "
+        f"Predicted file {format_bytes(estimate['file_bytes'])}, "
+        f"peak memory {format_bytes(estimate['peak_memory_bytes'])} with {_cache(plan)}, "
         f"decode {number(estimate['decode_tokens_per_s'])} tokens/s (roofline of the target, +-25 %)."
+        f"{_used_cache(report)}"
     )
 
 
-def _predictions(found: Sequence[Prediction]) -> str:
-    """Predictions know nothing of the recovery by distillation: achieved should be lower, the bits alone comparable."""
+def _cache(plan: dict[str, Any]) -> str:
+    """The planned context, and how far it could go."""
+    estimate, largest = plan["estimate"], plan.get("largest_contexts", {})
+    reach = ", ".join(f"{tokens} in {precision}" for precision, tokens in largest.items())
+    text = f"{estimate['context_length']} tokens of context in {estimate['kv_precision']}"
+    return f"{text} (largest that fits: {reach})" if reach else text
+
+
+def _used_cache(report: ReportV1) -> str:
+    used = sorted({str(a.device["kv_cache"]) for a in report.artifacts if "kv_cache" in a.device})
+    return f" The GGUF files were judged and timed with a KV cache in {', '.join(used)}." if used else ""
+
+
+def _predictions(found: Sequence[Prediction], plan: dict[str, Any]) -> str:
+    """Expected against achieved KL of every quantized file."""
     rows = [
         (
             row.artifact, number(row.masked_kl_nats), number(row.quantization_kl_nats), number(row.kl_nats),
@@ -78,9 +111,19 @@ def _predictions(found: Sequence[Prediction]) -> str:
         "KL, nats", "predicted: experts", "predicted: bits", "predicted: sum", "achieved, after recovery",
         "achieved: bits and runtime",
     )  # fmt: skip
-    measured = found[0].quantization_source == "measured"
-    source = "measured on the teacher" if measured else "a prior from another model"
-    return table(header, rows) + f"\n\nThe cost of bits is {source}; predictions are without recovery by distillation."
+    return "\n\n".join([table(header, rows), _what_they_mean(found[0], plan)])
+
+
+def _what_they_mean(row: Prediction, plan: dict[str, Any]) -> str:
+    """The definitions of predicted and achieved, side by side, so that nobody compares what is not comparable."""
+    tokens = next((f", {c['n_tokens']} calibration tokens" for c in plan["candidates"]), "")
+    source = "measured on the teacher" if row.quantization_source == "measured" else "a prior from another model"
+    recovery = "the refit of the down projections and training" if plan["compensate"] else "training"
+    return (
+        f"Predicted: KL(teacher || teacher with the dropped experts and neurons masked{tokens}), plus what the bits alone "
+        f"cost ({source}); nothing is recovered in it. Achieved: KL(teacher || the file) on held-out text, after {recovery}, "
+        "so it should be lower; only the bits are comparable one to one (achieved: KL(student || the file))."
+    )
 
 
 def _bits(mix: dict[str, str]) -> str:

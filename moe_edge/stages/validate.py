@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.report import Artifact, Quality
 from moe_edge.devices import host
 from moe_edge.devices.detect import HF, detect, weight_bytes
@@ -40,8 +41,19 @@ def run(context: StageContext) -> dict[str, Any]:
     """Measure every artifact of a build; returns artifacts, baseline (the teacher), gates, verdict, reasons, notes."""
     transport = open_transport(context.config.validate_.device)
     rows_NS = held_out(context.config, context.teacher, context.inputs.get("profile"))
-    session = Session(context.config, rows_NS, context.out, transport)
+    session = Session(context.config, rows_NS, context.out, transport, kv_cache=planned_cache(context))
     return validate_build(session, context)
+
+
+def planned_cache(context: StageContext) -> str:
+    """The precision of the KV cache that the plan counted with: the GGUF files are validated in it."""
+    return Plan.read(context.inputs["plan"] / "plan.json").estimate.kv_precision
+
+
+def wished_cache(config: BuildConfig) -> str:
+    """The target's precision where there is no plan; auto is float16."""
+    asked = config.target.runtime.kv_cache
+    return "f16" if asked == "auto" else asked
 
 
 def held_out(config: BuildConfig, teacher: Path, profile: Path | None = None) -> np.ndarray:
@@ -129,6 +141,8 @@ def conclude(session: Session, artifacts: list[Artifact], baseline: Artifact, wi
 def _notes(session: Session, artifacts: Sequence[Artifact], without: Sequence[str]) -> list[str]:
     target = session.config.target
     notes = [f"{a.path}: {note}" for a in artifacts for note in a.device.get("notes", [])]
+    if session.kv_cache != "f16" and any(artifact.format == "gguf" for artifact in artifacts):
+        notes.append(f"GGUF files were judged and timed with a {session.kv_cache} KV cache and flash attention")
     if not target.gates.host_speed:
         notes.append(
             f"speed and memory were measured on this host, not on the target '{target.name}', and are not gated"
@@ -158,7 +172,9 @@ def validate_artifact(path: Path, teacher: Path, config: BuildConfig, out: Path 
     transport = open_transport(config.validate_.device)
     candidate = plain_candidate(path)
     with _folder(out) as folder:
-        session = Session(config, held_out(config, teacher), folder, transport, strict=True)
+        session = Session(
+            config, held_out(config, teacher), folder, transport, strict=True, kv_cache=wished_cache(config)
+        )
         with session.open(candidate):
             pass  # a file that does not open is the user's error here, with its own exit code, and not a failed cell
         return measure_and_gate(session, hf_candidate(teacher, folder, "teacher"), None, [candidate])
@@ -192,7 +208,8 @@ def bench_artifact(path: Path, config: BuildConfig, out: Path | None = None) -> 
     transport = open_transport(config.validate_.device)
     candidate = plain_candidate(path)
     with _folder(out) as folder:
-        cell = measure_all(Session(config, EMPTY_ROWS, folder, transport, reuse=False), [candidate])[0]
+        session = Session(config, EMPTY_ROWS, folder, transport, reuse=False, kv_cache=wished_cache(config))
+        cell = measure_all(session, [candidate])[0]
         if cell.failure:
             what = "the artifact could not be measured"
             raise FAILURE_ERRORS[cell.failure](what, where=str(path), why=cell.speed.reason)

@@ -23,6 +23,7 @@ from moe_edge.devices.transport import Transport
 from moe_edge.metrics.quality import Score
 from moe_edge.metrics.reference import judge_runtime, judge_spilled, spill_logits
 from moe_edge.runtimes import open_runtime
+from moe_edge.runtimes.gguf_header import parts_of
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import hash_folder
 
@@ -47,7 +48,8 @@ class Candidate:
     def digest(self) -> str:
         """sha256 over the model's content."""
         if self.location.is_file():
-            return sha256_file(self.location)
+            parts = [sha256_file(part) for part in parts_of(self.location)]
+            return parts[0] if len(parts) == 1 else canonical_sha256(parts)
         return content_digest(hash_folder(self.location))
 
 
@@ -63,6 +65,7 @@ class Session:
     worker: Sequence[str] = harness.WORKER
     strict: bool = False  # raise a model's own error instead of noting a failed cell (a single artifact)
     reuse: bool = True  # take cells that an earlier run finished
+    kv_cache: str = "f16"  # precision of the KV cache of GGUF files, as planned
     digests: dict[Path, str] = field(default_factory=dict)
 
     @property
@@ -83,11 +86,17 @@ class Session:
         key = canonical_sha256([CELLS_SCHEMA, kind, *parts]).removeprefix("sha256:")
         return self.out / "cells" / f"{kind}-{key}.json"
 
+    def options(self, candidate: Candidate) -> dict[str, str]:
+        """What its runtime is told beyond its defaults."""
+        is_gguf = candidate.fields["runtime"] == "llama_cpp"
+        return {"kv_cache": self.kv_cache} if is_gguf and self.kv_cache != "f16" else {}
+
     def open(self, candidate: Candidate) -> Any:
         """The candidate in its runtime, long enough for a row."""
         return self.opener(
-            candidate.fields["runtime"], candidate.location, threads=self.threads, context_length=self.rows_NS.shape[1]
-        )
+            candidate.fields["runtime"], candidate.location, threads=self.threads,
+            context_length=self.rows_NS.shape[1], **self.options(candidate),
+        )  # fmt: skip
 
 
 class SpeedCell(BaseModel):
@@ -107,7 +116,10 @@ def judge_all(
     wanted = [*([student] if student else []), *others]
     references = [session.digest(teacher), session.digest(student) if student else None]
     rows_digest = canonical_sha256(session.rows_NS.tolist())
-    cells = {c.location: session.cell("quality", references, rows_digest, session.digest(c)) for c in wanted}
+    cells = {
+        c.location: session.cell("quality", references, rows_digest, session.digest(c), *session.options(c).values())
+        for c in wanted
+    }
     missing = [c for c in wanted if not cells[c.location].exists()]
     fresh = _judge_missing(session, teacher, student, missing, cells) if missing else {}
     return [
@@ -188,8 +200,9 @@ def _measure(session: Session, candidate: Candidate) -> SpeedCell:
     job = _job(session, candidate)
     machine = host.machine_facts()
     cell = session.cell(
-        "speed", session.digest(candidate), [job.prompt_tokens, job.new_tokens, job.repetitions], job.threads, machine
-    )
+        "speed", session.digest(candidate), [job.prompt_tokens, job.new_tokens, job.repetitions], job.threads, machine,
+        *job.options.values(),
+    )  # fmt: skip
     if session.reuse and cell.exists():
         return SpeedCell.model_validate_json(cell.read_bytes())
     before = host.load_facts()
@@ -198,7 +211,14 @@ def _measure(session: Session, candidate: Candidate) -> SpeedCell:
     measured = SpeedCell(
         speed=harness.to_speed(outcome, job.prompt_tokens),
         memory=harness.to_memory(outcome),
-        device={"address": session.transport.address, "label": label, "threads": job.threads, **machine, **before},
+        device={
+            "address": session.transport.address,
+            "label": label,
+            "threads": job.threads,
+            **_cache(session, candidate),
+            **machine,
+            **before,
+        },  # fmt: skip
         failure=outcome.kind if isinstance(outcome, harness.Failure) else None,
     )
     if isinstance(outcome, harness.Failure):
@@ -207,6 +227,10 @@ def _measure(session: Session, candidate: Candidate) -> SpeedCell:
     harness.save_samples(outcome, session.out / "raw" / f"{cell.stem}.json")
     _keep(cell, measured)
     return measured
+
+
+def _cache(session: Session, candidate: Candidate) -> dict[str, str]:
+    return {"kv_cache": session.kv_cache} if candidate.fields["runtime"] == "llama_cpp" else {}
 
 
 def _job(session: Session, candidate: Candidate) -> harness.Job:
@@ -221,6 +245,7 @@ def _job(session: Session, candidate: Candidate) -> harness.Job:
         settings.new_tokens,
         repetitions,
         prompt,
+        session.options(candidate),
     )
 
 

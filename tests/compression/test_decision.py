@@ -5,7 +5,7 @@ import pytest
 from moe_edge.compression.allocation import header_plan
 from moe_edge.compression.bits import Sensitivity, prior_sensitivity
 from moe_edge.compression.curve import Curve, CurvePoint
-from moe_edge.compression.decision import bits_are_free, decide, quantization_of
+from moe_edge.compression.decision import bits_are_free, decide, decide_by_priors, quantization_of
 from moe_edge.compression.estimate import Packing, file_bytes
 from tests.compression.plan_helpers import NO_SHARE, config, headers
 
@@ -78,6 +78,17 @@ def test_bits_are_free_only_under_an_absolute_budget_that_binds(teacher, tight):
     assert not bits_are_free(header_plan(teacher, roomy), roomy), "the preferred type holds everything"
     share = config("target.budget.experts=62.5%", budget(teacher, 8, "Q4_K_M", -1))
     assert not bits_are_free(header_plan(teacher, share), share), "a relative budget keeps its recipe"
+
+
+def test_a_dry_run_decides_by_priors_and_keeps_the_answer_where_there_are_none(teacher, tight):
+    binding = config(NO_SHARE, budget(teacher, 8, "Q4_K_M", -1))
+    guessed = decide_by_priors(tight, binding)
+    assert guessed.keeps_all and guessed.choice.packing.mix and "expected KL" in guessed.rival_lost
+    share = header_plan(teacher, config())
+    named = decide_by_priors(share, config())
+    assert named.choice is share.choice and named.notes == share.notes and "nats" in named.rival_lost
+    lower = solve(teacher, "plan.top_k=1")
+    assert decide_by_priors(lower, config(NO_SHARE, "plan.top_k=1")) is lower
 
 
 def test_without_a_measurement_recipes_have_their_own_prior(teacher):

@@ -39,7 +39,7 @@ def test_what_is_exported_has_an_exporter():
 
 
 def test_a_family_without_exporter_says_so_and_flipping_its_row_admits_it(qwen3, monkeypatch):
-    hunyuan = replace(qwen3, family="hunyuan_v1_moe", norm_after_rope=True)
+    hunyuan = replace(qwen3, family="hunyuan_v1_moe", norm_after_rope=True, moe=replace(qwen3.moe, shared_width=32))
     row = replace(CAPABILITIES["llama_cpp", "hunyuan_v1_moe"], exported=False)
     monkeypatch.setitem(capabilities.CAPABILITIES, ("llama_cpp", "hunyuan_v1_moe"), row)
     assert refusals("llama_cpp", hunyuan) == ["moe-edge does not yet export hunyuan_v1_moe for llama_cpp (hunyuan-moe)"]

@@ -23,6 +23,14 @@ REPRESENTABLE: dict[str, dict[str, Any]] = {
     "granitemoeshared": {},
     "ernie4_5_moe": {},
     "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": YARN},
+    "deepseek_v2": {"topk_method": "greedy"},
+    "deepseek_v3": {},
+    "glm4_moe_lite": {},
+    "glm4_moe": {},
+    "lfm2_moe": {"routed_scaling_factor": 1.0},
+    "minimax_m2": {},
+    "hunyuan_v1_moe": {},
+    "qwen3_5_moe": {"linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from moe_edge.compression.estimate import Packing, tensor_data_bytes
 from moe_edge.compression.headers import model_headers
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
-from moe_edge.contracts.quantization import pinned_type, tensor_bytes
+from moe_edge.contracts.quantization import NEEDS_IMATRIX, RECIPES, pinned_type, tensor_bytes
 from moe_edge.export import gguf_quantize
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_layout import class_of
@@ -37,15 +37,35 @@ def test_every_tensor_has_its_pinned_type(tmp_path, family):
         expected = pinned_type("Q4_K_M", class_of(tensor.name), tensor.shape[-1])
         assert tensor.kind == expected, tensor.name
         assert tensor.bytes == tensor_bytes(expected, tensor.shape)
+    seen = model_headers(inspect_checkpoint(tmp_path / f"tiny-{family}", False))
+    assert tensor_data_bytes(seen, 6, Packing("gguf", "Q4_K_M")) == sum(tensor.bytes for tensor in tensors.values())
     assert kinds["blk.1.ffn_gate_exps.weight"] == "Q4_K"
     assert kinds["blk.1.ffn_down_exps.weight"] == "F16"
     assert kinds["blk.1.ffn_gate_inp.weight"] == "F32"
 
 
+def random_imatrix(src: Path) -> dict[str, np.ndarray]:
+    """Positive numbers for every matrix of a file."""
+    shapes = {name: tensor.shape for name, tensor in check_gguf_header(src).tensors.items()}
+    generator = np.random.default_rng(0)
+    return {
+        name: generator.uniform(0.01, 10, (shape[0] if len(shape) == 3 else 1) * shape[-1]).astype(np.float32)
+        for name, shape in shapes.items()
+        if len(shape) > 1
+    }
+
+
 @pytest.mark.parametrize("recipe", [*FILE_TYPES, "F16"])
 def test_every_recipe_gives_a_model_that_loads(tmp_path, recipe):
-    src, ids = source(tmp_path, hidden=256, width=32), some_ids()
-    quantize_gguf(src, tmp_path / "q.gguf", recipe, None, 1)
+    """With an imatrix, which some types demand and the others accept; the planner's bytes are the file's."""
+    src, ids = source(tmp_path, hidden=256, width=256), some_ids()
+    kinds = quantize_gguf(src, tmp_path / "q.gguf", recipe, random_imatrix(src), 1)
+    assert kinds["blk.0.ffn_gate_exps.weight"] == RECIPES[recipe]["expert_gate"]
+    assert kinds["blk.1.ffn_down_exps.weight"] == RECIPES[recipe]["expert_down"]
+    assert kinds["blk.0.attn_q.weight"] == RECIPES[recipe]["attention_q"]
+    seen = model_headers(inspect_checkpoint(tmp_path / "tiny-qwen2_moe", False))
+    stored = sum(tensor.bytes for tensor in check_gguf_header(tmp_path / "q.gguf").tensors.values())
+    assert tensor_data_bytes(seen, 6, Packing("gguf", recipe)) == stored
     header = check_gguf_header(tmp_path / "q.gguf")
     assert header.metadata["general.file_type"] == FILE_TYPES.get(recipe, 1)
     with LlamaCppRuntime(tmp_path / "q.gguf", threads=1, context_length=64) as runtime:
@@ -85,13 +105,7 @@ def test_bytes_do_not_depend_on_threads_or_on_the_run(tmp_path):
 
 def test_an_imatrix_changes_the_weights_and_keeps_the_types(tmp_path):
     src = source(tmp_path)
-    shapes = {name: t.shape for name, t in check_gguf_header(src).tensors.items()}
-    generator = np.random.default_rng(0)
-    imatrix = {
-        name: generator.uniform(0.01, 10, (shape[0] if len(shape) == 3 else 1) * shape[-1]).astype(np.float32)
-        for name, shape in shapes.items()
-        if len(shape) > 1
-    }
+    imatrix = random_imatrix(src)
     plain = quantize_gguf(src, tmp_path / "plain.gguf", "Q4_K_M", None, 1)
     assert quantize_gguf(src, tmp_path / "weighted.gguf", "Q4_K_M", imatrix, 1) == plain
     assert (tmp_path / "plain.gguf").read_bytes() != (tmp_path / "weighted.gguf").read_bytes()
@@ -106,6 +120,28 @@ def test_q8_stays_close_to_transformers(tmp_path, family):
     with LlamaCppRuntime(tmp_path / "q.gguf", threads=1, context_length=64) as runtime:
         error = np.abs(runtime.logits(ids) - expected)
     assert np.quantile(error, 0.9) < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("recipe", sorted(NEEDS_IMATRIX))
+def test_a_type_that_needs_an_imatrix_is_refused_without_one(tmp_path, recipe):
+    src = source(tmp_path, hidden=256, width=256)
+    with pytest.raises(ConfigError, match=rf"{recipe} needs an importance matrix[\s\S]*moe-edge profile"):
+        quantize_gguf(src, tmp_path / "q.gguf", recipe, None, 1)
+    partial = {name: values for name, values in random_imatrix(src).items() if "blk.1.ffn_up" not in name}
+    with pytest.raises(ConfigError, match=r"blk\.1\.ffn_up_exps\.weight"):
+        quantize_gguf(src, tmp_path / "q.gguf", recipe, partial, 1)
+    assert not list(tmp_path.glob("q.gguf*"))
+
+
+def test_codebook_types_fall_back_to_their_small_block(tmp_path):
+    """Rows of 64 and 32: no imatrix is needed any more, because IQ4_NL does without."""
+    kinds = quantize_gguf(source(tmp_path), tmp_path / "q.gguf", "IQ2_XS", None, 1)
+    assert kinds["blk.0.ffn_gate_exps.weight"] == kinds["blk.0.ffn_down_exps.weight"] == "IQ4_NL"
+
+
+def test_float16_with_a_mix_is_mixed(tmp_path):
+    kinds = quantize_gguf(source(tmp_path), tmp_path / "q.gguf", "F16", None, 1, {"expert_down": "Q8_0"})
+    assert kinds["blk.0.ffn_down_exps.weight"] == "Q8_0" and kinds["blk.0.ffn_up_exps.weight"] == "F16"
 
 
 @pytest.mark.parametrize("values", [np.ones(7), np.full(6 * 64, np.nan)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected, ResourceProblem
 from moe_edge.export.gguf import write_gguf
 from moe_edge.runtimes import RUNTIMES, llama_cpp, open_runtime
 from moe_edge.runtimes.base import Runtime, generate
@@ -65,6 +65,32 @@ def test_options_change_speed_and_memory_not_the_model(gguf, options):
         LlamaCppRuntime(gguf, threads=1, context_length=64, **options) as other,
     ):
         np.testing.assert_allclose(other.logits(ids(20)), plain.logits(ids(20)), atol=2e-2)
+
+
+def test_an_8_bit_cache_is_really_used_and_close_to_the_16_bit_one(gguf, monkeypatch):
+    asked = []
+    real = llama_cpp.lib.llama_init_from_model
+    monkeypatch.setattr(
+        llama_cpp.lib, "llama_init_from_model",
+        lambda model, p: asked.append((p.type_k, p.type_v, p.flash_attn_type)) or real(model, p),
+    )  # fmt: skip
+    with (
+        LlamaCppRuntime(gguf, threads=1, context_length=64) as plain,
+        LlamaCppRuntime(gguf, threads=1, context_length=64, kv_cache="q8_0") as small,
+    ):
+        first, second = plain.logits(ids(40)), small.logits(ids(40))
+        assert 1e-5 < np.abs(first - second).max() < 0.2
+        np.testing.assert_allclose(small.prefill(ids(40)), second[-1], atol=2e-2)
+    assert asked[0][:2] == (1, 1) and asked[1] == (8, 8, 1)
+    with pytest.raises(ConfigError, match="known: f16, q8_0"):
+        LlamaCppRuntime(gguf, threads=1, context_length=64, kv_cache="q4_0")
+
+
+def test_heads_that_8_bit_blocks_do_not_divide_are_refused_in_llama_cpps_words(tmp_path):
+    write_gguf(tiny_checkpoint(tmp_path, "mixtral", vocab=VOCAB), tmp_path / "x.gguf", name="x")  # heads of 16
+    with pytest.raises(ResourceProblem, match="could not create a context") as caught:
+        LlamaCppRuntime(tmp_path / "x.gguf", threads=1, context_length=64, kv_cache="q8_0")
+    assert "block size 32" in str(caught.value)
 
 
 def test_limits_are_usage_errors(gguf):

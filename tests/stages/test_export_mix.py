@@ -3,6 +3,7 @@
 import pytest
 
 from moe_edge.stages import export as stage
+from moe_edge.stages import export_gguf as gguf_stage
 from tests.compression.plan_helpers import config
 from tests.tiny import tiny_checkpoint
 
@@ -18,8 +19,9 @@ def quantized(monkeypatch):
         calls[recipe] = mix
         dst.write_bytes(b"x")
 
-    monkeypatch.setattr(stage, "write_gguf", lambda _model, path, **_kw: path.write_bytes(b"x"))
-    monkeypatch.setattr(stage, "quantize_gguf", quantize)
+    monkeypatch.setattr(gguf_stage, "write_gguf", lambda _model, path, **_kw: path.write_bytes(b"x"))
+    monkeypatch.setattr(gguf_stage, "quantize_gguf", quantize)
+    monkeypatch.setattr(gguf_stage, "audit", lambda *_: {})
     return calls
 
 
@@ -30,7 +32,7 @@ def export(tmp_path, mix):
         mix=mix,
     )  # fmt: skip
     artifacts, reopened = [], []
-    stage._export_gguf(job, artifacts, reopened)
+    gguf_stage.export_gguf(job, artifacts, reopened)
     return artifacts, [kind for kind, _, _ in reopened]
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from moe_edge.compression.curve import Curve, CurvePoint
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.plan import Candidate, Estimate, Plan
+from moe_edge.contracts.plan import Candidate, Estimate, Plan, TriedShape
 from moe_edge.contracts.report import Artifact, GateResult, Memory, Quality, ReportV1, Speed
 from moe_edge.contracts.targets_io import load_target
 from moe_edge.stages.report import predictions, write_report
@@ -221,11 +221,54 @@ def test_predictions_stand_beside_what_was_achieved(tmp_path: Path) -> None:
     assert (gguf["achieved_kl_nats"], gguf["achieved_quantization_kl_nats"]) == (0.0512, 0.01)
     assert onnx["kl_nats"] is None and "no prediction for onnx int4" in onnx["reason"]
     assert "| artifacts/gguf/x | 0.3100 | 0.0200 | 0.3300 | 0.0512 | 0.0100 |" in page
-    assert "The cost of bits is measured" in page and "| expert_down@0-1 | Q3_K |" in page
+    assert "| expert_down@0-1 | Q3_K |" in page
+    definition = next(line for line in page.splitlines() if line.startswith("Predicted: "))
+    assert "masked" in definition and "what the bits alone cost (measured on the teacher)" in definition
+    assert "Achieved: KL(teacher || the file) on held-out text, after training" in definition
+
+
+def test_what_was_refitted_cached_and_compared_is_said(tmp_path: Path) -> None:
+    """A plan with a refit, an 8-bit cache, a chosen shape: each beside its definition."""
+    _plan(tmp_path / "plan")
+    path = tmp_path / "plan" / "plan.json"
+    plan = Plan.read(path)
+    shape = TriedShape(
+        top_k=2, expert_width=64, experts_kept=10, quantization="Q4_K_M", masked_kl_nats=0.31, quantization_kl_nats=0.02,
+        kl_nats=0.33, file_bytes=5_000_000, decode_tokens_per_s=12.0,
+    )  # fmt: skip
+    changed = {
+        "compensate": True,
+        "shapes": [shape],
+        "largest_contexts": {"f16": 3000, "q8_0": 5000},
+        "expert_width": 64,
+    }
+    estimate = plan.estimate.model_copy(update={"kv_precision": "q8_0", "context_length": 2048})
+    path.write_text(plan.model_copy(update=changed | {"estimate": estimate}).to_json())
+    device = {"label": "host", "kv_cache": "q8_0"}
+    _, page = _write(tmp_path, _summaries(artifacts=[_artifact(device=device), _artifact("hf")]))
+    for text in (
+        "after the refit of the down projections and training",
+        "refitted, before training 0.3000 (held-out calibration rows)",
+        "2048 tokens of context in q8_0 (largest that fits: 3000 in f16, 5000 in q8_0)",
+        "judged and timed with a KV cache in q8_0",
+        "of 64 neurons",
+        "| top-2 | 64 | 10 | Q4_K_M | 0.3100 | 0.3300 |",
+        "-fa on -ctk q8_0 -ctv q8_0",
+    ):
+        assert text in page, text
+
+
+def test_only_a_student_that_computes_the_same_has_no_masked_cost() -> None:
+    plan = {"predicted_kl_nats": None, "experts_kept": 4, "experts_total": 4, "quantization_kl_source": "prior"}
+    (row,) = predictions(
+        plan | {"action": "dense", "quantization_kl_nats": {"Q4_K_M": 0.02}}, [Artifact(**_artifact())]
+    )
+    assert row.masked_kl_nats is None and "no masked KL" in (row.reason or "")
 
 
 def test_an_unpruned_student_has_no_masked_cost_and_a_failed_one_a_reason(tmp_path: Path) -> None:
     plan = {"predicted_kl_nats": None, "experts_kept": 4, "experts_total": 4, "quantization_kl_source": "prior"}
+    plan["action"] = "drop"
     artifact = Artifact(**_artifact())
     (row,) = predictions(plan | {"quantization_kl_nats": {"Q4_K_M": 0.02}}, [artifact])
     assert row.masked_kl_nats == 0.0 and row.kl_nats == 0.02 and row.reason is None

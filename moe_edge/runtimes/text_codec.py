@@ -1,0 +1,104 @@
+"""Text to tokens and back, for every kind of artifact, by the tokenizer that travels with it.
+
+A GGUF file is asked through llama.cpp, as the device will ask it; folders bring a Hugging Face tokenizer. Both add what the
+tokenizer itself puts before a text (a BOS where there is one) and read special tokens written in the text, as
+transformers does. Ends differ on purpose: a folder names its own, llama.cpp adds those it knows by name (<|endoftext|>).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.families.loading import load_tokenizer
+from moe_edge.runtimes.base import Runtime
+from moe_edge.storage.checkpoint import VOCABULARIES
+
+_END_FILES = (("generation_config.json",), ("config.json",), ("genai_config.json", "model"))  # (file, *keys inside)
+
+
+class TextCodec(Protocol):
+    """How an opened artifact reads and writes text."""
+
+    stop_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+
+class HfCodec:
+    """The fast tokenizer of a checkpoint or ONNX folder."""
+
+    def __init__(self, folder: Path) -> None:
+        if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+            why = "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+            raise InputRejected("the tokenizer is missing", where=str(folder), why=why)  # transformers would invent one
+        self._tokenizer = load_tokenizer(folder)
+        known = {self._tokenizer.eos_token_id} | set(_configured_ends(folder))
+        self.stop_ids = frozenset(token for token in known if token is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return list(self._tokenizer.encode(text, verbose=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer without special tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+class LlamaCppCodec:
+    """The tokenizer inside a GGUF file, run by llama.cpp."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self.stop_ids: frozenset[int] = runtime.end_ids()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return list(self._runtime.tokenize(text, add_special=True, parse_special=True))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer without special tokens."""
+        return str(self._runtime.detokenize(ids).decode("utf-8", "replace"))
+
+
+CODECS = {
+    "hf": lambda path, runtime: HfCodec(path),
+    "ort": lambda path, runtime: HfCodec(path),
+    "llama_cpp": lambda path, runtime: LlamaCppCodec(runtime),
+}
+
+
+def open_codec(kind: str, path: Path, runtime: Runtime) -> TextCodec:
+    """The codec of an open runtime.
+
+    Raises:
+        ConfigError: an unknown kind.
+        InputRejected: the folder has no readable tokenizer.
+    """
+    if kind not in CODECS:
+        raise ConfigError(f"no tokenizer is known for the runtime '{kind}'", why=f"known: {', '.join(CODECS)}")
+    codec: TextCodec = CODECS[kind](path, runtime)
+    return codec
+
+
+def _configured_ends(folder: Path) -> list[int]:
+    """Every eos_token_id of the folder's configuration files; a missing or broken file names none."""
+    ends: list[int] = []
+    for name, *keys in _END_FILES:
+        try:
+            found: Any = json.loads((folder / name).read_bytes())
+            for key in keys:
+                found = found[key]
+            found = found.get("eos_token_id")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        ends += found if isinstance(found, list) else [found]
+    return [end for end in ends if isinstance(end, int)]

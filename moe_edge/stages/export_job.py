@@ -1,0 +1,28 @@
+"""What an export works on: everything that is decided before the first byte is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.spec import ModelSpec
+from moe_edge.storage.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint, the files to make of it, and what they are made with."""
+
+    model: Path
+    out: Path
+    name: str
+    spec: ModelSpec
+    params_total: int
+    formats: tuple[str, ...]
+    recipes: tuple[str, ...]
+    precision: str
+    config: BuildConfig
+    statistics: Statistics | None
+    kept: dict[int, list[int]] | None
+    provenance: dict[str, str]
+    mix: dict[str, str]  # of the main recipe: types per class that the plan chose instead of the recipe's
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,81 @@
+"""Top-k and expert width set to `auto`: every shape that the budget admits is measured, and the least KL wins.
+
+Each shape gets its own count of experts and bits, as if it had been asked for; what it costs is the masked KL of the best
+criterion's choice with that top-k and those neurons, plus the bits. On a tie the least change stays.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from moe_edge.compression.allocation import Feasible
+from moe_edge.compression.bits import Sensitivity
+from moe_edge.compression.candidates import Kept
+from moe_edge.compression.curve import measure_curve
+from moe_edge.compression.decision import bits_are_free, decide, quantization_of
+from moe_edge.contracts.plan import TriedShape
+from moe_edge.stages.plan_budget import counts_of, first_rows, sensitivity_of
+from moe_edge.stages.plan_judge import Desk
+
+log = logging.getLogger(__name__)
+
+
+class _Weighed(NamedTuple):
+    answer: Feasible
+    tried: TriedShape
+
+
+def settle_shape(
+    desk: Desk, feasible: Feasible, keep_all: Kept
+) -> tuple[Feasible, list[TriedShape], Sensitivity | None]:
+    """The answer at the shape with the least predicted KL.
+
+    Args:
+        feasible: the answer from headers alone, with those at the other shapes.
+        keep_all: the choice that drops nothing.
+
+    Returns:
+        (the answer, all shapes in ascending KL, what the bits cost where it was measured on the way).
+    """
+    answers = [feasible, *feasible.others]
+    criterion, kept_at = _ranking(desk, answers, keep_all)
+    sensitivity = None
+    if any(bits_are_free(answer, desk.config) for answer in answers):
+        sensitivity = sensitivity_of(desk.config, desk.teacher.model, desk.rows.judged_NS, desk.chosen.stats.imatrix)
+    weighed = [_weigh(desk, answer, criterion, kept_at, sensitivity) for answer in answers]
+    best = min(weighed, key=lambda one: one.tried.kl_nats)
+    log.info("plan: top-%d of %d shapes", best.answer.space.top_k, len(weighed))
+    tried = sorted((one.tried for one in weighed), key=lambda one: one.kl_nats)
+    return best.answer, tried, sensitivity
+
+
+def _ranking(desk: Desk, answers: list[Feasible], keep_all: Kept) -> tuple[str, Callable[[int], Kept]]:
+    """The criterion by which all shapes are compared: the best one where the first shape drops experts."""
+    pruning = next((answer for answer in answers if not answer.keeps_all), None)
+    if pruning is None:
+        return "keep-all", lambda _count: keep_all
+    name = desk.judge(pruning, searching=False).ranking
+    return name, lambda count: desk.chosen.kept(name, count)
+
+
+def _weigh(
+    desk: Desk, answer: Feasible, criterion: str, kept_at: Callable[[int], Kept], sensitivity: Sensitivity | None
+) -> _Weighed:
+    """What one shape costs with its best count of experts and bits."""
+    spec, free = answer.model.spec, bits_are_free(answer, desk.config)
+    curve = measure_curve(
+        desk.score(answer), criterion, kept_at, counts_of(answer) if free else [answer.choice.experts],
+        first_rows(desk.rows.judged_NS, desk.config.plan.curve_tokens),
+        experts_total=spec.moe.experts, top_k=answer.space.top_k,
+    )  # fmt: skip
+    settled, quantization = (
+        decide(answer, curve, sensitivity) if free else (answer, quantization_of(answer, sensitivity))
+    )
+    choice = settled.choice
+    masked, bits = curve.kl_nats(choice.experts), quantization.nats.get(choice.packing.label, 0.0)
+    tried = TriedShape(
+        top_k=answer.space.top_k, expert_width=answer.space.width, experts_kept=choice.experts,
+        quantization=choice.packing.label, masked_kl_nats=masked, quantization_kl_nats=bits, kl_nats=masked + bits,
+        file_bytes=choice.estimate.file_bytes, decode_tokens_per_s=choice.estimate.decode_tokens_per_s,
+    )  # fmt: skip
+    return _Weighed(answer, tried)

@@ -1,0 +1,60 @@
+"""Statuses: every way an answer can go wrong has a name, and loops are measured on known sequences."""
+
+import json
+
+import pytest
+
+from moe_edge.metrics.text_answers import Answer, Status, distinct_ngrams, failed, judge_answer, looping_tail
+
+PROSE = list(range(100, 140))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "status", "finish", "kept"),
+    [
+        ([], "", Status.EMPTY, "stop", ""),
+        ([5, 6], " \n\x00", Status.EMPTY, "stop", ""),
+        (PROSE[:10], "fine", Status.OK, "stop", "fine"),
+        (PROSE, "long", Status.TRUNCATED, "length", "long"),
+        (PROSE, "cut in a character \ufffd", Status.TRUNCATED, "length", "cut in a character"),
+        (PROSE, "\ufffd", Status.EMPTY, "length", ""),
+        (PROSE[:3], "a\ufffdb", Status.DECODE_ERROR, "stop", "ab"),
+        (PROSE[:3], "end \ufffd", Status.DECODE_ERROR, "stop", "end"),
+        (PROSE[:3], None, Status.DECODE_ERROR, "stop", ""),
+        (PROSE[:8] + [1, 2] * 16, "round", Status.REPEATED, "length", "round"),
+        (PROSE[:8] + [1, 2] * 8, "round", Status.REPEATED, "stop", "round"),
+        ([1, 2, 3, 4, 5] * 4 + [9, 8, 7], "circled", Status.REPEATED, "stop", "circled"),
+        ([1, 2] * 4, "ha ha", Status.OK, "stop", "ha ha"),
+    ],
+)  # fmt: skip
+def test_statuses(tokens: list[int], text: str | None, status: Status, finish: str, kept: str) -> None:
+    answer = judge_answer(tokens, text, max_new_tokens=40)
+    assert (answer.status, answer.finish, answer.text, answer.n_tokens) == (status, finish, kept, len(tokens))
+    assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
+
+
+def test_a_failed_row_keeps_its_reason() -> None:
+    answer = failed(RuntimeError("no memory\nmore lines"))
+    assert (answer.status, answer.text, answer.error) == (Status.EXCEPTION, "", "RuntimeError: no memory")
+    assert failed(ValueError()).error == "ValueError: "
+    with pytest.raises((TypeError, ValueError)):
+        Answer.from_dict({"status": "splendid", "text": ""})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tail"),
+    [
+        ([], (0, 0)), ([1], (0, 0)), ([1, 2, 3, 4], (0, 0)), ([1, 1], (2, 2)), ([7, 7, 7, 7], (4, 4)),
+        ([9, 1, 2, 1, 2], (4, 2)), ([2, 1, 2, 1, 2], (5, 2)), ([1, 2, 3, 1, 2, 3, 4], (0, 0)),
+        ([5, 1, 1, 2, 1, 1, 2], (6, 2)), ([3, 3, 8, 8], (2, 2)),
+    ],
+)  # fmt: skip
+def test_looping_tail(tokens: list[int], tail: tuple[int, int]) -> None:
+    assert looping_tail(tokens) == tail
+
+
+def test_distinct_ngrams() -> None:
+    assert distinct_ngrams([1, 2, 3]) is None
+    assert distinct_ngrams([1, 2, 3, 4]) == 1.0
+    assert distinct_ngrams([1] * 7) == 0.25
+    assert distinct_ngrams([1, 2, 1, 2, 1], n=2) == 0.5

@@ -1,0 +1,171 @@
+"""The shipped evaluate modules: known answers, odd texts, and loading without network, cache or luck with paths."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import torch
+from rouge_score import rouge_scorer
+
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
+from moe_edge.metrics import text_modules
+from moe_edge.metrics.text_modules import compute, load_module, module_names
+
+PLAIN = ("rouge_l", "bleu", "chrf", "exact_match")
+PREDICTIONS = ["the cat sat on the mat today", "", "Hamlet!", "nothing alike", "running dogs"]
+REFERENCES = [
+    ["a cat sat", "the cat sat on a mat today"],
+    ["x"],
+    ["hamlet"],
+    ["some other words here now"],
+    ["the dog runs"],
+]
+
+
+def test_all_modules_are_found() -> None:
+    assert module_names() == sorted([*PLAIN, "bertscore"])
+
+
+def test_rouge_is_the_best_f_over_references() -> None:
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    result = compute("rouge_l", PREDICTIONS, REFERENCES)
+    expected = [
+        100 * max(scorer.score(one, text)["rougeL"].fmeasure for one in many)
+        for text, many in zip(PREDICTIONS, REFERENCES, strict=True)
+    ]
+    assert result["scores"] == expected and result["score"] == pytest.approx(sum(expected) / 5)
+    assert expected[1] == 0 and expected[2] == 100 and expected[4] > 0  # stems: dogs = dog
+
+
+def test_bleu_is_sacrebleus_corpus_score_and_adds_up() -> None:
+    result = compute("bleu", PREDICTIONS, REFERENCES)
+    columns = [[many[0] for many in REFERENCES], [many[1] if len(many) > 1 else None for many in REFERENCES]]
+    expected = sacrebleu.BLEU(effective_order=True).corpus_score(PREDICTIONS, columns).score
+    assert result["score"] == pytest.approx(expected)
+    part = [sum(column) for column in zip(*result["statistics"][:2], strict=True)]
+    expected = sacrebleu.BLEU(effective_order=True).corpus_score(PREDICTIONS[:2], [c[:2] for c in columns]).score
+    assert load_module("bleu").corpus_bleu(part) == pytest.approx(expected)
+
+
+def test_a_right_answer_of_one_word_scores() -> None:
+    """sacrebleu's own corpus_bleu gives 0 to an exact match of fewer than four words."""
+    assert sacrebleu.corpus_bleu(["Hamlet"], [["Hamlet"]]).score == 0
+    assert compute("bleu", ["Hamlet"], [["Hamlet"]])["score"] == pytest.approx(100)
+
+
+def test_chrf_sees_other_scripts() -> None:
+    assert compute("chrf", ["你好世界"], [["你好世界"]])["score"] == pytest.approx(100)
+    assert compute("rouge_l", ["你好世界"], [["你好世界"]])["score"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "score"),
+    [
+        ("The  Answer.", "the answer", 100), ("answer", "the answer", 0), ("", "x", 0), ("?", "!", 0), ("?", "?", 100),
+        ("!", "", 0),
+    ],
+)  # fmt: skip
+def test_exact_match(text: str, reference: str, score: float) -> None:
+    assert compute("exact_match", [text], [["other", reference]])["score"] == score
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    ("predictions", "references"),
+    [
+        ([""], [["x"]]), ([""], [[""]]), (["x"], [[""]]), (["", ""], [["x"], ["y"]]), (["..."], [["x y z"]]),
+        (["x" * 5000], [["y"]]), (["\n\t"], [["x"]]), (["🚀"], [["🚀"]]), (["a"], [["b"] * 40]),
+    ],
+)  # fmt: skip
+def test_odd_texts_never_break_a_metric(name: str, predictions: list[str], references: list[list[str]]) -> None:
+    result = compute(name, predictions, references)
+    assert len(result["scores"]) == len(predictions)
+    assert all(0 <= score <= 100.0001 for score in result["scores"]) and 0 <= result["score"] <= 100.0001
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_lengths_must_agree(name: str) -> None:
+    with pytest.raises(ValueError, match="2 predictions for 1"):
+        compute(name, ["a", "b"], [["a"]])
+
+
+def test_an_unknown_module_is_a_usage_error() -> None:
+    with pytest.raises(ConfigError, match="known: bertscore, bleu"):
+        load_module("rouge")
+
+
+PROBE = """
+import socket
+def refuse(*_, **__): raise AssertionError("asked the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from moe_edge.metrics.text_modules import compute, MODULES
+print(MODULES, [compute(n, ["a b c"], [["a b d"]])["score"] for n in ("rouge_l", "bleu", "chrf", "exact_match")])
+"""
+
+
+def test_they_load_offline_from_an_installed_copy_with_spaces_and_no_usable_cache(tmp_path: Path) -> None:
+    """As on a machine without network whose home cannot be written."""
+    copy, scratch = tmp_path / "site packages" / "moe_edge", tmp_path / "temporary files"
+    shutil.copytree(text_modules.MODULES.parents[1], copy, ignore=shutil.ignore_patterns("teacher", "__pycache__"))
+    scratch.mkdir()
+    nowhere = str(Path(os.devnull) / "cache")
+    environment = os.environ | {
+        "PYTHONPATH": str(copy.parent), "HF_HOME": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere, "TMPDIR": str(scratch),
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    for name in ("HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_DATASETS_CACHE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(copy / "metrics" / "modules") in done.stdout and "66.66" in done.stdout
+    assert not list(scratch.glob("moe-edge-evaluate-*"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT with a WordPiece tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = {word: at for at, word in enumerate([*specials, *"the cat sat on a mat dog ran far".split()])}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    return folder
+
+
+HAS_BERT_SCORE = importlib.util.find_spec("bert_score") is not None
+
+
+@pytest.mark.skipif(not HAS_BERT_SCORE, reason="the extra 'bertscore' is not installed")
+def test_bertscore_with_a_local_encoder(encoder: Path) -> None:
+    texts = ["the cat sat", "", "dog", "the dog ran far"]
+    result = compute(
+        "bertscore", texts, [["a dog ran", "the cat sat"], ["the cat"], ["dog"], [""]], encoder=str(encoder), layers=2
+    )
+    assert result["scores"][0] == pytest.approx(100, abs=1e-3)
+    assert result["scores"][1] == result["scores"][3] == 0
+    assert result["scores"][2] == pytest.approx(100, abs=1e-3)  # one word is not mistaken for an empty text
+    assert compute("bertscore", ["", ""], [["a"], ["b"]], encoder=str(encoder), layers=2)["score"] == 0
+
+
+@pytest.mark.skipif(HAS_BERT_SCORE, reason="the extra 'bertscore' is installed")
+def test_bertscore_without_its_extra_says_what_to_install() -> None:
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'moe-edge\[bertscore\]'"):
+        load_module("bertscore")
