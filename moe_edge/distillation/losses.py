@@ -62,6 +62,8 @@ LOSSES: dict[str, LossRow] = {
     "importance": LossRow("term", _once),
     "router_z": LossRow("term", _once),
     "routing_kl": LossRow("term", _once, teacher=True),
+    "uld": LossRow("term", _blended, teacher=True),  # this and the next: cross_tokenizer.py; a build has one tokenizer
+    "projected_kl": LossRow("term", _blended, teacher=True),
 }
 
 

@@ -1,12 +1,13 @@
 """What routing telemetry and the teacher's routing policies cost, as ratios measured in one run on the demo teacher.
 
-    python tests/benchmarks/bench_routing.py [--rows 4] [--length 256] [--repetitions 7]
+    python -m tests.benchmarks.bench_routing [--rows 4] [--length 256] [--repetitions 7]
 
 Telemetry: a training step (forward and backward) of the demo model pruned to half with and without it, interleaved.
 Policies: a forward pass of the whole teacher with all experts, or all but one, over its own top-k.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def main() -> None:
         medians = interleaved(runs, args.repetitions)
         base = next(iter(medians.values()))
         for name, value in medians.items():
-            print(f"{name:>16}: {1000 * value:8.1f} ms   x {value / base:.3f}")
+            print(json.dumps({"what": name, "processor_ms": round(1000 * value, 1), "ratio": round(value / base, 3)}))
 
 
 if __name__ == "__main__":
