@@ -55,7 +55,6 @@ class LlamaCppRuntime(ClosingRuntime):
     ) -> None:
         self._model = self._context = None
         self.path, self.context_length = path, context_length
-        self.metadata = check_gguf_header(path).metadata
         self._model = load_gguf(path, use_mmap=use_mmap, repack=repack, gpu_layers=gpu_layers)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab = int(lib.llama_vocab_n_tokens(self._vocab))
@@ -158,11 +157,12 @@ class LlamaCppRuntime(ClosingRuntime):
 def load_gguf(
     path: Path, *, use_mmap: bool = True, repack: bool = True, gpu_layers: int = 0, vocab_only: bool = False
 ) -> lib.llama_model_p:
-    """Load a checked GGUF file; the caller frees the model.
+    """Load a GGUF file, its header checked first; the caller frees the model.
 
     Raises:
-        InputRejected: llama.cpp refuses it, with its own words.
+        InputRejected: the header is not sane, or llama.cpp refuses the file, with its own words.
     """
+    check_gguf_header(path)
     quiet_llama()
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
