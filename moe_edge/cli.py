@@ -258,13 +258,13 @@ def report(run: Annotated[Path, typer.Argument(help="A build's output folder.")]
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A build's output folder.")]) -> None:
-    """Check every delivered file against the manifest."""
+def verify(path: Annotated[Path, typer.Argument(help="A build's folder, a device bundle or a bundle's .tar.")]) -> None:
+    """Check every file against the manifest: its sha256, nothing missing, nothing extra, sane headers."""
     from moe_edge.build import verify as check
 
-    if changed := check(folder):
-        raise InputRejected("delivered files changed or are missing", where=str(folder), why=", ".join(changed))
-    print(f"{folder}: every delivered file has its recorded sha256")
+    if faults := check(path):
+        raise InputRejected("not what its manifest says", where=str(path), why="; ".join(faults))
+    print(f"{path}: every delivered file has its recorded sha256")
 
 
 @app.command()

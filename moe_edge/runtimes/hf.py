@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.families.loading import load_model
+from moe_edge.families.routing_gap import watched_gaps
 from moe_edge.runtimes.base import ClosingRuntime
 
 
@@ -41,6 +42,13 @@ class HfRuntime(ClosingRuntime):
     def logits(self, ids_S: np.ndarray) -> np.ndarray:
         """Logits [S, V] float32 of every position, from an empty context. Raises ConfigError when S is too long."""
         return self._forward(ids_S, None, last_only=False)
+
+    def routing_gaps(self, ids_S: np.ndarray) -> np.ndarray:
+        """Each token's smallest routing gap over all MoE layers, [S] (families/routing_gap.py)."""
+        with watched_gaps(self._open_model()) as gaps:
+            self._forward(ids_S, None, last_only=True)
+        smallest: np.ndarray = torch.stack(gaps).amin(0).numpy()
+        return smallest
 
     def prefill(self, ids_S: np.ndarray) -> np.ndarray:
         """Empty the context, read the prompt, return the last position's logits [V] float32."""

@@ -22,22 +22,21 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
-from moe_edge.export import parity
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
+from moe_edge.export.golden import Prompt, from_cache
 from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.export.onnx import export_onnx
 from moe_edge.families import family_of
 from moe_edge.families.counting import count_params
 from moe_edge.families.dense import DENSE_TYPES
-from moe_edge.families.loading import load_tokenizer
-from moe_edge.runtimes import open_runtime
+from moe_edge.stages.bundle import GOLDEN
+from moe_edge.stages.export_parity import Reopened, judge_exports
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
-PARITY_TOKENS = 256
 FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
 
 
@@ -58,6 +57,7 @@ class Job:
     kept: dict[int, list[int]] | None
     provenance: dict[str, str]
     mix: dict[str, str]  # of the main recipe: types per class that the plan chose instead of the recipe's
+    prompts: list[Prompt] | None = None  # golden ones with the teacher's answers; None: the model answers itself
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -66,15 +66,15 @@ def run(context: StageContext) -> dict[str, Any]:
     _refuse_dense(context.inputs["distill"] / "model")
     statistics = Statistics.load(context.inputs["profile"] / "statistics.safetensors")
     imatrix, kept = student_imatrix(statistics.imatrix, plan.kept if plan.prunes else None, context.inputs["compress"])
-    return export_model(
-        plan_job(
-            context.config, context.inputs["distill"] / "model", context.out,
-            main=plan.quantization, precision=plan.onnx_precision,
-            statistics=replace(statistics, imatrix=imatrix), kept=None if kept is None else plan.kept,
-            provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
-            mix=plan.quantization_by_class,
-        )
+    job = plan_job(
+        context.config, context.inputs["distill"] / "model", context.out,
+        main=plan.quantization, precision=plan.onnx_precision,
+        statistics=replace(statistics, imatrix=imatrix), kept=None if kept is None else plan.kept,
+        provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
+        mix=plan.quantization_by_class,
     )  # fmt: skip
+    profile = context.inputs["profile"]
+    return export_model(replace(job, prompts=from_cache(profile / "logits.h5", profile / "rows.safetensors")))
 
 
 def _refuse_dense(model: Path) -> None:
@@ -125,14 +125,13 @@ def model_name(config: BuildConfig) -> str:
 def export_model(job: Job) -> dict[str, Any]:
     """Write, reopen and compare every file of the job."""
     artifacts: list[dict[str, Any]] = []
-    reopened: list[tuple[str, str, Path]] = []  # parity kind, runtime, path
+    reopened: list[Reopened] = []
     notes: list[str] = []
     if "gguf" in job.formats:
         _export_gguf(job, artifacts, reopened)
     if "onnx" in job.formats:
         _export_onnx(job, artifacts, reopened, notes)
-    rows = _parity(job, reopened)
-    write_json_atomic(job.out / "parity.json", rows)
+    rows = _judge(job, reopened)
     return {
         "name": job.name,
         "artifacts": artifacts,
@@ -151,11 +150,11 @@ def _once(path: Path, write: Callable[[Path], Any]) -> Any:
     return write(path)
 
 
-def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]]) -> None:
+def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopened]) -> None:
     full = job.out / "reference" / "F16.gguf"
     pre = job.config.export.gguf.pre_tokenizer
     _once(full, lambda path: write_gguf(job.model, path, name=job.name, pre_tokenizer=pre, provenance=job.provenance))
-    reopened.append(("gguf F16", "llama_cpp", full))
+    reopened.append(Reopened("gguf F16", "llama_cpp", full))
     imatrix = imatrix_arrays(job.statistics.imatrix, job.spec, job.kept) if job.statistics else None
     for recipe in job.recipes:
         mix = job.mix if recipe == job.recipes[0] else {}
@@ -163,12 +162,12 @@ def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple
         path = job.out / "gguf" / f"{job.name}-{label}.gguf"
         log.info("quantizing %s", path.name)
         _once(path, lambda path, recipe=recipe, mix=mix: quantize_gguf(full, path, recipe, imatrix, _threads(job), mix))
-        reopened.append((f"gguf {label}", "llama_cpp", path))
         artifacts.append(_artifact(job, "gguf", "llama_cpp", f"artifacts/gguf/{path.name}", path, label))
+        reopened.append(Reopened(f"gguf {label} delivered", "llama_cpp", path, artifacts[-1]["path"]))
 
 
 def _export_onnx(
-    job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]], notes: list[str]
+    job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopened], notes: list[str]
 ) -> None:
     options = job.config.export.onnx
 
@@ -181,15 +180,15 @@ def _export_onnx(
     full = job.out / "reference" / "onnx-fp32"
     if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
         _once(full, lambda path: write(path, "fp32"))
-        reopened.append(("onnx fp32", "ort", full))
+        reopened.append(Reopened("onnx fp32", "ort", full))
     else:
         notes.append(
             "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
         )
     path = job.out / "onnx"
     _once(path, lambda path: write(path, job.precision))
-    reopened.append((f"onnx {job.precision} delivered", "ort", path))
     artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, job.precision))
+    reopened.append(Reopened(f"onnx {job.precision} delivered", "ort", path, artifacts[-1]["path"]))
 
 
 def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:
@@ -201,24 +200,14 @@ def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, qua
     }  # fmt: skip
 
 
-def _parity(job: Job, reopened: list[tuple[str, str, Path]]) -> list[dict[str, Any]]:
-    """Reopen each file and compare; one model in memory at a time beside the stored reference."""
-    tokenizer, threads = load_tokenizer(job.model), _threads(job)
-    context_length = min(job.spec.context_length, 2 * PARITY_TOKENS)
-    with open_runtime("hf", job.model, threads=threads, context_length=context_length) as student:
-        expected = parity.reference(student, tokenizer, PARITY_TOKENS)
-    rows = []
-    for kind, runtime, path in reopened:
-        with open_runtime(runtime, path, threads=threads, context_length=context_length) as artifact:
-            rows.append(parity.require(kind, parity.compare(expected, artifact)))
-        log.info(
-            "parity %s: KL %.2e nats, greedy %d/%d",
-            kind,
-            rows[-1]["kl_nats"],
-            rows[-1]["greedy_equal"],
-            rows[-1]["greedy_compared"],
-        )
-    return rows
+def _judge(job: Job, exports: list[Reopened]) -> list[dict[str, Any]]:
+    """Compare every file with the student; writes parity.json and the golden prompts of the device bundles."""
+    verdict = judge_exports(
+        job.model, exports, threads=_threads(job), context_length=job.spec.context_length, prompts=job.prompts
+    )
+    write_json_atomic(job.out / "parity.json", verdict.rows)
+    write_json_atomic(job.out / GOLDEN, verdict.golden)
+    return verdict.rows
 
 
 def _threads(job: Job) -> int:
