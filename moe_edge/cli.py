@@ -52,25 +52,25 @@ class _Terminated(BaseException):
     """SIGTERM, raised as an exception so that locks and temporary folders are released."""
 
 
-def main() -> None:
-    """Entry point: runs the app and maps every error to its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs the app (on the process's arguments if none are given) and maps every error to its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "transformers", "accelerate", "matplotlib", "onnxscript", "onnx_ir", "filelock", "gguf"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run())
+    sys.exit(_run(arguments))
 
 
 def _terminate(number: int, frame: object) -> None:
     raise _Terminated
 
 
-def _run() -> int:
+def _run(arguments: list[str] | None) -> int:
     resume = "the same command resumes where it stopped"
     try:
-        app()
+        app(args=arguments)
     except SystemExit as stop:
         if stop.code == 130:  # typer turns Ctrl-C into an exit
             return _say(f"interrupted; {resume}", 130)

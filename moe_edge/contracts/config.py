@@ -154,7 +154,8 @@ class ExportConfig(BaseModel):
     gguf: GgufConfig = GgufConfig()
     onnx: OnnxConfig = OnnxConfig()
     bundle: bool = Field(
-        True, description="artifacts/bundle/: per format a folder and a .tar for the device, with a runner; changes no stage"
+        True,
+        description="artifacts/bundle/: per format a folder and a .tar for the device, with a runner; changes no stage",
     )
 
 

@@ -216,7 +216,11 @@ def main() -> int:
     """Check, score, measure, print; the exit code."""
     options, folder = arguments(), Path(__file__).resolve().parent
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    facts: dict[str, Any] = {"bundle": manifest["summary"], "machine": platform.platform(), "python": sys.version.split()[0]}
+    facts: dict[str, Any] = {
+        "bundle": manifest["summary"],
+        "machine": platform.platform(),
+        "python": sys.version.split()[0],
+    }
     if faults := check_files(folder, manifest["files"]):
         print(json.dumps(facts | {"passed": False, "faults": faults}, indent=1))
         return 4

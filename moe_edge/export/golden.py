@@ -63,7 +63,9 @@ def from_model(model: Runtime, ids_S: np.ndarray) -> list[Prompt]:
     for piece_S in pieces:
         logits_SV = torch.from_numpy(np.ascontiguousarray(model.logits(piece_S)))
         top = teacher_topk(logits_SV, KEPT_IDS, (1.0,), model.vocab)
-        found.append(_prompt(piece_S, top.indices_TK.numpy(), top.logprobs_TK.numpy(), top.tail_logmass_TH[:, 0].numpy()))
+        found.append(
+            _prompt(piece_S, top.indices_TK.numpy(), top.logprobs_TK.numpy(), top.tail_logmass_TH[:, 0].numpy())
+        )
     return found
 
 

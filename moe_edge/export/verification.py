@@ -96,7 +96,9 @@ def _unpacked(path: Path) -> Iterator[Path]:
             with tarfile.open(path, "r:") as archive:
                 for number, member in enumerate(archive):
                     if not member.isreg() or number >= MEMBER_LIMIT:
-                        why = f"{member.name[:80]!r} is not a regular file" if number < MEMBER_LIMIT else "too many files"
+                        why = (
+                            f"{member.name[:80]!r} is not a regular file" if number < MEMBER_LIMIT else "too many files"
+                        )
                         raise InputRejected("not a device bundle", where=str(path), why=why)
                     archive.extract(member, scratch, filter="data")
         except (tarfile.TarError, OSError, ValueError) as error:

@@ -44,7 +44,9 @@ def write_bundles(
         return []
     if not (out / "export" / GOLDEN).is_file():
         raise ConfigError(
-            "the export has no golden prompts", where=str(out / "export"), next_command="run the build with --from export"
+            "the export has no golden prompts",
+            where=str(out / "export"),
+            next_command="run the build with --from export",
         )
     golden, written = read_json(out / "export" / GOLDEN), []
     for row in _main(artifacts):

@@ -27,9 +27,11 @@ from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.export.golden import Prompt, from_cache
 from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.export.onnx import export_onnx
+from moe_edge.export.parity import prompt_ids
 from moe_edge.families import family_of
 from moe_edge.families.counting import count_params
 from moe_edge.families.dense import DENSE_TYPES
+from moe_edge.families.loading import load_tokenizer
 from moe_edge.stages.bundle import GOLDEN
 from moe_edge.stages.export_parity import Reopened, judge_exports
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
@@ -123,7 +125,12 @@ def model_name(config: BuildConfig) -> str:
 
 
 def export_model(job: Job) -> dict[str, Any]:
-    """Write, reopen and compare every file of the job."""
+    """Write, reopen and compare every file of the job.
+
+    Raises:
+        InputRejected: among others, the tokenizer's chat template is broken or hostile; nothing has been written then.
+    """
+    prompt_ids(load_tokenizer(job.model))
     artifacts: list[dict[str, Any]] = []
     reopened: list[Reopened] = []
     notes: list[str] = []
@@ -166,9 +173,7 @@ def _export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
         reopened.append(Reopened(f"gguf {label} delivered", "llama_cpp", path, artifacts[-1]["path"]))
 
 
-def _export_onnx(
-    job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopened], notes: list[str]
-) -> None:
+def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopened], notes: list[str]) -> None:
     options = job.config.export.onnx
 
     def write(path: Path, precision: str) -> Any:

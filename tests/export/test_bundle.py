@@ -134,7 +134,9 @@ def test_golden_prompts_come_from_the_logit_cache(made, tmp_path):
                 cache.append(ids_S, *teacher_topk(torch.from_numpy(teacher.logits(ids_S)), 32, (1.0, 2.0)))
         direct = golden.from_model(teacher, ids_NS[2][: golden.PROMPT_TOKENS])
     prompts = golden.from_cache(tmp_path / "logits.h5", tmp_path / "rows.safetensors")
-    assert len(prompts) == golden.PROMPTS and [prompt["ids"][0] for prompt in prompts] == ids_NS[[0, 2, 3, 5], 0].tolist()
+    assert (
+        len(prompts) == golden.PROMPTS and [prompt["ids"][0] for prompt in prompts] == ids_NS[[0, 2, 3, 5], 0].tolist()
+    )
     assert prompts[1]["ids"] == direct[0]["ids"]
     np.testing.assert_allclose(prompts[1]["top_logprobs"], direct[0]["top_logprobs"], atol=0.02)
     np.testing.assert_allclose(prompts[1]["tail_logmass"], direct[0]["tail_logmass"], atol=0.02)

@@ -8,7 +8,9 @@ from moe_edge.families.views import moe_layers, route
 from tests.tiny import tiny_ids, tiny_model
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "ernie4_5_moe", "lfm2_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "ernie4_5_moe", "lfm2_moe"]
+)
 def test_the_gap_is_what_the_next_expert_lacks(family):
     """Raised by a little more than the gap, the next expert is chosen; by a little less, it is not."""
     model = tiny_model(family)
@@ -18,7 +20,9 @@ def test_the_gap_is_what_the_next_expert_lacks(family):
     assert (gap_T >= 0).all() and torch.isfinite(gap_T).all()
     before = [set(row.tolist()) for row in route(view, hidden_TD)[0]]
     for token in range(12):
-        flips = {factor: _flips(view, hidden_TD[token : token + 1], float(gap_T[token]) * factor) for factor in (0.9, 1.1)}
+        flips = {
+            factor: _flips(view, hidden_TD[token : token + 1], float(gap_T[token]) * factor) for factor in (0.9, 1.1)
+        }
         assert before[token] not in flips[1.1] or len(flips[1.1]) > 1, (family, token)
         assert flips[0.9] == [before[token]], (family, token)
 

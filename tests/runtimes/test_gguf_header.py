@@ -129,7 +129,14 @@ def test_types_are_ggmls_and_agree_with_what_we_plan():
     assert GGML_TYPE_IDS["IQ4_XS"] == 23  # a file of another maker
 
 
-@pytest.mark.parametrize("open_it", [load_gguf, lambda path: LlamaCppRuntime(path, 1, 16), lambda path: quantize_gguf(path, path.with_name("q.gguf"), "Q8_0", None, 1)])
+@pytest.mark.parametrize(
+    "open_it",
+    [
+        load_gguf,
+        lambda path: LlamaCppRuntime(path, 1, 16),
+        lambda path: quantize_gguf(path, path.with_name("q.gguf"), "Q8_0", None, 1),
+    ],
+)
 def test_every_way_to_open_a_gguf_checks_the_header_first(tmp_path, open_it):
     """gguf's own reader would hang on these 49 bytes."""
     (tmp_path / "x.gguf").write_bytes(HUGE_ARRAY)
