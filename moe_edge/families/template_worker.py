@@ -1,4 +1,4 @@
-"""The far side of chat_template.py: a process of its own that renders one Jinja template under limits. Standalone: run, not imported.
+"""The far side of chat_template.py: a process of its own that renders one Jinja template under limits; run, not imported.
 
 Why a process: Jinja's sandbox stops a template from reaching Python's internals, but not from looping for ever or building a
 string of gigabytes; only another process can be given a memory limit and be killed. The environment is that of

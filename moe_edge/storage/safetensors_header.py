@@ -38,8 +38,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Name -> info of one file, in file order.
 
     Raises:
-        InputRejected: a Git-LFS pointer, a truncated file, an absurd length or number of tensors, invalid JSON, duplicate names, unknown
-            dtypes, or offsets that overlap, leave holes, or do not end at the file's end.
+        InputRejected: a Git-LFS pointer, a truncated file, an absurd length or number of tensors, invalid JSON,
+            duplicate names, unknown dtypes, or offsets that overlap, leave holes, or do not end at the file's end.
     """
     refuse_lfs_pointer(path)
     header, data_bytes = _load(path)
