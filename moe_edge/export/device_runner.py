@@ -216,37 +216,42 @@ def main() -> int:
     """Check, score, measure, print; the exit code."""
     options, folder = arguments(), Path(__file__).resolve().parent
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    facts: dict[str, Any] = {
-        "bundle": manifest["summary"],
-        "machine": platform.platform(),
-        "python": sys.version.split()[0],
-    }
+    facts = {"bundle": manifest["summary"], "machine": platform.platform(), "python": sys.version.split()[0]}
     if faults := check_files(folder, manifest["files"]):
-        print(json.dumps(facts | {"passed": False, "faults": faults}, indent=1))
-        return 4
+        return _report(facts | {"passed": False, "faults": faults}, 4)
     golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-    settings = manifest["config"]["runtime"]
+    try:
+        result = facts | examine(folder, manifest, golden, options)
+    except ImportError as missing:
+        return _report(facts | {"passed": False, "faults": [f"not installed: {missing.name}"]}, 5)
+    return _report(result, 0 if result["passed"] else 10)
+
+
+def examine(
+    folder: Path, manifest: dict[str, Any], golden: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Open the artifact, score the golden prompts and, unless told not to, measure the speed."""
+    settings, summary = manifest["config"]["runtime"], manifest["summary"]
     threads = options.threads or settings["threads"] or os.cpu_count() or 1
     gpu_layers = settings["gpu_layers"] if options.gpu_layers is None else options.gpu_layers
-    pool = [token for prompt in golden["prompts"] for token in prompt["ids"]]
-    longest = max(len(prompt["ids"]) for prompt in golden["prompts"])
     speed_tokens = max(1, min(options.prompt_tokens, settings["context_length"] - options.new_tokens))
+    longest = max(len(prompt["ids"]) for prompt in golden["prompts"])
     context = max(longest, speed_tokens + options.new_tokens)
-    try:
-        model = MODELS[manifest["summary"]["format"]](
-            folder / manifest["summary"]["artifact"], threads, context, gpu_layers
-        )
-    except ImportError as missing:
-        print(json.dumps(facts | {"passed": False, "faults": [f"not installed: {missing.name}"]}, indent=1))
-        return 5
+    model = MODELS[summary["format"]](folder / summary["artifact"], threads, context, gpu_layers)
     quality = score(golden["prompts"], model.logits)
-    limit, expected = golden["limit_kl_nats"], golden["expected"]
-    good = quality["kl_nats"] <= limit
-    result = facts | {"passed": good, "quality": quality, "expected": expected, "limit_kl_nats": limit}
+    limit = golden["limit_kl_nats"]
+    result = {"passed": quality["kl_nats"] <= limit, "quality": quality, "expected": golden["expected"]}
     if not options.no_speed:
+        pool = [token for prompt in golden["prompts"] for token in prompt["ids"]]
         result["speed"] = measure(model, np.resize(pool, speed_tokens).tolist(), options.new_tokens, options.runs)
-    print(json.dumps(result | {"threads": threads, "gpu_layers": gpu_layers, "peak_rss_mib": peak_rss_mib()}, indent=1))
-    return 0 if good else 10
+    return result | {
+        "limit_kl_nats": limit, "threads": threads, "gpu_layers": gpu_layers, "peak_rss_mib": peak_rss_mib(),
+    }  # fmt: skip
+
+
+def _report(result: dict[str, Any], code: int) -> int:
+    print(json.dumps(result, indent=1))
+    return code
 
 
 if __name__ == "__main__":
