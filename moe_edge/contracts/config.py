@@ -237,6 +237,10 @@ class ExportConfig(BaseModel):
     formats: list[Literal["gguf", "onnx"]] | Literal["auto"] = "auto"
     gguf: GgufConfig = GgufConfig()
     onnx: OnnxConfig = OnnxConfig()
+    bundle: bool = Field(
+        True,
+        description="artifacts/bundle/: per format a folder and a .tar for the device, with a runner; changes no stage",
+    )
 
 
 class ValidateConfig(BaseModel):

@@ -141,7 +141,9 @@ def test_the_log_is_free_of_clocks(tmp_path: Path) -> None:
     run = context(tmp_path, inputs(tmp_path), stages=[StageConfig(**stage)])
     distill.run(run)
     log = [json.loads(line) for line in (run.out / "train_log.jsonl").read_text().splitlines()]
-    assert sum(line["rollout_tokens"] for line in log) > 0 and not [name for name in log[0] if name.endswith("_seconds")]
+    assert sum(line["rollout_tokens"] for line in log) > 0 and not [
+        name for name in log[0] if name.endswith("_seconds")
+    ]
 
 
 def test_a_capture_of_other_text_is_data_too(tmp_path: Path) -> None:
