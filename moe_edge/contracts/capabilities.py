@@ -33,6 +33,7 @@ class Capability:
     leading_dense: bool = False  # layers without experts must be the first ones
     alternating_windows: bool = False  # a window in layers 0, 2, ..., none in layers 1, 3, ...
     swiglu: tuple[float, float] | None = None  # the only alpha and limit of a clamped SwiGLU; None: any
+    rotary_multiple: int = 1  # of the columns of a head that rotate
     rounds_yarn: bool = False  # to whole columns, and knows only its default scale of attention
     uniform_experts: bool = True  # one expert count, top-k and width for all layers
     max_experts: int | None = None
@@ -44,7 +45,7 @@ _GGUF = Capability(
     "", max_experts=1024, width_multiple=256, fused_on_gpu=True, clips_qkv=False, slides_window=False,
     rounds_yarn=True,
 )  # fmt: skip
-_ONNX = Capability("", uniform_experts=False, width_multiple=32)
+_ONNX = Capability("", uniform_experts=False, width_multiple=32, rotary_multiple=16)
 _GGUF_LATER = replace(_GGUF, exported=False)
 _ONNX_LATER = replace(_ONNX, exported=False)
 
@@ -133,10 +134,10 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("ort", "gpt_oss"): replace(_ONNX, architecture="gptoss", computes=_GPT_OSS),
     ("ort", "ernie4_5_moe"): replace(_ONNX, architecture="ernie4_5", renormalises=True, computes=_ERNIE),
     ("ort", "granitemoeshared"): replace(_ONNX, architecture="granite", computes=_GRANITE | {"ungated_shared"}),
-    ("ort", "lfm2_moe"): replace(_ONNX_LATER, architecture="lfm2", computes=_LFM2),
+    ("ort", "lfm2_moe"): replace(_ONNX, architecture="lfm2_moe", computes=_LFM2 | {"routed_scale"}),
     ("ort", "qwen3_5_moe"): replace(_ONNX_LATER, architecture="qwen3_5_text", computes=_QWEN3_5),
-    ("ort", "glm4_moe"): replace(_ONNX_LATER, architecture="llama", computes=_GLM4),
-    ("ort", "minimax_m2"): replace(_ONNX_LATER, architecture="qwen3", computes=_MINIMAX),
+    ("ort", "glm4_moe"): replace(_ONNX, architecture="llama", computes=_GLM4 | {"groups"}),
+    ("ort", "minimax_m2"): replace(_ONNX, architecture="llama", computes=_MINIMAX),
     ("ort", "hunyuan_v1_moe"): replace(_ONNX_LATER, architecture="qwen3", computes=_HUNYUAN),
 }
 
@@ -172,7 +173,7 @@ def refusals(runtime: RuntimeName, spec: ModelSpec) -> list[str]:
 def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
     moe, window = spec.moe, spec.sliding_window
     does, wants = ("renormalises", "does not") if row.renormalises else ("does not renormalise", "does")
-    width = spec.heads * spec.head_dim
+    width, rotating = spec.heads * spec.head_dim, int(spec.head_dim * spec.rotary_share)
     unknown = ", ".join(FEATURES[feature] for feature in sorted(spec.features - row.computes))
     missing = ", ".join(FEATURES[feature] for feature in sorted(row.needs - spec.features))
     return [
@@ -193,6 +194,10 @@ def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
         (
             row.equal_heads and spec.kv_heads != spec.heads,
             f"needs {spec.heads} key-value heads, found {spec.kv_heads}",
+        ),
+        (
+            bool(rotating % row.rotary_multiple),
+            f"rotates a multiple of {row.rotary_multiple} columns of a head, this model {rotating}",
         ),
         (row.needs_shared_expert and not moe.shared_width, "needs a shared expert"),
         (bool(missing), f"needs {missing}"),

@@ -20,10 +20,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from moe_edge.contracts.capabilities import refusals
 from moe_edge.contracts.errors import EnvironmentProblem, InputRejected
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.onnx_moe import MoEGraph
 from moe_edge.families import family_of
+from moe_edge.families.base import AttentionNames
 from moe_edge.families.views import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,9 @@ ATTENTION: dict[str, tuple[str, str, str]] = {
     "granitemoeshared": ("mistral", "MistralModel", "granite"),
     "ernie4_5_moe": ("mistral", "MistralModel", "ernie4_5"),
     "gpt_oss": ("mistral", "MistralModel", "gptoss"),
+    "glm4_moe": ("mistral", "MistralModel", "llama"),
+    "minimax_m2": ("mistral", "MistralModel", "llama"),
+    "lfm2_moe": ("lfm2", "LFM2Model", "lfm2_moe"),
 }
 
 
@@ -86,6 +91,7 @@ class DecoderGraph:
 
     hf_model: Any
     spec: ModelSpec
+    attention_names: AttentionNames
 
     def __init__(self: Any, *args: Any) -> None:
         super().__init__(*args)
@@ -96,6 +102,13 @@ class DecoderGraph:
         self.attention_attrs["sinks"] = spec.sinks
         if spec.attention_scale is not None:
             self.attention_attrs["scale"] = spec.attention_scale
+
+    def make_attention_init(self: Any, config: Any) -> None:
+        self.attention_attrs["q_norm"] = self.attention_attrs["k_norm"] = self.spec.qk_norm != "none"
+        super().make_attention_init(config)  # type: ignore[misc]
+
+    def make_intermediate_size_init(self, config: Any) -> None:
+        """LFM2's class derives a width from keys that its mixtures lack; ours come with each block."""
 
     def load_weights(self, input_path: str) -> Any:
         return self.hf_model
@@ -109,20 +122,22 @@ class DecoderGraph:
 
     def make_rotary_embedding_caches_from_scratch(self: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [positions, head / 2] of the model's own frequencies, scaled or not."""
-        rotary = self.hf_model.model.rotary_emb
+        rotary = next(module for module in self.hf_model.modules() if hasattr(module, "inv_freq"))
         positions = torch.arange(self.rope_attrs["cache_length"], dtype=torch.float32)
         angles = torch.outer(positions, rotary.inv_freq.float())
         return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
     def make_layer(self: Any, layer_id: int, layer: Any) -> None:
         norms, simple = self.layernorm_attrs, self.layernorm_attrs["simple"]
-        first = norms["first_layernorm"]
-        self.make_layernorm(layer_id, layer.input_layernorm, skip=not first, simple=simple, location="input")
-        self.make_attention(layer_id, layer.self_attn, root_input=norms["output_0"])
+        first, names = norms["first_layernorm"], self.attention_names
+        before, after = (layer.get_submodule(name) for name in (names.input_norm, names.post_attention_norm))
+        self.make_layernorm(layer_id, before, skip=not first, simple=simple, location="input")
+        if self.spec.kind_of(layer_id) == "conv":
+            norms["skip_input"] = self.make_short_conv(layer_id, layer.conv, norms["output_0"])
+        else:
+            self.make_attention(layer_id, layer.self_attn, root_input=norms["output_0"])
         self._scale_residual(layer_id, "attn")
-        self.make_layernorm(
-            layer_id, layer.post_attention_layernorm, skip=True, simple=simple, location="post_attention"
-        )
+        self.make_layernorm(layer_id, after, skip=True, simple=simple, location="post_attention")
         self.make_feed_forward(layer_id, layer, norms["output_0"])
         self._scale_residual(layer_id, "mlp")
         norms["first_layernorm"] = False
@@ -134,7 +149,7 @@ class DecoderGraph:
             return
         name, scale = (
             f"/model/layers.{layer_id}/residual_{block}/Mul",
-            f"/model/constants/FLOAT/{self.spec.residual_scale}",
+            f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{self.spec.residual_scale}",
         )
         self.make_mul(name, [self.layernorm_attrs["skip_input"], scale], self.io_dtype, self.make_hidden_state_shape())
         self.layernorm_attrs["skip_input"] = f"{name}/output_0"
@@ -142,10 +157,6 @@ class DecoderGraph:
 
 class FullWidthNorms:
     """Mixin for OLMoE: real norm weights, q/k norms over the full width, and optional clipping of q, k and v."""
-
-    def make_attention_init(self: Any, config: Any) -> None:
-        self.attention_attrs["q_norm"] = self.attention_attrs["k_norm"] = True
-        super().make_attention_init(config)  # type: ignore[misc]
 
     def make_layernorm(self: Any, *args: Any, **kwargs: Any) -> None:
         base = _builder_class("base", "Model")
@@ -166,7 +177,7 @@ class FullWidthNorms:
             self._clip(layer_id)
 
     def _clip(self: Any, layer_id: int) -> None:
-        limits = [f"/model/constants/FLOAT/{sign * float(self.spec.clip_qkv)}" for sign in (-1, 1)]
+        limits = [f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{sign * float(self.spec.clip_qkv)}" for sign in (-1, 1)]
         for part in "qkv":
             name, path = f"/model/layers.{layer_id}/attn/{part}_clip", f"{part}_path"
             width = self.q_size if part == "q" else self.kv_size
@@ -188,15 +199,16 @@ def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> An
 
     Raises:
         EnvironmentProblem: another release of the builder is installed.
-        InputRejected: the family has no row in ATTENTION.
+        InputRejected: ONNX Runtime would compute something else (contracts/capabilities.py).
     """
     check_builder()
-    if spec.family not in ATTENTION:
-        raise InputRejected(f"no ONNX export for '{spec.family}'", why=f"supported: {', '.join(ATTENTION)}")
+    if wrong := refusals("ort", spec):
+        raise InputRejected(f"this {spec.family} model cannot be exported as ONNX", why="; ".join(wrong))
     module, name, _ = ATTENTION[spec.family]
     mixins = (*((FullWidthNorms,) if spec.qk_norm == "full_width" else ()), MoEGraph, DecoderGraph)
     views = {view.index: view for view in moe_layers(model)}
-    parts = {"spec": spec, "views": views, "dense_block": family_of(model.config.to_dict()).in_memory.block}
+    family = family_of(model.config.to_dict())
+    parts = {"spec": spec, "views": views, "names": family.in_memory, "attention_names": family.attention_names}
     config = copy.deepcopy(model.config)
     config._name_or_path, config.architectures = str(checkpoint), [type(model).__name__]
     options = {"shared_embeddings": spec.tied_embeddings, "windowed_kv_cache": False, "hf_token": False}

@@ -2,8 +2,8 @@
 
 What is quantized, and to how many bits, is the table in onnx_precision; how, is onnx_quantize. Scales are stored as
 float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same kernels). QMoE on
-CPU always renormalises the top-k weights unless it is handed them, so models that do not renormalise compute their
-softmax in the graph and pass it as input 14 (router_weights), which is exact. accuracy_level 4 (int8 activations) is
+CPU always renormalises the top-k weights of its own softmax, so every other routing hands it what selects and what weighs
+the experts (inputs 1 and 14), computed in the graph (onnx_routing), which is exact. accuracy_level 4 (int8 activations) is
 what makes decoding fast.
 
 Legend: E experts, N output rows, K input columns.
@@ -16,15 +16,17 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_edge.contracts.progress import track
 from moe_edge.export.onnx_imatrix import Importance
+from moe_edge.export.onnx_moe import CHOICE, MASS
 from moe_edge.export.onnx_precision import QUANTIZED_BITS, NodeRule, fitting_block, layer_of, rule_of
 from moe_edge.export.onnx_quantize import Scheme, pack_codes, quantize
 
 MICROSOFT = "com.microsoft"
 FAST_ACCURACY = 4  # int8 activations in MatMulNBits and QMoE
-ROUTER_WEIGHTS = 14  # QMoE's input with the top-k weights as they are
+ROUTER_PROBS, ROUTER_WEIGHTS = 1, 14  # QMoE's inputs that select experts and that weigh them
 # QMoE's inputs of the two expert matrices: weight in the MoE node, imatrix key, quantized weight, zero points
 EXPERT_INPUTS = ((2, "expert_in", 2, 11), (4, "expert_down", 5, 12))
 EXPERT_BIASES = ((3, 4), (5, 7))  # input of MoE, input of QMoE
@@ -59,7 +61,7 @@ class Packer:
     """Rewrites one graph in place."""
 
     def __init__(self, model: ir.Model, recipe: Recipe, importance: Importance) -> None:
-        self.graph, self.recipe, self.importance = model.graph, recipe, importance
+        self.model, self.graph, self.recipe, self.importance = model, model.graph, recipe, importance
         self.report = Report()
 
     def run(self) -> Report:
@@ -78,7 +80,7 @@ class Packer:
                 rewrite[node.op_type](node, rule, bits)
             else:
                 self._keep_float(node, rule, bits)
-        self._drop_unused()
+        RemoveUnusedNodesPass()(self.model)  # a tied embedding's Transpose, the way to logits that QMoE does not read
         self.graph.sort()
         return self.report
 
@@ -139,12 +141,19 @@ class Packer:
         for source, target in EXPERT_BIASES:
             inputs[target] = node.inputs[source] if source < len(node.inputs) else None
         attributes = {name: value.value for name, value in node.attributes.items()}
-        if not attributes["normalize_routing_weights"]:
-            softmax = ir.node("Softmax", [node.inputs[1]], attributes={"axis": -1}, name=f"{node.name}/router_weights")
-            self.graph.insert_before(node, softmax)
-            inputs[ROUTER_WEIGHTS] = softmax.outputs[0]
+        if CHOICE in node.meta:
+            inputs[ROUTER_PROBS], inputs[ROUTER_WEIGHTS], renormalise = node.meta[CHOICE]
+            attributes["normalize_routing_weights"] = int(renormalise)
+            self._drop_mass(node)
         attributes |= {"expert_weight_bits": bits, "block_size": block}
         self._replace(node, "QMoE", inputs, attributes | self._accuracy())
+
+    def _drop_mass(self, node: ir.Node) -> None:
+        """Remove the product with the weights' sum, by which QMoE does not divide."""
+        for use in node.outputs[0].uses():
+            if (use.node.name or "").endswith(f"/{MASS}"):
+                use.node.outputs[0].replace_all_uses_with(node.outputs[0])
+                self.graph.remove(use.node, safe=True)
 
     def _keep_float(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         """Leave the weights in float32, or store them as float16 and widen them at load."""
@@ -193,13 +202,6 @@ class Packer:
         self.graph.insert_before(node, new)
         old.replace_all_uses_with(out, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
-
-    def _drop_unused(self) -> None:
-        """Remove a tied embedding's Transpose once nobody reads it, then the initializers that nobody reads."""
-        for node in [n for n in self.graph if n.op_type == "Transpose" and not n.outputs[0].uses()]:
-            self.graph.remove(node, safe=True)
-        for name in [n for n, value in self.graph.initializers.items() if not value.uses()]:
-            del self.graph.initializers[name]
 
 
 def _read(value: ir.Value) -> torch.Tensor:

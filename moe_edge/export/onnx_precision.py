@@ -38,6 +38,8 @@ class NodeRule(NamedTuple):
 NODE_RULES: tuple[NodeRule, ...] = (
     NodeRule(r"/attn/(qkv|q|k|v)_proj/MatMul$", "attention", "attention_in"),
     NodeRule(r"/attn/o_proj/MatMul$", "attention", "attention_o"),
+    NodeRule(r"/conv/in_proj/MatMul$", "attention", "attention_in"),
+    NodeRule(r"/conv/out_proj/MatMul$", "attention", "conv_out"),
     NodeRule(r"/moe/router/MatMul$", "router", None),
     NodeRule(r"/shared_expert_gate/MatMul$", "router", None),
     NodeRule(r"/mlp/(gate|up)_proj/MatMul$", "shared", "ffn_in"),

@@ -17,6 +17,7 @@ from moe_edge.export import onnx_graph
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_precision import PRECISIONS, fitting_block
 from moe_edge.families import family_of
+from moe_edge.families.base import Names
 from moe_edge.families.loading import load_model
 from moe_edge.families.views import MoELayerView, moe_layers
 from moe_edge.runtimes.base import generate
@@ -30,7 +31,8 @@ MAX_DIFFERENCE = 1e-4
 # A seed without a token whose experts tie: rounding weights to float16 flips its routing.
 CASES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(FAMILY_NAMES, {}), "granitemoe": {}, "granitemoeshared": {}, "ernie4_5_moe": {},
-    "gpt_oss": {"seed": 3},
+    "gpt_oss": {"seed": 3}, "lfm2_moe": {"layers": 3}, "glm4_moe": {"head_dim": 32},
+    "minimax_m2": {},
 }  # fmt: skip
 
 
@@ -117,10 +119,11 @@ def test_every_weight_matrix_of_the_int4_graph_is_quantized(family: str, tmp_pat
             assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
         if node.op_type == "QMoE":
             assert node.input[11] and node.input[12]
-            assert bool(len(node.input) > 14 and node.input[14]) is not spec.moe.renormalise
+            own = spec.moe.renormalise and spec.moe.gating != "sigmoid" and not spec.moe.selection_bias
+            assert bool(len(node.input) > 14 and node.input[14]) is not own
             assert bool(node.input[4]) is bool(node.input[7]) is spec.moe.expert_biases
     wide = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
-    small = ("router", "shared_expert_gate", "_cache", ".bias")
+    small = ("router", "shared_expert_gate", "_cache", ".bias", "conv.conv")
     assert not [t.name for t in wide if not any(part in t.name for part in small)]
 
 
@@ -138,27 +141,38 @@ def _dequantized(weights: dict[str, np.ndarray], name: str, bits: int) -> torch.
 def _with_stored_weights(model: Any, weights: dict[str, np.ndarray]) -> Any:
     """Put what the int4 artifact stores back into the Hugging Face model."""
     views = {view.index: view for view in moe_layers(model)}
+    names = family_of(model.config.to_dict()).in_memory
     for index, layer in enumerate(model.model.layers):
-        base, attention = f"model.layers.{index}", layer.self_attn
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        rows = [part.weight.shape[0] for part in parts]
-        packed = _dequantized(weights, f"{base}.attn.qkv_proj.MatMul.weight", 8).split(rows)
-        for part, stored in zip(parts, packed, strict=True):
-            part.weight.copy_(stored)
-        attention.o_proj.weight.copy_(_dequantized(weights, f"{base}.attn.o_proj.MatMul.weight", 8))
+        base = f"model.layers.{index}"
+        _store_mixer(layer, weights, base)
         view = views.get(index)
         if view is not None:
             _store_experts(view, weights, f"{base}.moe")
-        block = layer.mlp if view is None else view.shared
+        block = getattr(layer, names.block) if view is None else view.shared
         if block is not None:
             plain = [
                 _dequantized(weights, f"{base}.mlp.{name}_proj.MatMul.weight", 8) for name in ("gate", "up", "down")
             ]
-            for matrix, stored in zip(_matrices(block), _as_stored(block, plain), strict=True):
+            for matrix, stored in zip(_matrices(block, names), _as_stored(block, plain), strict=True):
                 matrix.copy_(stored)
     model.lm_head.weight.copy_(_dequantized(weights, "lm_head.MatMul.weight", 8))
     model.model.embed_tokens.weight.copy_(_dequantized(weights, "model.embed_tokens.weight", 8))
     return model
+
+
+def _store_mixer(layer: Any, weights: dict[str, np.ndarray], base: str) -> None:
+    if hasattr(layer, "conv"):
+        layer.conv.in_proj.weight.copy_(_dequantized(weights, f"{base}.conv.in_proj.MatMul.weight", 8))
+        layer.conv.out_proj.weight.copy_(_dequantized(weights, f"{base}.conv.out_proj.MatMul.weight", 8))
+        return
+    attention = layer.self_attn
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    rows = [part.weight.shape[0] for part in parts]
+    packed = _dequantized(weights, f"{base}.attn.qkv_proj.MatMul.weight", 8).split(rows)
+    for part, stored in zip(parts, packed, strict=True):
+        part.weight.copy_(stored)
+    output = attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
+    output.weight.copy_(_dequantized(weights, f"{base}.attn.o_proj.MatMul.weight", 8))
 
 
 def _store_experts(view: MoELayerView, weights: dict[str, np.ndarray], base: str) -> None:
@@ -171,11 +185,10 @@ def _store_experts(view: MoELayerView, weights: dict[str, np.ndarray], base: str
         view.experts.down_proj.copy_(down)
 
 
-def _matrices(block: Any) -> list[torch.Tensor]:
-    names = (
-        ("input_linear", "output_linear") if hasattr(block, "input_linear") else ("gate_proj", "up_proj", "down_proj")
-    )
-    return [getattr(block, name).weight for name in names]
+def _matrices(block: Any, names: Names) -> list[torch.Tensor]:
+    fused = hasattr(block, "input_linear")
+    parts = ("input_linear", "output_linear") if fused else (names.gate, names.up, names.down)
+    return [getattr(block, name).weight for name in parts]
 
 
 def _as_stored(block: Any, plain: list[torch.Tensor]) -> list[torch.Tensor]:
