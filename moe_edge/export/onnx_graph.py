@@ -177,7 +177,10 @@ class FullWidthNorms:
             self._clip(layer_id)
 
     def _clip(self: Any, layer_id: int) -> None:
-        limits = [f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{sign * float(self.spec.clip_qkv)}" for sign in (-1, 1)]
+        limits = [
+            f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{sign * float(self.spec.clip_qkv)}"
+            for sign in (-1, 1)
+        ]
         for part in "qkv":
             name, path = f"/model/layers.{layer_id}/attn/{part}_clip", f"{part}_path"
             width = self.q_size if part == "q" else self.kv_size

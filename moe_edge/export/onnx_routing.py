@@ -16,7 +16,10 @@ from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families.views import MoELayerView
 
 NOT_CHOSEN = -10000.0  # a logit whose share in a softmax is exactly 0; float16 holds it
-SMALLEST_GATE = {ir.DataType.FLOAT: 1e-30, ir.DataType.FLOAT16: 1e-7}  # before a logarithm; far above NOT_CHOSEN after it
+SMALLEST_GATE = {
+    ir.DataType.FLOAT: 1e-30,
+    ir.DataType.FLOAT16: 1e-7,
+}  # before a logarithm; far above NOT_CHOSEN after it
 
 
 class Choice(NamedTuple):
@@ -54,7 +57,9 @@ class RoutingGraph:
             return Routing(self._by_token(f"{base}/Reshape", logits, view.count), True, None, None)
         gates = self._gates(base, logits, every)
         if native:
-            flat, weighs = (self._by_token(f"{base}/{n}", v, view.count) for n, v in (("Reshape", logits), ("W", gates)))
+            flat, weighs = (
+                self._by_token(f"{base}/{n}", v, view.count) for n, v in (("Reshape", logits), ("W", gates))
+            )
             return Routing(flat, False, Choice(flat, weighs, False), None)
         selects = self._selecting(base, view, gates, every)
         flat = [self._by_token(f"{base}/{n}", v, view.count) for n, v in (("Selects", selects), ("Weighs", gates))]
