@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 
-from moe_edge.compression.estimate import ONNX_BITS, Packing
+from moe_edge.compression.estimate import Packing
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import did_you_mean
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
@@ -56,8 +56,11 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
     elif not formats:  # the transformers checkpoint alone
         preferred, smaller = [Packing("gguf", "F16")], []
     else:
-        names = [precision, "int4"] if chosen == "auto" and ONNX_BITS[precision] > ONNX_BITS["int4"] else [precision]
-        preferred, smaller = [Packing("onnx", name, config.export.onnx.block_size) for name in names], []
+        names = [precision, "int4"] if chosen == "auto" and precision != "int4" else [precision]
+        preferred, smaller = (
+            [Packing("onnx", name, config.export.onnx.block_size, config.export.onnx.mix) for name in names],
+            [],
+        )
     return Demand(counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision)
 
 

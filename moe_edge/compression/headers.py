@@ -8,7 +8,7 @@ Shape suffixes: E experts, D model, F expert width, V vocabulary.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ class Group(NamedTuple):
     shape: Shape  # of one tensor
     tensors: int  # how many of them
     layer: int | None  # the first layer of the third; None: outside the layers
+    layers: tuple[int, ...] = ()  # of each tensor
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,15 @@ def model_headers(headers: CheckpointHeaders) -> ModelHeaders:
     entries = family.tensors(headers.config, list(headers.tensors))
     spec = family.spec(headers.config)
     first_of = {layer: third[0] for third in layer_thirds(spec.layers) for layer in third}
-    groups = Counter(
-        (entry.tensor_class, entry.shape, None if entry.layer is None else first_of[entry.layer]) for entry in entries
-    )
+    groups: Counter[tuple[TensorClass, Shape, int | None]] = Counter()
+    layers_of: dict[tuple[TensorClass, Shape, int | None], list[int]] = defaultdict(list)
+    for entry in entries:
+        key = (entry.tensor_class, entry.shape, None if entry.layer is None else first_of[entry.layer])
+        groups[key] += 1
+        layers_of[key] += [] if entry.layer is None else [entry.layer]
     return ModelHeaders(
         spec=spec,
-        groups=tuple(Group(name, shape, count, layer) for (name, shape, layer), count in groups.items()),
+        groups=tuple(Group(*key[:2], count, key[2], tuple(layers_of[key])) for key, count in groups.items()),
         checkpoint_bytes=headers.total_bytes,
         tokenizer_bytes=tokenizer_bytes(headers.folder),
     )

@@ -17,13 +17,14 @@ import onnx_ir as ir
 import torch
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.onnx_bits import LayerBits, bits_of
 from moe_edge.export.onnx_graph import build_graph, write_companions
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
-from moe_edge.export.onnx_precision import bits_table
 from moe_edge.export.onnx_quantize import Scheme
-from moe_edge.families import family_of
-from moe_edge.families.loading import load_model, stored_dtype
+from moe_edge.families.dense_families import student_family
+from moe_edge.families.loading import stored_dtype
+from moe_edge.families.students import load_student
 from moe_edge.storage.checkpoint import inspect_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def export_onnx(
     kept: Mapping[int, list[int]] | None = None,
     scheme: Scheme = "search",
     accuracy_level: int = FAST_ACCURACY,
+    layer_bits: LayerBits | None = None,
 ) -> dict[str, Any]:
     """Write the ONNX folder `out` of the checkpoint.
 
@@ -51,6 +53,7 @@ def export_onnx(
         imatrix: the profile's sums of squares by neutral names; None quantizes unweighted.
         kept: layer -> the teacher's expert ids that the checkpoint kept, to pick their rows of the imatrix.
         scheme: "search" (ours) or "rtn" (the baseline).
+        layer_bits: bits of classes and layers instead of the precision's (contracts/onnx_bits.py).
         accuracy_level: of MatMulNBits and QMoE; 4 computes with int8 activations, 0 in float32.
 
     Returns:
@@ -61,10 +64,11 @@ def export_onnx(
         InputRejected: unsupported family or a checkpoint without usable tokenizer.
         EnvironmentProblem: another onnxruntime-genai than the pinned one.
     """
-    recipe = Recipe(bits_table(precision), block_size, scheme, accuracy_level)
+    bits_of(precision, "expert")  # refuse an unknown one before the model is read
+    recipe = Recipe(precision, block_size, scheme, accuracy_level, layer_bits or {})
     headers = inspect_checkpoint(checkpoint)
-    spec = family_of(headers.config).spec(headers.config)
-    model = load_model(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
+    spec = student_family(headers.config).spec(headers.config)
+    model = load_student(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -94,7 +98,7 @@ def _summary(out: Path, precision: str, block_size: int, report: Report, nodes: 
     return {
         "precision": precision,
         "block_size": block_size,
-        "bits": {name: report.bits[name] for name in classes},
+        "bits": {name: sorted(report.bits[name]) for name in classes},
         "bytes_by_class": {name: report.bytes[name] for name in classes},
         "bits_per_weight": {name: round(8 * report.bytes[name] / report.weights[name], 3) for name in classes},
         "nodes": dict(sorted(nodes.items())),

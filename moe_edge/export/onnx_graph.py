@@ -24,8 +24,8 @@ from moe_edge.contracts.capabilities import refusals
 from moe_edge.contracts.errors import EnvironmentProblem, InputRejected
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.onnx_moe import MoEGraph
-from moe_edge.families import family_of
 from moe_edge.families.base import AttentionNames
+from moe_edge.families.dense_families import student_family
 from moe_edge.families.views import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,11 @@ ATTENTION: dict[str, tuple[str, str, str]] = {
     "granitemoe": ("mistral", "MistralModel", "granite"),
     "granitemoeshared": ("mistral", "MistralModel", "granite"),
     "ernie4_5_moe": ("mistral", "MistralModel", "ernie4_5"),
+    "qwen3": ("qwen", "Qwen3Model", "qwen3"),
+    "qwen2": ("qwen", "QwenModel", "qwen2"),
+    "mistral": ("mistral", "MistralModel", "mistral"),
+    "granite": ("mistral", "MistralModel", "granite"),
+    "llama": ("mistral", "MistralModel", "llama"),
     "gpt_oss": ("mistral", "MistralModel", "gptoss"),
     "glm4_moe": ("mistral", "MistralModel", "llama"),
     "minimax_m2": ("mistral", "MistralModel", "llama"),
@@ -209,8 +214,8 @@ def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> An
         raise InputRejected(f"this {spec.family} model cannot be exported as ONNX", why="; ".join(wrong))
     module, name, _ = ATTENTION[spec.family]
     mixins = (*((FullWidthNorms,) if spec.qk_norm == "full_width" else ()), MoEGraph, DecoderGraph)
-    views = {view.index: view for view in moe_layers(model)}
-    family = family_of(model.config.to_dict())
+    views = {view.index: view for view in (moe_layers(model) if spec.moe_layers else ())}
+    family = student_family(model.config.to_dict())
     parts = {"spec": spec, "views": views, "names": family.in_memory, "attention_names": family.attention_names}
     config = copy.deepcopy(model.config)
     config._name_or_path, config.architectures = str(checkpoint), [type(model).__name__]

@@ -1,27 +1,27 @@
 """Rewrites a float32 MoE graph: MoE -> QMoE, MatMul -> MatMulNBits, Gather -> GatherBlockQuantized.
 
-What is quantized, and to how many bits, is the table in onnx_precision; how, is onnx_quantize. Scales are stored as
-float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same kernels). QMoE on
-CPU always renormalises the top-k weights of its own softmax, so every other routing hands it what selects and what weighs
-the experts (inputs 1 and 14), computed in the graph (onnx_routing), which is exact. accuracy_level 4 (int8 activations) is
-what makes decoding fast.
+What is quantized is the table in onnx_precision, to how many bits that in contracts/onnx_bits.py, and how is onnx_quantize.
+Scales are stored as float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same
+kernels). QMoE on CPU always renormalises the top-k weights of its own softmax, so every other routing hands it what selects
+and what weighs the experts (inputs 1 and 14), computed in the graph (onnx_routing), which is exact. accuracy_level 4 (int8
+activations) is what makes decoding fast.
 
 Legend: E experts, N output rows, K input columns.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, bits_of, fitting_block
 from moe_edge.contracts.progress import track
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_moe import CHOICE, MASS
-from moe_edge.export.onnx_precision import QUANTIZED_BITS, NodeRule, fitting_block, layer_of, rule_of
+from moe_edge.export.onnx_precision import WEIGHT_INPUTS, NodeRule, layer_of, rule_of
 from moe_edge.export.onnx_quantize import Scheme, pack_codes, quantize
 
 MICROSOFT = "com.microsoft"
@@ -34,12 +34,13 @@ EXPERT_BIASES = ((3, 4), (5, 7))  # input of MoE, input of QMoE
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize: bits per class, weights per scale, search scheme, and the kernels' accuracy level."""
+    """How to quantize: precision (or bits per class and layers), weights per scale, scheme, the kernels' accuracy level."""
 
-    bits: dict[str, int]
-    block_size: int
+    precision: str
+    block_size: int = 32
     scheme: Scheme = "search"
     accuracy_level: int = FAST_ACCURACY
+    layer_bits: LayerBits = field(default_factory=dict)
 
 
 @dataclass
@@ -48,11 +49,11 @@ class Report:
 
     bytes: Counter[str] = field(default_factory=Counter)
     weights: Counter[str] = field(default_factory=Counter)
-    bits: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def add(self, weight_class: str, bits: int, weights: int, stored: list[ir.Value]) -> None:
         """Count the initializers `stored`, which hold `weights` numbers."""
-        self.bits[weight_class] = bits
+        self.bits[weight_class].add(bits)
         self.weights[weight_class] += weights
         self.bytes[weight_class] += sum(value.const_value.nbytes for value in stored if value.const_value is not None)
 
@@ -61,8 +62,9 @@ class Packer:
     """Rewrites one graph in place."""
 
     def __init__(self, model: ir.Model, recipe: Recipe, importance: Importance) -> None:
-        self.model, self.graph, self.recipe, self.importance = model, model.graph, recipe, importance
+        self.graph, self.recipe, self.importance = model.graph, recipe, importance
         self.report = Report()
+        self.dense = not any(node.op_type == "MoE" for node in self.graph)
 
     def run(self) -> Report:
         """Rewrite every node that carries weights; norms and whatever has no rule stay as they are."""
@@ -73,16 +75,20 @@ class Packer:
         # The head comes before a tied embedding, which reads the head's tensors.
         jobs.sort(key=lambda job: job[1].weight_class == "embedding")
         for node, rule in track(jobs, "quantizing"):
-            bits = self.recipe.bits[rule.weight_class]
+            bits = self._bits(node, rule)
             if node.op_type == "Gather" and node.inputs[0].producer() is not None:
                 self._tied_gather(node)
             elif bits in QUANTIZED_BITS:
                 rewrite[node.op_type](node, rule, bits)
             else:
                 self._keep_float(node, rule, bits)
-        RemoveUnusedNodesPass()(self.model)  # a tied embedding's Transpose, the way to logits that QMoE does not read
+        self._drop_unused()
         self.graph.sort()
         return self.report
+
+    def _bits(self, node: ir.Node, rule: NodeRule) -> int:
+        layer = layer_of(node.name or "")
+        return bits_of(self.recipe.precision, rule.weight_class, layer, self.recipe.layer_bits, self.dense)
 
     def _matmul(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         weight_NK = _read(node.inputs[1]).T
@@ -157,7 +163,9 @@ class Packer:
 
     def _keep_float(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         """Leave the weights in float32, or store them as float16 and widen them at load."""
-        for value in [value for value in node.inputs if value is not None and value.is_initializer()]:
+        for value in [node.inputs[at] for at in WEIGHT_INPUTS[node.op_type]]:
+            if not value.is_initializer():
+                continue  # a tied embedding reads the head's matrix, which is already counted
             weights, stored = value.const_value.size, value
             if bits == 16:
                 half = self._widened(f"{value.name}_half", _read(value).half())
@@ -202,6 +210,14 @@ class Packer:
         self.graph.insert_before(node, new)
         old.replace_all_uses_with(out, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
+
+    def _drop_unused(self) -> None:
+        """Remove what nobody reads: a tied embedding's Transpose, the way to logits that QMoE does without."""
+        for node in reversed(self.graph):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                self.graph.remove(node, safe=True)
+        for name in [n for n, value in self.graph.initializers.items() if not value.uses()]:
+            del self.graph.initializers[name]
 
 
 def _read(value: ir.Value) -> torch.Tensor:

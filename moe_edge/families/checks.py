@@ -81,7 +81,7 @@ def check_spec(spec: ModelSpec, fixed_top_k: int | None = None) -> None:
         ),
         (moe.experts // moe.groups < moe.fewest_per_group, f"{moe.experts} experts in {moe.groups} groups are too few"),
         (fixed_top_k not in (None, moe.top_k), f"top-k is {moe.top_k}, the model code computes {fixed_top_k} only"),
-        (len(spec.dense_layers) == spec.layers, "every layer is dense"),
+        (len(spec.dense_layers) == spec.layers and moe.experts > 1, "every layer is dense"),
         (len(spec.layer_kinds) not in (0, spec.layers), f"layer_types is not a list of {spec.layers} kinds"),
         (bool(spec.dense_layers) and not _positive(spec.dense_width), f"dense width is {spec.dense_width!r}"),
     )

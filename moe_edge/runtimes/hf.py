@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.loading import load_model
+from moe_edge.families.students import load_student
 from moe_edge.runtimes.base import ClosingRuntime
 
 
@@ -31,7 +31,7 @@ class HfRuntime(ClosingRuntime):
 
     def __init__(self, path: Path, threads: int, context_length: int) -> None:
         self.context_length = context_length
-        self._model: torch.nn.Module | None = load_model(Path(path))
+        self._model: torch.nn.Module | None = load_student(Path(path))
         self.vocab: int = self._model.config.vocab_size
         self._cache: DynamicCache | None = None
         self._old_threads = torch.get_num_threads()

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
+from moe_edge.contracts.onnx_bits import PRECISIONS, fitting_block
 from moe_edge.export import onnx_graph
 from moe_edge.export.onnx import export_onnx
-from moe_edge.export.onnx_precision import PRECISIONS, fitting_block
 from moe_edge.families.loading import load_model
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.hf import HfRuntime
@@ -66,7 +66,7 @@ def test_every_quantized_precision_is_close(family: str, tmp_path: Path) -> None
         assert kl_nats(reference, ort_logits(tmp_path / precision)) <= bound, precision
         sizes[precision] = summary["bytes"]
         classes = set(summary["bits"]) - {"router"}
-        assert {name: summary["bits"][name] for name in classes} == {n: PRECISIONS[precision][n] for n in classes}
+        assert {name: summary["bits"][name] for name in classes} == {n: [PRECISIONS[precision][n]] for n in classes}
     assert sizes["fp16"] > sizes["int8"] > sizes["int4"]
 
 

@@ -16,7 +16,6 @@ from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_graph import build_graph, write_companions
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import Packer, Recipe
-from moe_edge.export.onnx_precision import bits_table
 from moe_edge.families.loading import load_model
 from moe_edge.families.views import MoELayerView, moe_layers
 from tests.export.onnx_models import (
@@ -104,7 +103,7 @@ def test_layers_may_differ_in_experts_width_and_top_k(family: str, tmp_path: Pat
         folder, model = tmp_path / precision, uneven(checkpoint)
         (folder / "work").mkdir(parents=True)
         builder = build_graph(model, spec_of(checkpoint), checkpoint, folder / "work")
-        Packer(builder.model, Recipe(bits_table(precision), 32, accuracy_level=0), Importance(None)).run()
+        Packer(builder.model, Recipe(precision, accuracy_level=0), Importance(None)).run()
         ir.save(builder.model, folder / "model.onnx", external_data="model.onnx.data")
         write_companions(builder, checkpoint, folder)
         if precision == "int4":
