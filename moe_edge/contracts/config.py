@@ -152,6 +152,11 @@ class OnnxConfig(BaseModel):
         description="CLASS or CLASS@FIRST-LAST (decoder layers) -> bits, instead of the precision's; the first match wins; "
         "classes: expert, shared, attention, head, embedding",
     )
+    provider: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="cuda: also write a float16 graph for CUDA (Jetson) in onnx/cuda; EXPERIMENTAL: its structure is checked, "
+        "it is never run here",
+    )
 
     @field_validator("layer_bits")
     @classmethod

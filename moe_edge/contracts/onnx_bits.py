@@ -19,6 +19,7 @@ from moe_edge.contracts.quantization import ALWAYS_F32
 from moe_edge.contracts.spec import EXPERT_CLASSES, TensorClass
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+Provider = Literal["cpu", "cuda"]
 WeightClass = Literal["expert", "shared", "attention", "head", "embedding", "router"]
 CLASSES: tuple[WeightClass, ...] = ("expert", "shared", "attention", "head", "embedding")  # whose bits can be chosen
 # precision -> class -> bits per weight (scales and zero points come on top)

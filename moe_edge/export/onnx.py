@@ -16,8 +16,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.onnx_bits import LayerBits, bits_of
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of
+from moe_edge.export.onnx_check import check_cuda_folder
 from moe_edge.export.onnx_graph import build_graph, write_companions
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
@@ -44,6 +45,7 @@ def export_onnx(
     scheme: Scheme = "search",
     accuracy_level: int = FAST_ACCURACY,
     layer_bits: LayerBits | None = None,
+    provider: Provider = "cpu",
 ) -> dict[str, Any]:
     """Write the ONNX folder `out` of the checkpoint.
 
@@ -54,18 +56,22 @@ def export_onnx(
         kept: layer -> the teacher's expert ids that the checkpoint kept, to pick their rows of the imatrix.
         scheme: "search" (ours) or "rtn" (the baseline).
         layer_bits: bits of classes and layers instead of the precision's (contracts/onnx_bits.py).
+        provider: "cpu", or "cuda": float16 throughout, for a machine that has it; never opened here, only checked.
         accuracy_level: of MatMulNBits and QMoE; 4 computes with int8 activations, 0 in float32.
 
     Returns:
         JSON-able summary: precision, block_size, bits, bytes_by_class, bits_per_weight, nodes (operator counts), bytes.
 
     Raises:
-        ConfigError: unknown precision, or rows that no block divides.
+        ConfigError: unknown precision, float32 for CUDA, or rows that no block divides.
+        GateFailed: a graph for CUDA is malformed.
         InputRejected: unsupported family or a checkpoint without usable tokenizer.
         EnvironmentProblem: another onnxruntime-genai than the pinned one.
     """
     bits_of(precision, "expert")  # refuse an unknown one before the model is read
-    recipe = Recipe(precision, block_size, scheme, accuracy_level, layer_bits or {})
+    if provider == "cuda" and precision == "fp32":
+        raise ConfigError("a graph for CUDA computes in float16", next_command="--set export.onnx.precision=fp16")
+    recipe = Recipe(precision, block_size, scheme, accuracy_level, layer_bits or {}, provider)
     headers = inspect_checkpoint(checkpoint)
     spec = student_family(headers.config).spec(headers.config)
     model = load_student(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
@@ -73,11 +79,13 @@ def export_onnx(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="moe-edge-onnx-") as work, torch.no_grad():
-        builder = build_graph(model, spec, checkpoint, Path(work))
+        builder = build_graph(model, spec, checkpoint, Path(work), provider)
         report = Packer(builder.model, recipe, Importance(imatrix, kept, spec.moe_layers)).run()
         nodes = Counter(node.op_type for node in builder.model.graph)
         ir.save(builder.model, partial / GRAPH, external_data=WEIGHTS, size_threshold_bytes=INLINE_BYTES)
         _write_companions(builder, checkpoint, partial)
+        if provider == "cuda":
+            check_cuda_folder(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
     return _summary(out, precision, block_size, report, nodes)

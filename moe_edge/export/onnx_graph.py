@@ -22,6 +22,7 @@ import torch
 
 from moe_edge.contracts.capabilities import refusals
 from moe_edge.contracts.errors import EnvironmentProblem, InputRejected
+from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.onnx_moe import MoEGraph
 from moe_edge.families.base import AttentionNames
@@ -31,6 +32,7 @@ from moe_edge.families.views import moe_layers
 logger = logging.getLogger(__name__)
 BUILDER_VERSION = "0.18"
 _PACKAGE = "onnxruntime_genai.models"
+_DTYPES: dict[Provider, ir.DataType] = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}
 # model_type -> builder module, its attention class, the genai_config model type (one that the runtime accepts)
 ATTENTION: dict[str, tuple[str, str, str]] = {
     "qwen3_moe": ("qwen", "Qwen3Model", "qwen3"),
@@ -163,6 +165,9 @@ class DecoderGraph:
 class FullWidthNorms:
     """Mixin for OLMoE: real norm weights, q/k norms over the full width, and optional clipping of q, k and v."""
 
+    def is_fused_qk_norm_gqa_supported(self) -> bool:
+        return False  # attention's own norms on CUDA are per head
+
     def make_layernorm(self: Any, *args: Any, **kwargs: Any) -> None:
         base = _builder_class("base", "Model")
         base.make_layernorm(self, *args, **kwargs)  # OLMoModel would replace the weights by ones
@@ -194,8 +199,8 @@ class FullWidthNorms:
             self.attention_attrs[path] = f"{name}/output_0"
 
 
-def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> Any:
-    """Build the float32 graph of a Hugging Face MoE model.
+def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path, provider: Provider = "cpu") -> Any:
+    """Build the graph of a Hugging Face model: float32 for the CPU, float16 for CUDA.
 
     Args:
         model: a causal LM in any float dtype; its tensors are read lazily, so keep it alive until the graph is saved.
@@ -222,7 +227,7 @@ def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> An
     options = {"shared_embeddings": spec.tied_embeddings, "windowed_kv_cache": False, "hf_token": False}
     with silenced():
         kind = type(f"MoE{name}", (*mixins, _builder_class(module, name)), parts)
-        builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work), options)
+        builder = kind(config, _DTYPES[provider], _DTYPES[provider], provider, str(work), options)
         builder.hf_model = model
         builder.make_model("")
     builder.model.producer_name = "moe-edge"

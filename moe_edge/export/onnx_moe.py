@@ -81,10 +81,11 @@ class MoEGraph(RoutingGraph):
         """Register an expert tensor that is laid out and converted only when it is read, one at a time."""
 
         def read() -> TorchTensor:
-            return TorchTensor(layout(weight.detach()), name=name)
+            return TorchTensor(layout(weight.detach()).to(dtype), name=name)
 
+        dtype = torch.float16 if self.io_dtype == ir.DataType.FLOAT16 else torch.float32
         shape = weight.transpose(1, 2).shape if transposed else weight.shape
-        tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+        tensor = ir.LazyTensor(read, dtype=self.io_dtype, shape=ir.Shape(shape), name=name)
         value = self.make_value(name, tensor.dtype, tensor.shape)
         value.const_value = tensor
         self.model.graph.register_initializer(value)

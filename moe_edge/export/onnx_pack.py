@@ -2,9 +2,9 @@
 
 What is quantized is the table in onnx_precision, to how many bits that in contracts/onnx_bits.py, and how is onnx_quantize.
 Scales are stored as float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same
-kernels). QMoE on CPU always renormalises the top-k weights of its own softmax, so every other routing hands it what selects
-and what weighs the experts (inputs 1 and 14), computed in the graph (onnx_routing), which is exact. accuracy_level 4 (int8
-activations) is what makes decoding fast.
+kernels); a float16 graph reads them as they are. QMoE on CPU always renormalises the top-k weights of its own softmax, so
+every other routing hands it what selects and what weighs the experts (inputs 1 and 14), computed in the graph
+(onnx_routing), which is exact. accuracy_level 4 (int8 activations) is what makes decoding fast.
 
 Legend: E experts, N output rows, K input columns.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, bits_of, fitting_block
+from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, Provider, bits_of, fitting_block
 from moe_edge.contracts.progress import track
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_moe import CHOICE, MASS
@@ -41,6 +41,7 @@ class Recipe:
     scheme: Scheme = "search"
     accuracy_level: int = FAST_ACCURACY
     layer_bits: LayerBits = field(default_factory=dict)
+    provider: Provider = "cpu"
 
 
 @dataclass
@@ -152,6 +153,7 @@ class Packer:
             attributes["normalize_routing_weights"] = int(renormalise)
             self._drop_mass(node)
         attributes |= {"expert_weight_bits": bits, "block_size": block}
+        attributes |= {"weights_prepacked": 0} if self.recipe.provider == "cuda" else {}
         self._replace(node, "QMoE", inputs, attributes | self._accuracy())
 
     def _drop_mass(self, node: ir.Node) -> None:
@@ -167,23 +169,23 @@ class Packer:
             if not value.is_initializer():
                 continue  # a tied embedding reads the head's matrix, which is already counted
             weights, stored = value.const_value.size, value
-            if bits == 16:
-                half = self._widened(f"{value.name}_half", _read(value).half())
+            if bits == 16 and value.dtype == ir.DataType.FLOAT:
+                stored, half = self._scales(f"{value.name}_half", _read(value).half())
                 value.replace_all_uses_with(half)
-                stored = half.producer().inputs[0]
-            self.report.add(rule.weight_class, bits, weights, [stored])
+            self.report.add(rule.weight_class, min(bits, 8 * stored.dtype.itemsize), weights, [stored])
 
     def _accuracy(self) -> dict[str, int]:
-        return {"accuracy_level": self.recipe.accuracy_level}
+        """Only CPU kernels have levels."""
+        return {"accuracy_level": self.recipe.accuracy_level} if self.recipe.provider == "cpu" else {}
 
     def _store(
         self, name: str, codes: Any, scale: torch.Tensor, zero: torch.Tensor, bits: int, rule: NodeRule, weights: int
     ) -> list[ir.Value]:
         """Register packed codes, scales and zero points; returns the values that a node reads."""
-        widened = self._widened(f"{name}_scale", scale)
+        scales, widened = self._scales(f"{name}_scale", scale)
         data = self._initializer(f"{name}_Q{bits}", codes)
         zeros = self._initializer(f"{name}_zp", pack_codes(zero, bits))
-        self.report.add(rule.weight_class, bits, weights, [data, widened.producer().inputs[0], zeros])
+        self.report.add(rule.weight_class, bits, weights, [data, scales, zeros])
         return [data, widened, zeros]
 
     def _initializer(self, name: str, array: Any) -> ir.Value:
@@ -192,14 +194,16 @@ class Packer:
         self.graph.register_initializer(value)
         return value
 
-    def _widened(self, name: str, half: torch.Tensor) -> ir.Value:
-        """A float16 initializer behind a Cast to float32."""
+    def _scales(self, name: str, half: torch.Tensor) -> tuple[ir.Value, ir.Value]:
+        """A float16 initializer, and the value that operators read: itself in a float16 graph, or a Cast to float32."""
         stored = self._initializer(name, half.numpy())
+        if self.recipe.provider == "cuda":
+            return stored, stored
         cast = ir.node("Cast", [stored], attributes={"to": int(ir.DataType.FLOAT)}, name=f"/widen/{name}")
         self.graph.append(cast)
         out = cast.outputs[0]
         out.name, out.dtype, out.shape = f"{name}_float", ir.DataType.FLOAT, stored.shape
-        return out
+        return stored, out
 
     def _replace(self, node: ir.Node, op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> None:
         """Put a com.microsoft node in `node`'s place, with its output's name and consumers."""
@@ -222,4 +226,4 @@ class Packer:
 
 def _read(value: ir.Value) -> torch.Tensor:
     """An initializer as float32."""
-    return torch.from_numpy(value.const_value.numpy())
+    return torch.from_numpy(value.const_value.numpy()).float()

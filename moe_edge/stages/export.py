@@ -6,7 +6,7 @@ Every file is written beside and renamed, so that a killed export goes on after 
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
@@ -27,9 +28,9 @@ from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.export.onnx import export_onnx
-from moe_edge.families import family_of
 from moe_edge.families.counting import count_params
 from moe_edge.families.dense import DENSE_TYPES
+from moe_edge.families.dense_families import student_family
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes import open_runtime
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
@@ -63,9 +64,10 @@ class Job:
 def run(context: StageContext) -> dict[str, Any]:
     """Export the distilled student of a build; returns {"artifacts": [...], "parity": [...]}."""
     plan = Plan.read(context.inputs["plan"] / "plan.json")
-    _refuse_dense(context.inputs["distill"] / "model")
     statistics = Statistics.load(context.inputs["profile"] / "statistics.safetensors")
     imatrix, kept = student_imatrix(statistics.imatrix, plan.kept if plan.prunes else None, context.inputs["compress"])
+    if plan.action == "dense":
+        imatrix, kept = _of_dense(imatrix), None
     return export_model(
         plan_job(
             context.config, context.inputs["distill"] / "model", context.out,
@@ -77,13 +79,25 @@ def run(context: StageContext) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _refuse_dense(model: Path) -> None:
-    kind = inspect_checkpoint(model).config.get("model_type")
-    if kind in DENSE_TYPES:
+def _of_dense(imatrix: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the teacher's importance still describes a dense student: the inputs of attention, blocks and head."""
+    named = ("attention_in", "attention_o", "head_in", "dense_count")
+    return {name: imatrix[name] for name in named if name in imatrix} | {"dense_in": imatrix["ffn_in"]}
+
+
+def _exportable(model: Path, kind: str, formats: Sequence[str]) -> tuple[str, ...]:
+    """The formats in which a student can be written: a dense one has no GGUF.
+
+    Raises:
+        InputRejected: none is left.
+    """
+    left = tuple(name for name in formats if kind not in DENSE_TYPES or name != "gguf")
+    if formats and not left:
         raise InputRejected(
-            "a dense student cannot be exported yet", where=str(model), why=f"it is a plain {kind} checkpoint",
-            next_command="--until distill; any tool for that family can convert the folder",
+            "a dense student cannot be exported as GGUF yet", where=str(model), why=f"it is a plain {kind} checkpoint",
+            next_command="--set export.formats=[onnx]; any tool for that family can convert the folder to GGUF",
         )  # fmt: skip
+    return left
 
 
 def plan_job(
@@ -92,16 +106,19 @@ def plan_job(
 ) -> Job:  # fmt: skip
     """Read the model's headers and settle names, formats and types."""
     headers = inspect_checkpoint(model)
-    family = family_of(headers.config)
+    family = student_family(headers.config)
     spec = family.spec(headers.config)
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
-    formats = config.target.formats if config.export.formats == "auto" else config.export.formats
+    asked = config.target.formats if config.export.formats == "auto" else config.export.formats
+    formats = _exportable(model, spec.family, asked)
     types = config.export.gguf.types
-    recipes = [main, *_others_that_fit(config, headers, main)] if types == "auto" else list(types)
+    recipes = list(types)
+    if types == "auto":
+        recipes = [main, *_others_that_fit(config, headers, main)] if "gguf" in formats else []
     onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
-    name = f"{model_name(config)}-{spec.moe.experts}e"
+    name = f"{model_name(config)}-" + (f"{spec.moe.experts}e" if spec.moe_layers else "dense")
     return Job(
-        model, out, name, spec, counts.total, tuple(formats), tuple(recipes), onnx_precision, config, statistics, kept,
+        model, out, name, spec, counts.total, formats, tuple(recipes), onnx_precision, config, statistics, kept,
         provenance, mix or {},
     )  # fmt: skip
 
@@ -127,6 +144,8 @@ def export_model(job: Job) -> dict[str, Any]:
     artifacts: list[dict[str, Any]] = []
     reopened: list[tuple[str, str, Path]] = []  # parity kind, runtime, path
     notes: list[str] = []
+    if not job.spec.moe_layers and "gguf" not in job.formats:
+        notes.append("A dense student has no GGUF yet; any tool for its family can convert artifacts/hf.")
     if "gguf" in job.formats:
         _export_gguf(job, artifacts, reopened)
     if "onnx" in job.formats:
@@ -172,11 +191,12 @@ def _export_onnx(
 ) -> None:
     options = job.config.export.onnx
 
-    def write(path: Path, precision: str) -> Any:
+    def write(path: Path, precision: str, provider: Provider = "cpu", **more: Any) -> Any:
         weights = job.statistics.imatrix if job.statistics else None
         return export_onnx(
-            job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept
-        )
+            job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept,
+            provider=provider, **more,
+        )  # fmt: skip
 
     full = job.out / "reference" / "onnx-fp32"
     if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
@@ -187,9 +207,16 @@ def _export_onnx(
             "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
         )
     path = job.out / "onnx"
-    _once(path, lambda path: write(path, job.precision))
+    _once(path, lambda path: write(path, job.precision, layer_bits=options.layer_bits))
     reopened.append((f"onnx {job.precision} delivered", "ort", path))
     artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, job.precision))
+    if options.provider == "cuda":
+        precision = "fp16" if job.precision == "fp32" else job.precision
+        _once(path / "cuda", lambda path: write(path, precision, "cuda", layer_bits=options.layer_bits))
+        notes.append(
+            "artifacts/onnx/cuda is experimental: a float16 graph for ONNX Runtime's CUDA provider, quantized alike. Its "
+            "structure was checked; it was not run, and no number of this report is about it."
+        )
 
 
 def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:
