@@ -95,7 +95,10 @@ def _check_external(folder: Path, tensor: onnx.TensorProto) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     where = f"{folder / GRAPH}, tensor {tensor.name!r}"
-    if location in ("", ".", "..") or Path(location).name != location or "\\" in location:
+    if len(entries) != len(tensor.external_data):
+        why = "a key occurs twice, and a reader may take either"
+        raise InputRejected("an ONNX tensor's reference is ambiguous", where=where, why=why)
+    if location in ("", ".", "..") or Path(location).name != location or set(location) & set("\\:\0"):
         why = f"its data lie at {location!r}; expected a file name inside the folder"
         raise InputRejected("an ONNX tensor points outside its folder", where=where, why=why)
     path = folder / location

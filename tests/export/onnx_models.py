@@ -46,6 +46,20 @@ def ort_logits(folder: Path) -> np.ndarray:
         return runtime.logits(PROMPT)
 
 
+def genai_greedy(folder: Path, tokens: int) -> list[int]:
+    """What onnxruntime-genai answers to the prompt."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(PROMPT) + tokens, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(PROMPT.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0))[len(PROMPT) :]
+
+
 def kl_nats(reference_SV: np.ndarray, other_SV: np.ndarray) -> float:
     p, q = (torch.log_softmax(torch.from_numpy(a).double(), -1) for a in (reference_SV, other_SV))
     return float((p.exp() * (p - q)).sum(-1).mean())

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import AutoConfig
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
 from moe_edge.contracts.onnx_bits import PRECISIONS, fitting_block
@@ -23,6 +24,7 @@ from tests.export.onnx_models import (
     MAX_DIFFERENCE,
     PROMPT,
     case,
+    genai_greedy,
     hf_logits,
     initializers,
     kl_nats,
@@ -35,8 +37,6 @@ from tests.tiny import tiny_checkpoint
 
 @pytest.mark.parametrize("family", CASES)
 def test_float32_is_exact_and_decodes_the_same_tokens(family: str, tmp_path: Path) -> None:
-    import onnxruntime_genai as og
-
     checkpoint = case(tmp_path, family, tied=family in ("olmoe", "ernie4_5_moe"))
     summary = export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
     assert np.abs(ort_logits(tmp_path / "onnx") - hf_logits(checkpoint)).max() <= MAX_DIFFERENCE
@@ -45,14 +45,7 @@ def test_float32_is_exact_and_decodes_the_same_tokens(family: str, tmp_path: Pat
     with HfRuntime(checkpoint, 1, 256) as hf, OrtRuntime(tmp_path / "onnx", 1, 256) as ort:
         expected = generate(hf, PROMPT, 16)
         assert generate(ort, PROMPT, 16) == expected
-    model = og.Model(str(tmp_path / "onnx"))
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(PROMPT) + 16, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(PROMPT.astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    answer = list(generator.get_sequence(0))[len(PROMPT) :]
+    answer = genai_greedy(tmp_path / "onnx", 16)
     assert answer == expected[: len(answer)] and answer
 
 
@@ -64,6 +57,9 @@ def test_every_quantized_precision_is_close(family: str, tmp_path: Path) -> None
     for precision, bound in {"fp16": 1e-4, "int8": 0.01, "int4": 0.02}.items():
         summary = export_onnx(checkpoint, tmp_path / precision, precision=precision)
         assert kl_nats(reference, ort_logits(tmp_path / precision)) <= bound, precision
+        with OrtRuntime(tmp_path / precision, 1, 256) as ort:
+            answer = genai_greedy(tmp_path / precision, 8)
+            assert answer and answer == generate(ort, PROMPT, 8)[: len(answer)], precision
         sizes[precision] = summary["bytes"]
         classes = set(summary["bits"]) - {"router"}
         assert {name: summary["bits"][name] for name in classes} == {n: [PRECISIONS[precision][n]] for n in classes}
@@ -104,6 +100,30 @@ def test_quantized_operators_compute_what_is_stored(family: str, tmp_path: Path)
     model = with_stored_weights(load_model(checkpoint), initializers(tmp_path / "onnx"))
     expected = model(torch.from_numpy(PROMPT)[None]).logits[0].numpy()
     assert np.abs(ort_logits(tmp_path / "onnx") - expected).max() <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_optimum_finds_the_names_that_it_looks_for(family: str, tmp_path: Path) -> None:
+    """ORTModelForCausalLM: config.json beside one model.onnx; caches by name and number; logits over the vocabulary."""
+    checkpoint, folder = case(tmp_path, family), tmp_path / "onnx"
+    export_onnx(checkpoint, folder, precision="int4")
+    spec, graph = spec_of(checkpoint), onnx.load(folder / "model.onnx", load_external_data=False).graph
+    attention = [layer for layer in range(spec.layers) if spec.kind_of(layer) != "conv"]
+    caches = {f"{layer}.{side}" for layer in attention for side in ("key", "value")}
+    states = {f"{layer}.conv" for layer in set(range(spec.layers)) - set(attention)}
+    assert {value.name for value in graph.input} == {
+        "input_ids", "attention_mask", *(f"past_key_values.{name}" for name in caches), *(f"past.{n}" for n in states),
+    }  # fmt: skip
+    assert {value.name for value in graph.output} == {"logits", *(f"present.{name}" for name in caches | states)}
+    assert [path.name for path in folder.glob("*.onnx")] == ["model.onnx"]
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    assert (config.model_type, config.vocab_size) == (spec.family, spec.vocab)
+    shapes = {
+        value.name: [d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim] for value in graph.output
+    }
+    assert shapes["logits"] == ["batch_size", "sequence_length", spec.vocab]
+    past = next(value for value in graph.input if value.name.startswith("past_key_values."))
+    assert past.type.tensor_type.shape.dim[1].dim_value == spec.kv_heads
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
