@@ -14,6 +14,7 @@ from moe_edge.compression.estimate import Packing
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import did_you_mean
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
+from moe_edge.contracts.onnx_bits import refuse_absent_layers
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
 from moe_edge.contracts.spec import ModelSpec, keepable_counts
 from moe_edge.formulas.selection import CRITERIA
@@ -50,6 +51,7 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
     counts, why_fewer = _expert_counts(spec, config, top_k, (width or full) / full)
     formats = config.target.formats if config.export.formats == "auto" else config.export.formats
     chosen = config.export.onnx.precision
+    refuse_absent_layers(config.export.onnx.layer_bits, spec.layers)
     precision = config.target.quantization.onnx if chosen == "auto" else chosen
     if "gguf" in formats:
         preferred, smaller = _gguf_packings(config)

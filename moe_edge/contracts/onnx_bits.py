@@ -61,6 +61,17 @@ def bits_key(text: str) -> BitsKey:
     return BitsKey(match["name"], layers)
 
 
+def refuse_absent_layers(layer_bits: LayerBits, layers: int) -> None:
+    """Raises ConfigError when a key names layers that a model of so many does not have."""
+    for text in layer_bits:
+        named = bits_key(text).layers
+        if named is not None and named.stop > layers:
+            raise ConfigError(
+                f"export.onnx.layer_bits: '{text}' names a layer that the model does not have",
+                why=f"its {layers} layers are 0 to {layers - 1}",
+            )
+
+
 def weight_class(tensor_class: TensorClass) -> WeightClass | None:
     """The ONNX class of a tensor; None for what has none and stays in float32."""
     if tensor_class in EXPERT_CLASSES:

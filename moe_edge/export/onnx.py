@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of
+from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of, refuse_absent_layers
 from moe_edge.export.onnx_check import check_cuda_folder
 from moe_edge.export.onnx_graph import build_graph, write_companions
 from moe_edge.export.onnx_imatrix import Importance
@@ -63,7 +63,7 @@ def export_onnx(
         JSON-able summary: precision, block_size, bits, bytes_by_class, bits_per_weight, nodes (operator counts), bytes.
 
     Raises:
-        ConfigError: unknown precision, float32 for CUDA, or rows that no block divides.
+        ConfigError: unknown precision, float32 for CUDA, bits of layers that are not there, or rows that no block divides.
         GateFailed: a graph for CUDA is malformed.
         InputRejected: unsupported family or a checkpoint without usable tokenizer.
         EnvironmentProblem: another onnxruntime-genai than the pinned one.
@@ -74,6 +74,7 @@ def export_onnx(
     recipe = Recipe(precision, block_size, scheme, accuracy_level, layer_bits or {}, provider)
     headers = inspect_checkpoint(checkpoint)
     spec = student_family(headers.config).spec(headers.config)
+    refuse_absent_layers(recipe.layer_bits, spec.layers)
     model = load_student(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)

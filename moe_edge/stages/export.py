@@ -208,8 +208,9 @@ def _export_onnx(
         )
     path = job.out / "onnx"
     _once(path, lambda path: write(path, job.precision, layer_bits=options.layer_bits))
-    reopened.append((f"onnx {job.precision} delivered", "ort", path))
-    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, job.precision))
+    label = f"{job.precision}-mix" if options.layer_bits else job.precision
+    reopened.append((f"onnx {label} delivered", "ort", path))
+    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, label))
     if options.provider == "cuda":
         precision = "fp16" if job.precision == "fp32" else job.precision
         _once(path / "cuda", lambda path: write(path, precision, "cuda", layer_bits=options.layer_bits))

@@ -4,7 +4,15 @@ import pytest
 
 from moe_edge.contracts.config import OnnxConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.contracts.onnx_bits import PRECISIONS, bits_key, bits_of, fitting_block, stored_bytes, weight_class
+from moe_edge.contracts.onnx_bits import (
+    PRECISIONS,
+    bits_key,
+    bits_of,
+    fitting_block,
+    refuse_absent_layers,
+    stored_bytes,
+    weight_class,
+)
 
 
 def test_bytes_of_a_matrix_by_hand() -> None:
@@ -47,6 +55,12 @@ def test_nonsense_is_no_key(text: str) -> None:
         bits_key(text)
     with pytest.raises(ValueError, match=r"CLASS or CLASS@FIRST-LAST|empty"):
         OnnxConfig(layer_bits={text: 4})
+
+
+def test_layers_that_a_model_lacks_are_refused() -> None:
+    refuse_absent_layers({"expert@0-3": 8, "head": 4}, 4)
+    with pytest.raises(ConfigError, match="expert@0-4"):
+        refuse_absent_layers({"expert@0-4": 8}, 4)
 
 
 def test_configuration_and_errors() -> None:

@@ -12,7 +12,7 @@ from moe_edge.compression.headers import model_headers
 from moe_edge.contracts.onnx_bits import PRECISIONS, weight_class
 from moe_edge.export.onnx import export_onnx
 from moe_edge.storage.checkpoint import inspect_checkpoint
-from tests.export.onnx_models import CASES, case
+from tests.export.onnx_models import CASES, case, hf_logits, kl_nats, ort_logits
 from tests.tiny import tiny_checkpoint
 
 
@@ -64,4 +64,5 @@ def test_bits_per_class_and_layer_reach_nodes_and_prediction(tmp_path: Path) -> 
     experts = [value["expert_weight_bits"] for name, value in bits.items() if "/moe/MoE" in name]
     attention = [value["bits"] for name, value in bits.items() if "/attn/qkv" in name]
     shared = {value["bits"] for name, value in bits.items() if "/mlp/" in name}
+    assert kl_nats(hf_logits(checkpoint), ort_logits(tmp_path / "onnx")) < 0.02
     assert (experts, attention, shared) == ([8, 8, 4, 4], [8, 8, 8, 4], {4})
