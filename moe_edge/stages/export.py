@@ -20,6 +20,7 @@ from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
@@ -72,7 +73,9 @@ def plan_job(
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
     formats, notes = _formats(config, spec)
     types = config.export.gguf.types
-    recipes = [main, *_others_that_fit(config, headers, main)] if types == "auto" else list(types)
+    recipes = list(types)
+    if types == "auto":
+        recipes = [main, *_others_that_fit(config, headers, main)] if "gguf" in formats else []
     onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
     name = f"{model_name(config)}-{f'{spec.moe.experts}e' if spec.moe_layers else 'dense'}"
     calibration = {"calibration_digest": str(statistics.meta.get("calibration_digest"))} if statistics else {}
@@ -154,11 +157,12 @@ def _once(path: Path, write: Callable[[Path], Any]) -> Any:
 def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopened], notes: list[str]) -> None:
     options = job.config.export.onnx
 
-    def write(path: Path, precision: str) -> Any:
+    def write(path: Path, precision: str, provider: Provider = "cpu", **more: Any) -> Any:
         weights = job.statistics.imatrix if job.statistics else None
         return export_onnx(
-            job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept
-        )
+            job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept,
+            provider=provider, **more,
+        )  # fmt: skip
 
     full = job.out / "reference" / "onnx-fp32"
     if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
@@ -169,9 +173,17 @@ def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
             "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
         )
     path = job.out / "onnx"
-    _once(path, lambda path: write(path, job.precision))
-    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, job.precision))
-    reopened.append(Reopened(f"onnx {job.precision} delivered", "ort", path, artifacts[-1]["path"]))
+    _once(path, lambda path: write(path, job.precision, layer_bits=options.layer_bits))
+    label = f"{job.precision}-mix" if options.layer_bits else job.precision
+    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, label))
+    reopened.append(Reopened(f"onnx {label} delivered", "ort", path, artifacts[-1]["path"]))
+    if options.provider == "cuda":
+        precision = "fp16" if job.precision == "fp32" else job.precision
+        _once(path / "cuda", lambda path: write(path, precision, "cuda", layer_bits=options.layer_bits))
+        notes.append(
+            "artifacts/onnx/cuda is experimental: a float16 graph for ONNX Runtime's CUDA provider, quantized alike. Its "
+            "structure was checked; it was not run, and no number of this report is about it."
+        )
 
 
 def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:
