@@ -65,11 +65,8 @@ def _wrong_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def _wrong_ports(model: onnx.ModelProto) -> list[str]:
-    """Float inputs and outputs are float16, and so is every float initializer that is not cast."""
-    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-    ports = [*model.graph.input, *model.graph.output]
+    """Inputs, outputs and initializers that would have the graph compute in float32."""
+    single, ports = onnx.TensorProto.FLOAT, [*model.graph.input, *model.graph.output]
     wrong = [port.name for port in ports if port.type.tensor_type.elem_type == single]
     wrong += [tensor.name for tensor in model.graph.initializer if tensor.data_type == single]
-    return (
-        [f"{', '.join(wrong[:4])}: float32 where {onnx.TensorProto.DataType.Name(half)} is computed"] if wrong else []
-    )
+    return [f"float32 in a float16 graph: {', '.join(wrong[:4])}"] if wrong else []
