@@ -2,7 +2,7 @@
 
 A model has far more swaps than a plan can run: 30 layers of 16 experts, 12 kept, have 1,440. So one forward and two
 backward passes under the current choice predict all of them (compression/local_model.py), and only the most promising
-are run, from the middle of the model on (compression/partial_runs.py). Where the layers are few, every layer gets its own
+are run, from the changed layer upwards (compression/partial_runs.py). Where the layers are few, every layer gets its own
 trials; where they are many, a trial changes several neighbouring layers at once, because one swap among hundreds is less
 than the noise of a thousand tokens. Predictions and trials of a sweep use different rows (where there are two at least),
 and every sweep new ones as long as there are any, so that what is accepted was not proposed by the rows that accept it. A

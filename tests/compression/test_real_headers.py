@@ -8,6 +8,7 @@ from moe_edge.compression.estimate import Cache, Packing, kv_cache_bytes
 from moe_edge.compression.headers import model_headers
 from moe_edge.compression.spend import allocate
 from moe_edge.contracts.config_io import resolve_config
+from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.contracts.targets_io import list_targets, read_target
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.benchmarks.bench_solver import HEADER, row
@@ -54,7 +55,7 @@ def test_the_roofline_reads_active_weights_only(headers):
 
 
 def test_every_target_is_answered(headers):
-    rows = [row(headers, target, "[gguf, onnx]") for target in list_targets()]
+    rows = [row(headers, target, ["export.formats=[gguf, onnx]"]) for target in list_targets()]
     assert len(rows) == 8 and all(line.count("|") == HEADER.count("|") for line in rows)
 
 
@@ -63,3 +64,17 @@ def test_bits_are_spent_at_this_size(headers):
     option, nats = allocate(nx.space, 128, prior_sensitivity(nx.model))
     assert option.fits and option.estimate.file_bytes <= 12 * 2**30 and nats > 0
     assert allocate(nx.space, 64, prior_sensitivity(nx.model))[1] < nats
+
+
+def test_a_speed_that_no_recipe_reaches_is_met_by_a_mix_and_beyond_that_a_top_k_is_named(headers):
+    """48 layers of 128 experts: at 45 tokens/s a 16 GB Orin needs all classes at the fewest bits, a phone another top-k."""
+    fast = "target.budget.decode_tokens_per_s=45"
+    nx = solve(headers, "jetson-orin-nx-16gb", fast)
+    assert nx.choice.packing.mix and nx.choice.estimate.decode_tokens_per_s >= 45
+    assert not any(nx.space.option(8, Packing("gguf", name)).fits for name in ("Q2_K", "Q3_K_M", "Q4_K_M"))
+    with pytest.raises(InfeasibleError, match="at top-6 this would meet every budget") as caught:
+        solve(headers, "mobile", fast)
+    assert "--set plan.top_k=6" in caught.value.next_command
+    assert solve(headers, "mobile", fast, "plan.top_k=6").choice.fits
+    with pytest.raises(InfeasibleError):
+        solve(headers, "mobile", fast, "plan.top_k=7")
