@@ -147,10 +147,14 @@ def finish(state: pipeline.Build) -> dict[str, Any]:
     """Report and manifest of a complete build; untouched when every stage was reused and all is still there."""
     report_path, kept = state.out / "report.json", read_manifest(state.out)
     if all(state.cached.values()) and kept is not None and not changed_files(state.out, kept.files):
-        if kept.inputs == _digests(state):
+        if kept.inputs == _digests(state) and kept.config == _resolved(state.config):
             report: dict[str, Any] = json.loads(report_path.read_text())
             return report
     return _write_results(state)
+
+
+def _resolved(config: BuildConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", by_alias=True)
 
 
 def _digests(state: pipeline.Build) -> dict[str, str]:
@@ -160,15 +164,29 @@ def _digests(state: pipeline.Build) -> dict[str, str]:
 def _write_results(state: pipeline.Build) -> dict[str, Any]:
     from moe_edge.stages.report import write_report
 
-    resolved = state.config.model_dump(mode="json", by_alias=True)
+    resolved = _resolved(state.config)
     write_text_atomic(state.out / "config.yaml", _as_yaml(resolved))
     report = write_report(
         state.out, [_stage_row(name, manifest, state.cached[name]) for name, manifest in state.done.items()], state.config,
         {name: manifest.summary for name, manifest in state.done.items()},
     )  # fmt: skip
-    versions = {name: text for stage in pipeline.STAGES for name, text in pipeline.versions_of(stage).items()}
-    write_run_manifest(state.out, resolved, _digests(state), versions)
+    exported = state.done["export"].summary
+    deliver_bundles(state.out, exported, state.config, state.teacher_digest)
+    write_run_manifest(state.out, resolved, _digests(state), _versions())
     return report
+
+
+def _versions() -> dict[str, str]:
+    return {name: text for stage in pipeline.STAGES for name, text in pipeline.versions_of(stage).items()}
+
+
+def deliver_bundles(out: Path, exported: Mapping[str, Any], config: BuildConfig, teacher_digest: str) -> None:
+    """The device bundles of what was exported."""
+    from moe_edge.stages.bundle import write_bundles
+
+    inputs = {"teacher": teacher_digest}
+    for folder in write_bundles(out, exported["artifacts"], config, exported["name"], inputs, _versions()):
+        log.info("device bundle: %s and %s.tar", out / folder, folder)
 
 
 def _stage_row(name: str, manifest: Manifest, cached: bool) -> dict[str, Any]:
@@ -209,21 +227,21 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
         )  # fmt: skip
         summary = export_model(job)
         deliver(out, model, out / "export")
-        versions = {name: text for stage in pipeline.STAGES for name, text in pipeline.versions_of(stage).items()}
-        write_run_manifest(out, config.model_dump(mode="json", by_alias=True), {"teacher": digest}, versions)
+        deliver_bundles(out, summary, config, digest)
+        write_run_manifest(out, _resolved(config), {"teacher": digest}, _versions())
     return out, summary
 
 
-def verify(folder: Path) -> list[str]:
-    """Names of delivered files that are missing or changed.
+def verify(path: Path) -> list[str]:
+    """What is wrong with a build's folder, a device bundle or a bundle's .tar, "name: why" each.
 
     Raises:
-        ConfigError: the folder has no manifest.
+        ConfigError: there is no manifest.
+        InputRejected: the .tar is none of ours.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ConfigError("no manifest.json to verify against", where=str(folder), next_command="moe-edge build ...")
-    return changed_files(folder, manifest.files)
+    from moe_edge.export.verification import faults
+
+    return faults(path)
 
 
 def rewrite_report(run: Path) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class _Terminated(BaseException):
     """SIGTERM, raised as an exception so that locks and temporary folders are released."""
 
 
-def main() -> None:
-    """Entry point: runs the app and maps every error to its exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs the app (on the process's arguments if none are given) and maps every error to its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in (
         "httpx",
@@ -74,17 +74,17 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run())
+    sys.exit(_run(arguments))
 
 
 def _terminate(number: int, frame: object) -> None:
     raise _Terminated
 
 
-def _run() -> int:
+def _run(arguments: list[str] | None) -> int:
     resume = "the same command resumes where it stopped"
     try:
-        app()
+        app(args=arguments)
     except SystemExit as stop:
         if stop.code == 130:  # typer turns Ctrl-C into an exit
             return _say(f"interrupted; {resume}", 130)
@@ -272,13 +272,13 @@ def report(run: Annotated[Path, typer.Argument(help="A build's output folder.")]
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A build's output folder.")]) -> None:
-    """Check every delivered file against the manifest."""
+def verify(path: Annotated[Path, typer.Argument(help="A build's folder, a device bundle or a bundle's .tar.")]) -> None:
+    """Check every file against the manifest: its sha256, nothing missing, nothing extra, sane headers."""
     from moe_edge.build import verify as check
 
-    if changed := check(folder):
-        raise InputRejected("delivered files changed or are missing", where=str(folder), why=", ".join(changed))
-    print(f"{folder}: every delivered file has its recorded sha256")
+    if faults := check(path):
+        raise InputRejected("not what its manifest says", where=str(path), why="; ".join(faults))
+    print(f"{path}: every delivered file has its recorded sha256")
 
 
 @app.command()

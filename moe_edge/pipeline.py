@@ -56,7 +56,9 @@ class Stage:
     schema: int = 1  # raised when the stage's output changes meaning
 
     def config_for_key(self, config: BuildConfig) -> dict[str, Any]:
-        whole = config.model_dump(mode="json", by_alias=True)
+        whole = config.model_dump(
+            mode="json", by_alias=True, exclude={"export": {"bundle"}}
+        )  # no stage computes with it
         return {dotted: _descend(whole, dotted) for dotted in self.sections}
 
 

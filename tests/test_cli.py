@@ -12,6 +12,9 @@ import pytest
 
 from moe_edge import cli
 from moe_edge.contracts.errors import GateFailed
+from moe_edge.contracts.manifest import MANIFEST_SCHEMA, Manifest
+from moe_edge.storage.folders import hash_folder
+from tests.runtimes.test_gguf_header import HUGE_ARRAY
 from tests.tiny import tiny_checkpoint
 
 
@@ -94,6 +97,34 @@ def test_rejected_inputs_are_four(called, tmp_path):
     code, _, err = called("build", pickled, "--out", tmp_path / "o")
     assert code == 4 and "safetensors" in err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_hostile_chat_template_is_refused_before_anything_is_written(called, tmp_path):
+    model = tiny_checkpoint(tmp_path, "qwen3_moe")
+    (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    code, _, err = called("export", model, "--out", tmp_path / "o")
+    assert code == 4 and "__class__" in err and "Traceback" not in err
+    assert not (tmp_path / "o" / "export").exists()
+
+
+def test_a_crafted_gguf_is_refused_in_a_moment(called, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(HUGE_ARRAY)
+    started = time.monotonic()
+    code, _, err = called("bench", tmp_path / "x.gguf", "--out", tmp_path / "o")
+    assert code == 4 and "array of 9223372036854775808" in err and "Traceback" not in err
+    assert time.monotonic() - started < 20  # the worker that opens it is a new process, which imports the runtimes
+
+
+def test_verify_names_the_file_and_ends_with_four(called, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.txt").write_text("as delivered")
+    files = hash_folder(tmp_path / "b")
+    manifest = Manifest(schema=MANIFEST_SCHEMA, stage="bundle", key="k", digest="d", files=files)
+    (tmp_path / "b" / "manifest.json").write_text(manifest.to_json())
+    assert called("verify", tmp_path / "b")[0] == 0
+    (tmp_path / "b" / "a.txt").write_text("as Delivered")
+    code, out, err = called("verify", tmp_path / "b")
+    assert code == 4 and out == "" and "a.txt: changed" in err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ reproducible. What a good teacher gives is measured by the demo build (README) a
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,50 @@ def test_full_precision_parity_was_required(finished):
     top, _, _ = finished
     rows = {row["artifact"]: row for row in json.loads((top / "run/export/parity.json").read_text())}
     assert rows["gguf F16"]["passed"] is True and rows["onnx fp32"]["passed"] is True
+    assert rows["onnx fp32"]["clear_max_abs_logit"] <= 1e-4 and rows["gguf F16"]["clear_tokens"] > 0
+    assert rows["gguf F16 against onnx fp32"]["passed"] is True
+    (pair,) = (row for name, row in rows.items() if " delivered against onnx int4 delivered" in name)
+    assert 0 < pair["kl_nats"] <= pair["limit_kl_nats"]
+    files = [row for row in rows.values() if "pair" not in row]
+    assert all(row["tokenizer"]["equal"] and row["perplexity"] > 1 for row in files)
+    assert "format against format" in (top / "run/report.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx"])
+def test_each_format_has_a_bundle_that_proves_itself(finished, tmp_path, kind):
+    top, _, _ = finished
+    bundles = top / "run/artifacts/bundle"
+    assert sorted(path.name for path in bundles.iterdir()) == ["gguf", "gguf.tar", "onnx", "onnx.tar"]
+    shutil.unpack_archive(bundles / f"{kind}.tar", tmp_path, filter="data")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "run.py", "--prompt-tokens", "8", "--new-tokens", "4", "--runs", "1"],
+        cwd=tmp_path / kind, capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result["passed"] is True, done.stderr
+    assert result["quality"]["kl_nats"] == pytest.approx(result["expected"]["kl_nats"], rel=0.2, abs=1e-3)
+    assert verify(tmp_path / kind).returncode == 0 and verify(bundles / f"{kind}.tar").returncode == 0
+    golden = json.loads((tmp_path / kind / "golden.json").read_text())
+    assert golden["teacher"] == "the profile's logit cache" and len(golden["prompts"]) == 4
+    (tmp_path / kind / "README.md").write_text("tampered")
+    done = verify(tmp_path / kind)
+    assert done.returncode == 4 and "README.md" in done.stderr
+
+
+def verify(path):
+    return subprocess.run(
+        [sys.executable, "-m", "moe_edge", "verify", str(path)], capture_output=True, text=True, check=False
+    )
+
+
+def test_bundles_can_be_left_out_without_computing_anything(finished):
+    top, teacher, _ = finished
+    for value, present in (("false", False), ("true", True)):
+        done = build(teacher, top / "run", "--set", f"export.bundle={value}", cache=top / "cache")
+        assert "running" not in done.stderr and (top / "run/artifacts/bundle").is_dir() == present, done.stderr[-2000:]
+        assert any("bundle" in name for name in artifact_digests(top / "run")) == present
+    assert verify(top / "run").returncode == 0
 
 
 def test_the_delivered_student_loads_in_transformers(finished):
@@ -108,10 +153,7 @@ def test_the_manifest_covers_every_delivered_file_and_verify_checks_it(finished)
         path.relative_to(top / "run").as_posix() for path in (top / "run/artifacts").rglob("*") if path.is_file()
     }
     assert delivered == set(artifact_digests(top / "run"))
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_edge", "verify", str(top / "run")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert verify(top / "run").returncode == 0
 
 
 def test_a_second_build_does_no_work(finished):
@@ -171,4 +213,7 @@ def test_plain_export_of_a_checkpoint(finished, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
     assert all((tmp_path / "out" / row["path"]).is_file() for row in summary["artifacts"])
+    assert verify(tmp_path / "out/artifacts/bundle/gguf").returncode == 0
+    golden = json.loads((tmp_path / "out/artifacts/bundle/gguf/golden.json").read_text())
+    assert golden["teacher"] == "the exported checkpoint itself"
     assert not (tmp_path / "out/artifacts/onnx").exists()

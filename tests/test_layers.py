@@ -19,7 +19,7 @@ LAYERS = [
     ["pipeline"],
     ["build", "doctor", "evaluate_cli", "logits_cli", "tables_cli"],
     ["cli"],
-    ["__main__"],
+    ["__main__", "optimum_register"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

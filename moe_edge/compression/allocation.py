@@ -10,24 +10,26 @@ are free). The expert count is uniform over layers, because llama.cpp's is a sca
 Units: bytes, nats per token.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moe_edge.compression.actions import check_action
+from moe_edge.compression.bits import prior_sensitivity
 from moe_edge.compression.demand import Demand, demand_of
 from moe_edge.compression.estimate import Packing
 from moe_edge.compression.headers import ModelHeaders, model_headers
+from moe_edge.compression.notes import describe, notes_of
 from moe_edge.compression.options import Option, Space, context_lengths, infeasible, options_grid, space_of
 from moe_edge.compression.shapes import MASKABLE_ACTIONS, Shape, at_shape, shapes_of
-from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, advice, refusals
+from moe_edge.compression.spend import allocate
+from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.spec import keepable_counts
-from moe_edge.contracts.units import format_bytes
 from moe_edge.families import family_of
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
-UNSAFE_DROPPED_SHARE = 0.5
 SHORTEST_CONTEXT = 512  # tokens; of the contexts that a refusal suggests
 HARDER_ORDER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")  # best first
 # What a recipe alone costs, KL in nats per token: our recipes with an imatrix on a 135 M parameter Qwen2-MoE, 512 tokens
@@ -66,6 +68,11 @@ class Feasible:
     def alters(self) -> bool:
         """Does the student compute something else than the teacher, bits aside?"""
         return not self.keeps_all or self.space.changes_shape
+
+    @property
+    def needs_measuring(self) -> bool:
+        """Does it cost something that only the teacher can tell: experts, top-k, width, or bits below what was preferred?"""
+        return self.alters or self.choice.packing not in self.demand.preferred
 
     @property
     def is_harmless(self) -> bool:
@@ -127,7 +134,7 @@ def _answer(model: ModelHeaders, config: BuildConfig, *, alone: bool = True) -> 
     base = _base_space(model, config, demand)
     for length in context_lengths(config.target):
         space = replace(base, context_length=length)
-        choice = _choose(space, demand)
+        choice = _choose(space, demand) or (_mixed(space, demand) if mixes_are_allowed(demand, config) else None)
         if choice is not None:
             rival = _rival(space, demand, choice)
             lost = "" if rival is None else _why_lost(rival, demand)
@@ -161,12 +168,14 @@ def _faster(model: ModelHeaders, config: BuildConfig, headers: CheckpointHeaders
     fixed = family_of(headers.config).fixed_top_k is not None or config.plan.action not in MASKABLE_ACTIONS
     if config.target.budget.decode_tokens_per_s is None or fixed:
         return None
-    for top_k in range(demand.top_k - 1, 0, -1):
-        shape = Shape(top_k, demand.width)
-        answer = _answer(model, at_shape(config, model.spec, shape), alone=False)
-        if answer is not None:
-            return answer.choice
-    return None
+
+    def choice_at(top_k: int) -> Option | None:
+        answer = _answer(model, at_shape(config, model.spec, Shape(top_k, demand.width)), alone=False)
+        return None if answer is None else answer.choice
+
+    smaller = range(1, demand.top_k)
+    fitting = bisect_left(smaller, True, key=lambda top_k: choice_at(top_k) is None)  # the fewer, the faster
+    return choice_at(fitting) if fitting else None
 
 
 def _with_other_settings(space: Space, demand: Demand) -> list[Option]:
@@ -208,6 +217,20 @@ def _choose(space: Space, demand: Demand) -> Option | None:
         return prior_dropped_nats(option.experts, total) + RECIPE_KL_NATS.get(option.packing.name, 0.0)
 
     return min(fewer.values(), key=prior_nats, default=None)
+
+
+def mixes_are_allowed(demand: Demand, config: BuildConfig) -> bool:
+    """May every class of tensors have its own type? Only where neither a type nor a number of experts was asked for."""
+    asked = config.plan.bits != "auto" or config.export.gguf.types != "auto" or config.plan.experts != "auto"
+    return not asked and "gguf" in demand.formats and demand.why_fewer is None
+
+
+def _mixed(space: Space, demand: Demand) -> Option | None:
+    """Where no recipe fits, a mix of types may: it can store all classes in the fewest bits. The least prior KL."""
+    sensitivity, total = prior_sensitivity(space.model), space.model.spec.moe.experts
+    found = [(allocate(space, count, sensitivity), prior_dropped_nats(count, total)) for count in demand.counts]
+    fitting = [(mix[0], mix[1] + dropped) for mix, dropped in found if mix is not None]
+    return min(fitting, key=lambda pair: pair[1], default=(None, 0.0))[0]
 
 
 def prior_dropped_nats(experts: int, total: int) -> float:
@@ -283,14 +306,6 @@ def settle(feasible: Feasible, masked_kl_nats: float) -> Feasible:
     return replace(feasible, rival_lost=f"{reason} ({numbers})")
 
 
-def describe(option: Option, model: ModelHeaders) -> str:
-    """'10 of 16 experts at Q4_K_M (134.2 MiB)'; with top-k and width where they are not the teacher's."""
-    size, moe = format_bytes(option.estimate.file_bytes), model.spec.moe
-    shape = f" (top-{option.shape.top_k})" if option.shape.top_k != moe.top_k else ""
-    shape += f" of {option.shape.width} neurons" if option.shape.width is not None else ""
-    return f"{option.experts} of {moe.experts} experts{shape} at {option.packing.label} ({size})"
-
-
 def shown_options(feasible: Feasible) -> list[Option]:
     """The table of a dry run: a few expert counts times the usual types."""
     total, demand = feasible.model.spec.moe.experts, feasible.demand
@@ -298,42 +313,3 @@ def shown_options(feasible: Feasible) -> list[Option]:
     packings = list(dict.fromkeys([*demand.preferred, *demand.smaller]))
     shown = [packing for packing in packings if packing.name not in ("F32", "F16")] or packings
     return options_grid(feasible.space, counts & set(keepable_counts(feasible.model.spec, demand.top_k)), shown)
-
-
-def notes_of(space: Space, demand: Demand, choice: Option) -> Iterator[str]:
-    """What a user should know about a choice."""
-    model, total, expected = space.model, space.model.spec.moe.experts, choice.estimate
-    if choice.experts < total:
-        whole = space.option(total, choice.packing)
-        sizes = [format_bytes(option.estimate.file_bytes) for option in (whole, choice)]
-        yield (
-            f"Keeping {choice.experts} of {total} experts shrinks the {choice.packing.label} file from {sizes[0]} to "
-            f"{sizes[1]}. Decoding still reads {format_bytes(expected.decode_bytes_per_token or 0)} per token at "
-            f"{expected.context_length} tokens of context: that falls only with top-k or the expert width."
-        )
-    if 1 - choice.experts / total > UNSAFE_DROPPED_SHARE:
-        yield f"Unsafe: {1 - choice.experts / total:.0%} of the experts are dropped; beyond 50 % models often break."
-    yield from _cache_notes(space, choice)
-    if not demand.formats:
-        yield "Only the transformers checkpoint is delivered; its size is estimated at 16 bits per weight."
-    if space.target.budget.ttft is not None:
-        yield "target.budget.ttft is not predicted; it is measured by validate."
-    if space.target.budget.decode_tokens_per_s is not None and expected.decode_tokens_per_s is None:
-        yield "target.budget.decode_tokens_per_s cannot be checked: the target's bandwidth is unknown."
-    on_gpu = space.target.runtime.gpu_layers != 0
-    for name in demand.formats:
-        yield from advice(RUNTIME_OF_FORMAT[name], model.spec, choice.experts, on_gpu, space.width)
-
-
-def _cache_notes(space: Space, choice: Option) -> Iterator[str]:
-    expected = choice.estimate
-    if expected.kv_precision != "f16":
-        yield (
-            f"The KV cache is planned in {expected.kv_precision} ({format_bytes(expected.kv_cache_bytes)}): start "
-            "llama.cpp with -fa on -ctk q8_0 -ctv q8_0."
-        )
-    if space.context_length < space.target.context_length:
-        yield (
-            f"Planned for {space.context_length} tokens of context: nothing fits {space.target.context_length}, and "
-            f"target.context_least allows {space.target.context_least}."
-        )

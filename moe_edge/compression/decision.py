@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
-from moe_edge.compression.allocation import RECIPE_KL_NATS, Feasible, notes_of, prior_dropped_nats, settle
+from moe_edge.compression.allocation import RECIPE_KL_NATS, Feasible, mixes_are_allowed, prior_dropped_nats, settle
 from moe_edge.compression.bits import Sensitivity, prior_sensitivity
 from moe_edge.compression.curve import Curve, CurvePoint
+from moe_edge.compression.notes import notes_of
 from moe_edge.compression.options import Option
 from moe_edge.compression.spend import allocate
 from moe_edge.contracts.config import BuildConfig
@@ -49,8 +50,7 @@ def bits_are_free(feasible: Feasible, config: BuildConfig) -> bool:
     Where the target's preferred type holds every expert, more bits would only cost speed; under a relative budget the
     recipe is a part of what was asked.
     """
-    asked = config.plan.bits != "auto" or config.export.gguf.types != "auto" or config.plan.experts != "auto"
-    if asked or "gguf" not in feasible.demand.formats or feasible.demand.why_fewer is not None:
+    if not mixes_are_allowed(feasible.demand, config):
         return False
     preferred = feasible.space.option(feasible.model.spec.moe.experts, feasible.demand.preferred[0])
     return not preferred.fits

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from math import floor
 from pathlib import Path
 
-from moe_edge.compression.estimate import ONNX_BITS, Packing
+from moe_edge.compression.estimate import Packing
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import did_you_mean
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
+from moe_edge.contracts.onnx_bits import refuse_absent_layers
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
 from moe_edge.contracts.spec import ModelSpec, keepable_counts
@@ -52,14 +53,18 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
     counts, why_fewer = _nested(*_expert_counts(spec, config, top_k, (width or full) / full), spec, config)
     formats = config.target.formats if config.export.formats == "auto" else config.export.formats
     chosen = config.export.onnx.precision
+    refuse_absent_layers(config.export.onnx.layer_bits, spec.layers)
     precision = config.target.quantization.onnx if chosen == "auto" else chosen
     if "gguf" in formats:
         preferred, smaller = _gguf_packings(config)
     elif not formats:  # the transformers checkpoint alone
         preferred, smaller = [Packing("gguf", "F16")], []
     else:
-        names = [precision, "int4"] if chosen == "auto" and ONNX_BITS[precision] > ONNX_BITS["int4"] else [precision]
-        preferred, smaller = [Packing("onnx", name, config.export.onnx.block_size) for name in names], []
+        names = [precision, "int4"] if chosen == "auto" and precision != "int4" else [precision]
+        preferred, smaller = (
+            [Packing("onnx", name, config.export.onnx.block_size, config.export.onnx.mix) for name in names],
+            [],
+        )
     return Demand(counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision)
 
 

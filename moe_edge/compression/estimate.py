@@ -1,34 +1,33 @@
 """What a student will weigh, need and reach, from headers alone: file bytes, memory, decode speed.
 
-File bytes are exact for GGUF tensors, because the exporter pins the same types (contracts/quantization.py); ONNX
-sizes and runtime buffers are assumptions, named below. Decoding one token reads every weight it uses once, so speed
-is at most bandwidth x efficiency / bytes read (a roofline): dropping experts shrinks the file and leaves that number
-as it is, unless top-k or the expert width falls too.
+File bytes are exact for GGUF and ONNX tensors, because the exporters take types and bits from the same tables
+(contracts/quantization.py, contracts/onnx_bits.py); runtime buffers are assumptions, named below. Decoding one token reads
+every weight it uses once, so speed is at most bandwidth x efficiency / bytes read (a roofline): dropping experts shrinks the
+file and leaves that number as it is, unless top-k or the expert width falls too.
 
 Units: bytes, tokens per second.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from typing import Literal, NamedTuple
 
 import psutil
 
 from moe_edge.compression.headers import Group, ModelHeaders
+from moe_edge.contracts import onnx_bits
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability, stored_shapes
 from moe_edge.contracts.plan import Estimate
-from moe_edge.contracts.quantization import ALWAYS_F32, pinned_type, tensor_bytes
-from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, ModelSpec, TensorClass
+from moe_edge.contracts.quantization import pinned_type, tensor_bytes
+from moe_edge.contracts.spec import EXPERT_OWNED, ModelSpec, TensorClass
 from moe_edge.contracts.target import Fact, Target
 
 GGUF_ALIGNMENT = 32  # every tensor starts at a multiple of this
 GGUF_TENSOR_RECORD_BYTES = 96  # name, shape, type and offset of a tensor
 GGUF_HEADER_BYTES = 16_384  # hyperparameters, chat template, provenance
 ONNX_GRAPH_BYTES = 1 << 20
-# precision -> (bits of expert weights, bits of the other quantized weights); norms, routers and biases stay float32
-ONNX_BITS = {"fp32": (32, 32), "fp16": (16, 16), "int8": (8, 8), "int4": (4, 8)}
-ONNX_SCALE_BYTES = 2  # one float16 scale per block; the block's zero point takes as many bits as a weight
 # Assumptions about a runtime besides weights and KV cache: the process itself, and logits and activations of one batch.
 PROCESS_BYTES = 64 << 20
 BATCH_TOKENS = 512
@@ -44,7 +43,8 @@ KvPrecision = Literal["f16", "q8_0"]
 class Packing(NamedTuple):
     """How the weights of a file are stored: a GGUF recipe, or an ONNX precision with its block size.
 
-    `mix` replaces the recipe's types per class and range of layers (contracts/quantization.py).
+    `mix` replaces the recipe's types (contracts/quantization.py), or the precision's bits (contracts/onnx_bits.py), per
+    class and range of layers.
     """
 
     format: Literal["gguf", "onnx"]
@@ -103,7 +103,8 @@ def stored_groups(model: ModelHeaders, experts: int, packing: Packing, width: in
     ]
     row = capability(runtime, spec.family)
     writes_head = spec.tied_embeddings and row is not None and not row.tied_head
-    return (*groups, Group("head", (spec.vocab, spec.hidden), 1, None)) if writes_head else tuple(groups)
+    extra = (Group("head", (spec.vocab, spec.hidden), 1, None),) if writes_head else ()
+    return (*_as_stored(groups, packing, spec.tied_embeddings), *extra)
 
 
 def stored_bytes(packing: Packing, tensor_class: TensorClass, shape: tuple[int, ...], layer: int | None = None) -> int:
@@ -111,17 +112,21 @@ def stored_bytes(packing: Packing, tensor_class: TensorClass, shape: tuple[int, 
     if packing.format == "gguf":
         kind = pinned_type(packing.name, tensor_class, shape[-1], layer, dict(packing.mix))
         return tensor_bytes(kind, shape)
-    is_expert = tensor_class in EXPERT_CLASSES
-    bits = 32 if tensor_class in ALWAYS_F32 else ONNX_BITS[packing.name][0 if is_expert else 1]
-    blocks = prod(shape) // _onnx_block(packing.block, shape[-1]) if bits <= 8 else 0
-    return prod(shape) * bits // 8 + blocks * (8 * ONNX_SCALE_BYTES + bits) // 8
+    kind = onnx_bits.weight_class(tensor_class)
+    layer_bits = {key: int(bits) for key, bits in packing.mix}
+    bits = 32 if kind is None else onnx_bits.bits_of(packing.name, kind, layer, layer_bits)
+    return onnx_bits.stored_bytes(tensor_class, shape, bits, packing.block)
 
 
-def _onnx_block(block: int, row_length: int) -> int:
-    """The block after halving it until it divides the row."""
-    while row_length % block and block > 1:
-        block //= 2
-    return block
+def _as_stored(groups: Iterable[Group], packing: Packing, tied: bool) -> Iterator[Group]:
+    """In an ONNX file a tied embedding is the head's tensor; layers of one third may have different bits."""
+    for group in groups:
+        if packing.format == "onnx" and packing.mix and group.layers:
+            yield from (group._replace(tensors=n, layer=layer, layers=()) for layer, n in Counter(group.layers).items())
+        elif packing.format == "onnx" and tied and group.tensor_class == "embedding":
+            yield group._replace(tensor_class="head")
+        else:
+            yield group
 
 
 def _sizes(
@@ -140,11 +145,16 @@ def tensor_data_bytes(model: ModelHeaders, experts: int, packing: Packing, width
 def file_bytes(model: ModelHeaders, experts: int, packing: Packing, width: int | None = None) -> int:
     """Bytes of the whole file: tensors, alignment, tensor records, tokenizer."""
     if packing.format == "onnx":
-        return tensor_data_bytes(model, experts, packing, width) + ONNX_GRAPH_BYTES
+        return tensor_data_bytes(model, experts, packing, width) + rotary_table_bytes(model.spec) + ONNX_GRAPH_BYTES
     total = GGUF_HEADER_BYTES + model.tokenizer_bytes
     for group, size in _sizes(model, experts, packing, width):
         total += group.tensors * (-(-size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT + GGUF_TENSOR_RECORD_BYTES)
     return total
+
+
+def rotary_table_bytes(spec: ModelSpec) -> int:
+    """An ONNX file holds cosines and sines of every position in float32."""
+    return 4 * spec.context_length * int(spec.head_dim * spec.rotary_share)
 
 
 def kv_cache_bytes(model: ModelHeaders, cache: Cache, file_format: str = "gguf") -> int:

@@ -8,7 +8,7 @@ Shape suffixes: E experts, D model, F expert width, V vocabulary.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from moe_edge.families import student_family
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 Shape = tuple[int, ...]
+_Key = tuple[TensorClass, Shape, int | None, str]  # class, shape, first layer of the third, part
 
 
 class Group(NamedTuple):
@@ -30,6 +31,7 @@ class Group(NamedTuple):
     tensors: int  # how many of them
     layer: int | None  # the first layer of the third; None: outside the layers
     part: str = "weight"  # of other attention, where it says what the matrix is
+    layers: tuple[int, ...] = ()  # of each tensor
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,19 @@ def model_headers(headers: CheckpointHeaders) -> ModelHeaders:
     entries = family.tensors(headers.config, list(headers.tensors))
     spec = family.spec(headers.config)
     first_of = {layer: third[0] for third in layer_thirds(spec.layers) for layer in third}
-    groups = Counter(
-        (
-            entry.tensor_class,
-            entry.shape,
-            None if entry.layer is None else first_of[entry.layer],
-            entry.part if entry.tensor_class == "attention_other" else "weight",
-        )
-        for entry in entries
-    )
+    groups: Counter[_Key] = Counter()
+    layers_of: dict[_Key, list[int]] = defaultdict(list)
+    for entry in entries:
+        part = entry.part if entry.tensor_class == "attention_other" else "weight"
+        key = (entry.tensor_class, entry.shape, None if entry.layer is None else first_of[entry.layer], part)
+        groups[key] += 1
+        layers_of[key] += [] if entry.layer is None else [entry.layer]
     return ModelHeaders(
         spec=spec,
-        groups=tuple(Group(name, shape, count, layer, part) for (name, shape, layer, part), count in groups.items()),
+        groups=tuple(
+            Group(name, shape, count, layer, part, tuple(layers_of[name, shape, layer, part]))
+            for (name, shape, layer, part), count in groups.items()
+        ),
         checkpoint_bytes=headers.total_bytes,
         tokenizer_bytes=tokenizer_bytes(headers.folder),
     )

@@ -4,12 +4,13 @@ A model has far more swaps than a plan can run: 30 layers of 16 experts, 12 kept
 backward passes under the current choice predict all of them (compression/local_model.py), and only the most promising
 are run, from the middle of the model on (compression/partial_runs.py). Where the layers are few, every layer gets its own
 trials; where they are many, a trial changes several neighbouring layers at once, because one swap among hundreds is less
-than the noise of a thousand tokens. Predictions and trials use different rows, and every sweep new ones, so that what is
-accepted was not proposed by the rows that accept it. A trial is accepted when its mean over tokens is below the current
-KL by more than its standard error.
+than the noise of a thousand tokens. Predictions and trials of a sweep use different rows (where there are two at least),
+and every sweep new ones as long as there are any, so that what is accepted was not proposed by the rows that accept it. A
+trial is accepted when its mean over tokens is below the current KL by more than its standard error.
 
-The work is counted in tokens of one teacher forward pass and stays within the budget. Groups keep their equal counts, and
-guarded experts stay.
+The work is counted in tokens of one teacher forward pass and stays within the budget, except that the starts are compared
+on one row at least. Groups keep their equal counts, and guarded experts stay. The same seed gives the same result on the same
+machine. The result is not nested in that of a larger count, unless the choice is restricted to it (`Rules.within`).
 
 Shape suffixes: N rows, S tokens of a row, T tokens.
 """
@@ -85,7 +86,13 @@ def search(
     Args:
         starts: names -> decoder layer -> kept expert ids, all of one size.
         ids_NS: rows to search on; no others are read.
-        budget_tokens: an upper bound of the work, in tokens of one teacher forward pass; the best start is always found.
+        budget_tokens: an upper bound of the work, in tokens of one teacher forward pass; the starts are compared in any case,
+            on one row where the budget does not allow more.
+        rules: what every set must respect; the starts are taken to do so.
+        seed: of the rows' order and of the labels drawn for the curvature.
+
+    Returns:
+        The set after the last accepted trial: on the rows of each trial it was better than the one before.
     """
     distinct, _ = distinct_choices(starts)
     names = [next(name for name, kept in starts.items() if kept == choice) for choice in distinct]
@@ -123,7 +130,7 @@ class _Hunt:
         limit = LOGIT_LIMIT // (model.config.vocab_size * self._pool_NS.shape[1])
         starting = 0.0 if starts == 1 else (starts + 1) / 2 + (FINALISTS + 1)
         wished = budget_tokens / (SWEEPS * self._sweep_passes() + starting) / self._pool_NS.shape[1]
-        self.rows = max(1, min(int(wished), limit, len(ids_NS)))
+        self.rows = max(1, min(int(wished), limit, len(ids_NS) // 2))  # twice: to predict on, and to try on
         self._rows: TrialRows
         self._layers: dict[int, LocalLayer] = {}
         self._predictions = Predictions()

@@ -7,8 +7,10 @@ first; masking measures what each costs.
 Shape suffix legend: E experts, F expert width.
 """
 
+import logging
 from typing import NamedTuple
 
+from moe_edge.compression.streamed import fits_in_memory
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.spec import ModelSpec
@@ -17,6 +19,7 @@ from moe_edge.families.expert_weights import check_width
 from moe_edge.families.streaming import meta_model
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
+log = logging.getLogger(__name__)
 TOP_K_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the teacher's, and 1 in the end
 WIDTH_SHARES = (1.0, 0.75, 0.5)
 FINE_STEP, COARSE_STEP = 32, 256  # neurons; K-quants want the coarse one, which narrow experts do not leave room for
@@ -77,7 +80,13 @@ def _top_k_ladder(spec: ModelSpec, headers: CheckpointHeaders) -> list[int]:
 
 
 def _width_ladder(spec: ModelSpec, headers: CheckpointHeaders) -> list[int | None]:
-    """None first; only that where other tensors take their size from the experts' width."""
+    """None first; only that where other tensors take their size from the experts' width, or the teacher is too large to
+    be narrowed in memory."""
+    if not fits_in_memory(headers):
+        log.info(
+            "plan.expert_width=auto: the teacher does not fit in memory, so that its experts stay as wide as they are"
+        )
+        return [None]
     full = spec.moe.expert_width
     step = COARSE_STEP if full >= 2 * COARSE_STEP else FINE_STEP
     values = {int(share * full) // step * step for share in WIDTH_SHARES} - {0, full}

@@ -2,13 +2,15 @@
 
 It starts at the fewest bits and again and again buys the upgrade with the largest fall of predicted KL per byte until
 nothing fits: the greedy walk along the convex hull of Shoham and Gersho, "Efficient bit allocation for an arbitrary set
-of quantizers" (IEEE Trans. ASSP 36, 1988).
+of quantizers" (IEEE Trans. ASSP 36, 1988). The walk stops short of the caps wherever the next step is too large; what it
+left is spent by exchanges, in which one cell gives bits so that another can have more.
 
 Units: bytes, KL in nats per token. A cell is a (bit class, third of the layers).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from math import inf
 
 from moe_edge.compression.bits import Cell, Sensitivity, cells_of, mix_of
@@ -115,9 +117,39 @@ def _greedy(costs: _Costs, sensitivity: Sensitivity, file_cap: float, read_cap: 
                 if more > 0 and gain > SMALLEST_GAIN_NATS and fits and (best is None or gain / more > best[0]):
                     best = (gain / more, cell, kind)
         if best is None:
-            return types
+            return _exchanged(types, costs, sensitivity, file_cap, read_cap)
         _, cell, kind = best
         file += costs.file[cell][kind] - costs.file[cell][types[cell]]
         read += costs.read[cell][kind] - costs.read[cell][types[cell]]
         types[cell] = kind
     return None
+
+
+def _exchanged(
+    types: dict[Cell, str], costs: _Costs, sensitivity: Sensitivity, file_cap: float, read_cap: float
+) -> dict[Cell, str]:
+    """The best change of two cells at a time that lowers the predicted KL under both caps, until there is none."""
+    types = dict(types)
+    while True:
+        spare_file = file_cap - sum(costs.file[cell][kind] for cell, kind in types.items())
+        spare_read = read_cap - sum(costs.read[cell][kind] for cell, kind in types.items())
+        moves = [
+            (
+                sensitivity.of(cell, kind) - sensitivity.of(cell, now),
+                costs.file[cell][kind] - costs.file[cell][now],
+                costs.read[cell][kind] - costs.read[cell][now],
+                cell,
+                kind,
+            )
+            for cell, now in types.items()
+            for kind in LEVELS
+        ]  # a cell's move to where it is changes nothing, so that pairs hold single moves, too
+        fitting = (
+            (first[0] + second[0], first, second)
+            for first, second in combinations(moves, 2)
+            if first[3] != second[3] and first[1] + second[1] <= spare_file and first[2] + second[2] <= spare_read
+        )
+        nats, *pair = min(fitting, key=lambda row: row[0], default=(0.0,))
+        if nats >= -SMALLEST_GAIN_NATS:
+            return types
+        types |= {cell: kind for *_, cell, kind in pair}

@@ -34,6 +34,7 @@ class Capability:
     leading_dense: bool = False  # layers without experts must be the first ones
     alternating_windows: bool = False  # a window in layers 0, 2, ..., none in layers 1, 3, ...
     swiglu: tuple[float, float] | None = None  # the only alpha and limit of a clamped SwiGLU; None: any
+    rotary_multiple: int = 1  # of the columns of a head that rotate
     rounds_yarn: bool = False  # to whole columns, and knows only its default scale of attention
     yarn_scales_all: bool = False  # by mscale_all_dim, which must be given and equal mscale
     group_score: Literal["max", "top2_sum"] | None = None  # the only one that the graph computes; None: any
@@ -49,7 +50,7 @@ _GGUF = Capability(
     "", max_experts=1024, width_multiple=256, fused_on_gpu=True, clips_qkv=False, slides_window=False,
     rounds_yarn=True,
 )  # fmt: skip
-_ONNX = Capability("", uniform_experts=False, width_multiple=32)
+_ONNX = Capability("", uniform_experts=False, width_multiple=32, rotary_multiple=16)
 _ONNX_LATER = replace(_ONNX, exported=False)
 
 
@@ -80,8 +81,9 @@ _LFM2 = _features("sigmoid", "selection_bias", "convolutions", "dense_layers")
 _QWEN3_5 = _features("linear_attention", "output_gate", "norms_around_one", "partial_rotary")
 _SELECTED = _features("selection_bias")
 _MINIMAX = _features("sigmoid", "selection_bias", "partial_rotary")
+_DENSE = _features("dense_layers")  # a dense student: no layer has experts
 _HUNYUAN = _features("norm_after_rope", "ungated_shared")
-_DENSE = replace(_GGUF, computes=_features("dense_layers"))
+_GGUF_DENSE = replace(_GGUF, computes=_DENSE)
 
 # A family whose exporter is finished: take `_LATER` off its row, and add what the exporter does not write to the tests.
 CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
@@ -163,10 +165,11 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
         equal_linear_heads=True,
     ),
     # dense students
-    ("llama_cpp", "qwen3"): replace(_DENSE, architecture="qwen3"),
-    ("llama_cpp", "qwen2"): replace(_DENSE, architecture="qwen2", square_attention=True),
-    ("llama_cpp", "mistral"): replace(_DENSE, architecture="llama"),
-    ("llama_cpp", "granite"): replace(_DENSE, architecture="granite", computes=_DENSE.computes | _GRANITE),
+    ("llama_cpp", "qwen3"): replace(_GGUF_DENSE, architecture="qwen3"),
+    ("llama_cpp", "qwen2"): replace(_GGUF_DENSE, architecture="qwen2", square_attention=True),
+    ("llama_cpp", "mistral"): replace(_GGUF_DENSE, architecture="llama"),
+    ("llama_cpp", "llama"): replace(_GGUF_DENSE, architecture="llama"),
+    ("llama_cpp", "granite"): replace(_GGUF_DENSE, architecture="granite", computes=_DENSE | _GRANITE),
     ("ort", "qwen3_moe"): replace(_ONNX, architecture="qwen3"),
     ("ort", "qwen2_moe"): replace(_ONNX, architecture="qwen2"),
     ("ort", "mixtral"): replace(_ONNX, architecture="mistral"),
@@ -175,10 +178,15 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("ort", "gpt_oss"): replace(_ONNX, architecture="gptoss", computes=_GPT_OSS),
     ("ort", "ernie4_5_moe"): replace(_ONNX, architecture="ernie4_5", renormalises=True, computes=_ERNIE),
     ("ort", "granitemoeshared"): replace(_ONNX, architecture="granite", computes=_GRANITE | {"ungated_shared"}),
-    ("ort", "lfm2_moe"): replace(_ONNX_LATER, architecture="lfm2", computes=_LFM2 | {"routed_scale"}),
+    ("ort", "qwen3"): replace(_ONNX, architecture="qwen3", computes=_DENSE | {"mixed_windows"}),
+    ("ort", "qwen2"): replace(_ONNX, architecture="qwen2", computes=_DENSE | {"mixed_windows"}),
+    ("ort", "mistral"): replace(_ONNX, architecture="mistral", computes=_DENSE),
+    ("ort", "granite"): replace(_ONNX, architecture="granite", computes=_GRANITE | _DENSE),
+    ("ort", "llama"): replace(_ONNX, architecture="llama", computes=_DENSE | {"output_bias"}),
+    ("ort", "lfm2_moe"): replace(_ONNX, architecture="lfm2_moe", computes=_LFM2 | {"routed_scale"}),
     ("ort", "qwen3_5_moe"): replace(_ONNX_LATER, architecture="qwen3_5_text", computes=_QWEN3_5),
-    ("ort", "glm4_moe"): replace(_ONNX_LATER, architecture="llama", computes=_GLM4),
-    ("ort", "minimax_m2"): replace(_ONNX_LATER, architecture="qwen3", computes=_MINIMAX),
+    ("ort", "glm4_moe"): replace(_ONNX, architecture="llama", computes=_GLM4 | {"groups"}),
+    ("ort", "minimax_m2"): replace(_ONNX, architecture="llama", computes=_MINIMAX),
     ("ort", "hunyuan_v1_moe"): replace(_ONNX_LATER, architecture="qwen3", computes=_HUNYUAN),
 }
 
@@ -214,7 +222,7 @@ def refusals(runtime: RuntimeName, spec: ModelSpec) -> list[str]:
 def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
     moe, window = spec.moe, spec.sliding_window
     does, wants = ("renormalises", "does not") if row.renormalises else ("does not renormalise", "does")
-    width = spec.heads * spec.head_dim
+    width, rotating = spec.heads * spec.head_dim, int(spec.head_dim * spec.rotary_share)
     unknown = ", ".join(FEATURES[feature] for feature in sorted(spec.features - row.computes))
     missing = ", ".join(FEATURES[feature] for feature in sorted(row.needs - spec.features))
     return [
@@ -235,6 +243,10 @@ def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:
         (
             row.equal_heads and spec.kv_heads != spec.heads,
             f"needs {spec.heads} key-value heads, found {spec.kv_heads}",
+        ),
+        (
+            bool(rotating % row.rotary_multiple),
+            f"rotates a multiple of {row.rotary_multiple} columns of a head, this model {rotating}",
         ),
         (row.needs_shared_expert and not moe.shared_width, "needs a shared expert"),
         (bool(missing), f"needs {missing}"),

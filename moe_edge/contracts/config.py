@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from moe_edge.contracts.onnx_bits import bits_key
 from moe_edge.contracts.target import Target
 from moe_edge.contracts.units import ByteSize
 
@@ -230,6 +231,28 @@ class OnnxConfig(BaseModel):
     model_config = _CLOSED
     precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
     block_size: Literal[32, 64, 128] = Field(32, description="weights that share one scale")
+    layer_bits: dict[str, Literal[4, 8, 16, 32]] = Field(
+        {},
+        description="CLASS or CLASS@FIRST-LAST (decoder layers) -> bits, instead of the precision's; the first match wins; "
+        "classes: expert, shared, attention, head, embedding",
+    )
+    provider: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="cuda: also write a float16 graph for CUDA (Jetson) in onnx/cuda; EXPERIMENTAL: its structure is checked, "
+        "it is never run here",
+    )
+
+    @field_validator("layer_bits")
+    @classmethod
+    def _classes_are_known(cls, value: dict[str, int]) -> dict[str, int]:
+        for key in value:
+            bits_key(key)
+        return value
+
+    @property
+    def mix(self) -> tuple[tuple[str, str], ...]:
+        """`layer_bits` as the planner's packing."""
+        return tuple((key, str(bits)) for key, bits in self.layer_bits.items())
 
 
 class ExportConfig(BaseModel):
@@ -237,6 +260,10 @@ class ExportConfig(BaseModel):
     formats: list[Literal["gguf", "onnx"]] | Literal["auto"] = "auto"
     gguf: GgufConfig = GgufConfig()
     onnx: OnnxConfig = OnnxConfig()
+    bundle: bool = Field(
+        True,
+        description="artifacts/bundle/: per format a folder and a .tar for the device, with a runner; changes no stage",
+    )
 
 
 class ValidateConfig(BaseModel):

@@ -74,6 +74,7 @@ class Plan(BaseModel):
     experts_total: int
     experts_kept: int
     top_k: int
+    teacher_top_k: int | None = Field(None, description="null: the same")
     kept: dict[int, list[int]] = Field(description="layer -> kept expert ids of the teacher, ascending")
     merges: dict[int, dict[int, int]] = Field(
         {},
@@ -162,7 +163,8 @@ class Plan(BaseModel):
     @property
     def alters(self) -> bool:
         """Does the student compute something else than the teacher, so that there is something to recover?"""
-        return self.prunes or self.expert_width is not None or self.action in ("shared-core", "dense")
+        fewer = self.teacher_top_k not in (None, self.top_k)
+        return self.prunes or fewer or self.expert_width is not None or self.action in ("shared-core", "dense")
 
     @property
     def fits(self) -> bool:

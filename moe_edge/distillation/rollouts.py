@@ -20,7 +20,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import GenerationConfig
 
 from moe_edge.contracts.config import OnPolicyConfig
@@ -47,7 +47,7 @@ class Rollouts:
     key "rollout", by which a loss knows that the labels are no one's text.
 
     Args:
-        student: has `generate`; not wrapped by a parallel backend.
+        student: has `generate`; what a parallel backend does to it in place is fine, a wrapper around it is not meant.
         steps: of the whole stage; the length of rollouts grows over them.
 
     Raises:
@@ -103,7 +103,7 @@ class Rollouts:
         with _writing(self._student, settings), torch.random.fork_rng(devices=cuda):
             torch.manual_seed(_seed_of(self._seed, step))
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(cuda)):
-                out_RS = self._student.generate(ids_RP, settings, attention_mask=mask_RP)
+                out_RS = self._student.generate(ids_RP, settings, attention_mask=mask_RP, synced_gpus=_several())
         return [until_end(new_N, self._ends).cpu() for new_N in out_RS[:, longest:]]
 
     def _settings(self, step: int) -> GenerationConfig:
@@ -201,5 +201,13 @@ def padded(rows: Sequence[Row], pad: int) -> Batch:
     }
 
 
+def _several() -> bool:
+    """Do several processes train together? Then all of them go on until the last one's text ends, because weights that are
+    sharded are gathered by all at once."""
+    return distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def _seed_of(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """Every process draws for itself."""
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -62,6 +62,7 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3": Layout(),
     "qwen2": Layout(),
     "mistral": Layout(rotates_pairs=True),
+    "llama": Layout(rotates_pairs=True),
     "granite": Layout((write.multipliers,), rotates_pairs=True),
 }
 

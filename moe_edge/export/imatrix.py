@@ -16,6 +16,7 @@ from gguf import GGUFWriter
 
 from moe_edge.contracts.spec import ModelSpec, TensorClass
 from moe_edge.export.gguf_layout import gguf_name
+from moe_edge.export.gguf_reorder import tile_value_heads
 from moe_edge.formulas.importance import mean_squares
 from moe_edge.storage.statistics import Statistics
 
@@ -123,8 +124,8 @@ def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, Seq
         for layer in range(spec.layers if key in numbers else 0):
             for tensor in tensors:
                 if _there(tensor, layer, spec):
-                    name, copies = gguf_name(*tensor, layer, spec.family), spec.heads if tensor[1] == "v_b" else 1
-                    yield _Sums(name, np.tile(numbers[key][layer], (copies, 1)), np.tile(dense, copies))
+                    columns = _as_stored(numbers[key][layer], tensor[1], spec)
+                    yield _Sums(gguf_name(*tensor, layer, spec.family), columns, np.repeat(dense, len(columns)))
     for key, tensors in _EXPERT.items():
         for position, layer in enumerate(spec.moe_layers if key in numbers else ()):
             chosen = slice(None) if kept is None else list(kept[layer])
@@ -134,6 +135,13 @@ def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, Seq
     if "head_in" in numbers:
         for name in ("output.weight", *(("token_embd.weight",) if spec.tied_embeddings else ())):
             yield _Sums(name, numbers["head_in"][None], dense)
+
+
+def _as_stored(columns: np.ndarray, part: str, spec: ModelSpec) -> np.ndarray:
+    """Columns [N] as the file's matrix has them, [matrices, N]."""
+    if part == "v_b":
+        return np.tile(columns, (spec.heads, 1))  # every head reads the latent
+    return (tile_value_heads(columns, spec) if part == "linear_out" else columns)[None]
 
 
 def _there(tensor: Key, layer: int, spec: ModelSpec) -> bool:

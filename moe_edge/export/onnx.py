@@ -16,14 +16,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of, refuse_absent_layers
+from moe_edge.export.onnx_check import check_cuda_folder
 from moe_edge.export.onnx_graph import build_graph, write_companions
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
-from moe_edge.export.onnx_precision import bits_table
 from moe_edge.export.onnx_quantize import Scheme
-from moe_edge.families import family_of
-from moe_edge.families.loading import load_model, stored_dtype
+from moe_edge.families import student_family
+from moe_edge.families.loading import stored_dtype
+from moe_edge.families.students import load_student
 from moe_edge.storage.checkpoint import inspect_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ def export_onnx(
     kept: Mapping[int, list[int]] | None = None,
     scheme: Scheme = "search",
     accuracy_level: int = FAST_ACCURACY,
+    layer_bits: LayerBits | None = None,
+    provider: Provider = "cpu",
 ) -> dict[str, Any]:
     """Write the ONNX folder `out` of the checkpoint.
 
@@ -51,29 +55,38 @@ def export_onnx(
         imatrix: the profile's sums of squares by neutral names; None quantizes unweighted.
         kept: layer -> the teacher's expert ids that the checkpoint kept, to pick their rows of the imatrix.
         scheme: "search" (ours) or "rtn" (the baseline).
+        layer_bits: bits of classes and layers instead of the precision's (contracts/onnx_bits.py).
+        provider: "cpu", or "cuda": float16 throughout, for a machine that has it; never opened here, only checked.
         accuracy_level: of MatMulNBits and QMoE; 4 computes with int8 activations, 0 in float32.
 
     Returns:
         JSON-able summary: precision, block_size, bits, bytes_by_class, bits_per_weight, nodes (operator counts), bytes.
 
     Raises:
-        ConfigError: unknown precision, or rows that no block divides.
+        ConfigError: unknown precision, float32 for CUDA, bits of layers that are not there, or rows that no block divides.
+        GateFailed: a graph for CUDA is malformed.
         InputRejected: unsupported family or a checkpoint without usable tokenizer.
         EnvironmentProblem: another onnxruntime-genai than the pinned one.
     """
-    recipe = Recipe(bits_table(precision), block_size, scheme, accuracy_level)
+    bits_of(precision, "expert")  # refuse an unknown one before the model is read
+    if provider == "cuda" and precision == "fp32":
+        raise ConfigError("a graph for CUDA computes in float16", next_command="--set export.onnx.precision=fp16")
+    recipe = Recipe(precision, block_size, scheme, accuracy_level, layer_bits or {}, provider)
     headers = inspect_checkpoint(checkpoint)
-    spec = family_of(headers.config).spec(headers.config)
-    model = load_model(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
+    spec = student_family(headers.config).spec(headers.config)
+    refuse_absent_layers(recipe.layer_bits, spec.layers)
+    model = load_student(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="moe-edge-onnx-") as work, torch.no_grad():
-        builder = build_graph(model, spec, checkpoint, Path(work))
+        builder = build_graph(model, spec, checkpoint, Path(work), provider)
         report = Packer(builder.model, recipe, Importance(imatrix, kept, spec.moe_layers)).run()
         nodes = Counter(node.op_type for node in builder.model.graph)
         ir.save(builder.model, partial / GRAPH, external_data=WEIGHTS, size_threshold_bytes=INLINE_BYTES)
         _write_companions(builder, checkpoint, partial)
+        if provider == "cuda":
+            check_cuda_folder(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
     return _summary(out, precision, block_size, report, nodes)
@@ -94,7 +107,7 @@ def _summary(out: Path, precision: str, block_size: int, report: Report, nodes: 
     return {
         "precision": precision,
         "block_size": block_size,
-        "bits": {name: report.bits[name] for name in classes},
+        "bits": {name: sorted(report.bits[name]) for name in classes},
         "bytes_by_class": {name: report.bytes[name] for name in classes},
         "bits_per_weight": {name: round(8 * report.bytes[name] / report.weights[name], 3) for name in classes},
         "nodes": dict(sorted(nodes.items())),

@@ -20,15 +20,19 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from moe_edge.contracts.capabilities import refusals
 from moe_edge.contracts.errors import EnvironmentProblem, InputRejected
+from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.onnx_moe import MoEGraph
-from moe_edge.families import family_of
+from moe_edge.families import student_family
+from moe_edge.families.base import AttentionNames
 from moe_edge.families.views import moe_layers
 
 logger = logging.getLogger(__name__)
 BUILDER_VERSION = "0.18"
 _PACKAGE = "onnxruntime_genai.models"
+_DTYPES: dict[Provider, ir.DataType] = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}
 # model_type -> builder module, its attention class, the genai_config model type (one that the runtime accepts)
 ATTENTION: dict[str, tuple[str, str, str]] = {
     "qwen3_moe": ("qwen", "Qwen3Model", "qwen3"),
@@ -38,7 +42,15 @@ ATTENTION: dict[str, tuple[str, str, str]] = {
     "granitemoe": ("mistral", "MistralModel", "granite"),
     "granitemoeshared": ("mistral", "MistralModel", "granite"),
     "ernie4_5_moe": ("mistral", "MistralModel", "ernie4_5"),
+    "qwen3": ("qwen", "Qwen3Model", "qwen3"),
+    "qwen2": ("qwen", "QwenModel", "qwen2"),
+    "mistral": ("mistral", "MistralModel", "mistral"),
+    "granite": ("mistral", "MistralModel", "granite"),
+    "llama": ("mistral", "MistralModel", "llama"),
     "gpt_oss": ("mistral", "MistralModel", "gptoss"),
+    "glm4_moe": ("mistral", "MistralModel", "llama"),
+    "minimax_m2": ("mistral", "MistralModel", "llama"),
+    "lfm2_moe": ("lfm2", "LFM2Model", "lfm2_moe"),
 }
 
 
@@ -86,6 +98,7 @@ class DecoderGraph:
 
     hf_model: Any
     spec: ModelSpec
+    attention_names: AttentionNames
 
     def __init__(self: Any, *args: Any) -> None:
         super().__init__(*args)
@@ -96,6 +109,13 @@ class DecoderGraph:
         self.attention_attrs["sinks"] = spec.sinks
         if spec.attention_scale is not None:
             self.attention_attrs["scale"] = spec.attention_scale
+
+    def make_attention_init(self: Any, config: Any) -> None:
+        self.attention_attrs["q_norm"] = self.attention_attrs["k_norm"] = self.spec.qk_norm != "none"
+        super().make_attention_init(config)  # type: ignore[misc]
+
+    def make_intermediate_size_init(self, config: Any) -> None:
+        """LFM2's class derives a width from keys that its mixtures lack; ours come with each block."""
 
     def load_weights(self, input_path: str) -> Any:
         return self.hf_model
@@ -109,20 +129,22 @@ class DecoderGraph:
 
     def make_rotary_embedding_caches_from_scratch(self: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [positions, head / 2] of the model's own frequencies, scaled or not."""
-        rotary = self.hf_model.model.rotary_emb
+        rotary = next(module for module in self.hf_model.modules() if hasattr(module, "inv_freq"))
         positions = torch.arange(self.rope_attrs["cache_length"], dtype=torch.float32)
         angles = torch.outer(positions, rotary.inv_freq.float())
         return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
     def make_layer(self: Any, layer_id: int, layer: Any) -> None:
         norms, simple = self.layernorm_attrs, self.layernorm_attrs["simple"]
-        first = norms["first_layernorm"]
-        self.make_layernorm(layer_id, layer.input_layernorm, skip=not first, simple=simple, location="input")
-        self.make_attention(layer_id, layer.self_attn, root_input=norms["output_0"])
+        first, names = norms["first_layernorm"], self.attention_names
+        before, after = (layer.get_submodule(name) for name in (names.input_norm, names.post_attention_norm))
+        self.make_layernorm(layer_id, before, skip=not first, simple=simple, location="input")
+        if self.spec.kind_of(layer_id) == "conv":
+            norms["skip_input"] = self.make_short_conv(layer_id, layer.conv, norms["output_0"])
+        else:
+            self.make_attention(layer_id, layer.self_attn, root_input=norms["output_0"])
         self._scale_residual(layer_id, "attn")
-        self.make_layernorm(
-            layer_id, layer.post_attention_layernorm, skip=True, simple=simple, location="post_attention"
-        )
+        self.make_layernorm(layer_id, after, skip=True, simple=simple, location="post_attention")
         self.make_feed_forward(layer_id, layer, norms["output_0"])
         self._scale_residual(layer_id, "mlp")
         norms["first_layernorm"] = False
@@ -134,7 +156,7 @@ class DecoderGraph:
             return
         name, scale = (
             f"/model/layers.{layer_id}/residual_{block}/Mul",
-            f"/model/constants/FLOAT/{self.spec.residual_scale}",
+            f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{self.spec.residual_scale}",
         )
         self.make_mul(name, [self.layernorm_attrs["skip_input"], scale], self.io_dtype, self.make_hidden_state_shape())
         self.layernorm_attrs["skip_input"] = f"{name}/output_0"
@@ -143,9 +165,8 @@ class DecoderGraph:
 class FullWidthNorms:
     """Mixin for OLMoE: real norm weights, q/k norms over the full width, and optional clipping of q, k and v."""
 
-    def make_attention_init(self: Any, config: Any) -> None:
-        self.attention_attrs["q_norm"] = self.attention_attrs["k_norm"] = True
-        super().make_attention_init(config)  # type: ignore[misc]
+    def is_fused_qk_norm_gqa_supported(self) -> bool:
+        return False  # attention's own norms on CUDA are per head
 
     def make_layernorm(self: Any, *args: Any, **kwargs: Any) -> None:
         base = _builder_class("base", "Model")
@@ -166,7 +187,10 @@ class FullWidthNorms:
             self._clip(layer_id)
 
     def _clip(self: Any, layer_id: int) -> None:
-        limits = [f"/model/constants/FLOAT/{sign * float(self.spec.clip_qkv)}" for sign in (-1, 1)]
+        limits = [
+            f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{sign * float(self.spec.clip_qkv)}"
+            for sign in (-1, 1)
+        ]
         for part in "qkv":
             name, path = f"/model/layers.{layer_id}/attn/{part}_clip", f"{part}_path"
             width = self.q_size if part == "q" else self.kv_size
@@ -175,8 +199,8 @@ class FullWidthNorms:
             self.attention_attrs[path] = f"{name}/output_0"
 
 
-def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> Any:
-    """Build the float32 graph of a Hugging Face MoE model.
+def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path, provider: Provider = "cpu") -> Any:
+    """Build the graph of a Hugging Face model: float32 for the CPU, float16 for CUDA.
 
     Args:
         model: a causal LM in any float dtype; its tensors are read lazily, so keep it alive until the graph is saved.
@@ -188,21 +212,22 @@ def build_graph(model: Any, spec: ModelSpec, checkpoint: Path, work: Path) -> An
 
     Raises:
         EnvironmentProblem: another release of the builder is installed.
-        InputRejected: the family has no row in ATTENTION.
+        InputRejected: ONNX Runtime would compute something else (contracts/capabilities.py).
     """
     check_builder()
-    if spec.family not in ATTENTION:
-        raise InputRejected(f"no ONNX export for '{spec.family}'", why=f"supported: {', '.join(ATTENTION)}")
+    if wrong := refusals("ort", spec):
+        raise InputRejected(f"this {spec.family} model cannot be exported as ONNX", why="; ".join(wrong))
     module, name, _ = ATTENTION[spec.family]
     mixins = (*((FullWidthNorms,) if spec.qk_norm == "full_width" else ()), MoEGraph, DecoderGraph)
-    views = {view.index: view for view in moe_layers(model)}
-    parts = {"spec": spec, "views": views, "dense_block": family_of(model.config.to_dict()).in_memory.block}
+    views = {view.index: view for view in (moe_layers(model) if spec.moe_layers else ())}
+    family = student_family(model.config.to_dict())
+    parts = {"spec": spec, "views": views, "names": family.in_memory, "attention_names": family.attention_names}
     config = copy.deepcopy(model.config)
     config._name_or_path, config.architectures = str(checkpoint), [type(model).__name__]
     options = {"shared_embeddings": spec.tied_embeddings, "windowed_kv_cache": False, "hf_token": False}
     with silenced():
         kind = type(f"MoE{name}", (*mixins, _builder_class(module, name)), parts)
-        builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(work), options)
+        builder = kind(config, _DTYPES[provider], _DTYPES[provider], provider, str(work), options)
         builder.hf_model = model
         builder.make_model("")
     builder.model.producer_name = "moe-edge"

@@ -1,10 +1,9 @@
-"""The feed-forward half of a decoder layer in the ONNX graph: router, MoE operator, shared expert, plain dense block.
+"""The feed-forward half of a decoder layer in the ONNX graph: MoE operator, shared expert, plain dense block.
 
-A mixin over a class of onnxruntime-genai's model builder (see onnx_graph), fed by the family's own view of the layer.
-The operator only knows the softmax of the K largest logits. Where a bias selects the experts, the graph selects, and hands
-the operator the chosen experts' logits and a very low number for all others: its softmax over them is the renormalised one.
+A mixin over a class of onnxruntime-genai's model builder (see onnx_graph), fed by the family's own view of the layer, so
+that layers may differ in experts, top-k and width. The router is in onnx_routing.
 
-Legend: E experts, K top-k, F expert width, D model width.
+Legend: E experts, F expert width, D model width.
 """
 
 from types import SimpleNamespace
@@ -14,25 +13,25 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from moe_edge.contracts.spec import ModelSpec
+from moe_edge.export.onnx_routing import Routing, RoutingGraph
+from moe_edge.families.base import Names
 from moe_edge.families.views import MoELayerView
 
-NOT_CHOSEN = -10000.0  # a logit whose share in a softmax is exactly 0
+CHOICE = "moe_edge.choice"  # in a MoE node's meta: the values that select and weigh, and whether QMoE renormalises
+MASS = "Mass"  # name of the Mul that QMoE, which keeps the weights as they are, does not need
 
 
-class MoEGraph:
+class MoEGraph(RoutingGraph):
     """Mixin over a builder class: what `make_layer` calls after the second norm."""
 
-    spec: ModelSpec
     views: dict[int, MoELayerView]  # decoder layer -> its experts
-    dense_block: str  # module of a layer without experts
+    names: Names  # of a decoder layer's feed-forward block
 
     def make_feed_forward(self: Any, layer_id: int, layer: Any, root_input: str) -> None:
         """Append the layer's block; its output is what the residual connection adds next."""
         view = self.views.get(layer_id)
         if view is None:
-            block = layer.get_submodule(self.dense_block)
-            output = self._make_plain(layer_id, block, root_input)
+            output = self._make_plain(layer_id, _gated(layer.get_submodule(self.names.block), self.names), root_input)
         else:
             output = self._make_experts(layer_id, view, root_input)
             if view.shared is not None:
@@ -40,8 +39,8 @@ class MoEGraph:
         self.layernorm_attrs["skip_input"] = output
 
     def _make_experts(self: Any, layer_id: int, view: MoELayerView, root_input: str) -> str:
-        name, moe, experts = f"/model/layers.{layer_id}/moe/MoE", self.spec.moe, view.experts
-        scores = self._make_router(layer_id, view, root_input)
+        base, moe, experts = f"/model/layers.{layer_id}/moe", self.spec.moe, view.experts
+        routing = self.make_routing(layer_id, view, root_input)
         weights = f"model.layers.{layer_id}.moe"
         gate_up, down = f"{weights}.gate_up.weight", f"{weights}.down.weight"
         transposed = getattr(experts, "is_transposed", False)
@@ -53,54 +52,40 @@ class MoEGraph:
             self.make_initializer(getattr(experts, f"{part}_proj_bias").detach(), biases[part], to=self.io_dtype)
         clamped = moe.activation == "clamped_swiglu"
         self.make_node(
-            "MoE", inputs=[root_input, scores, gate_up, biases["gate_up"], down, biases["down"]],
-            outputs=[f"{name}/output_0"], name=name, domain="com.microsoft", k=view.top_k,
+            "MoE", inputs=[root_input, routing.logits, gate_up, biases["gate_up"], down, biases["down"]],
+            outputs=[f"{base}/MoE/output_0"], name=f"{base}/MoE", domain="com.microsoft", k=view.top_k,
             activation_type="swiglu", swiglu_fusion=1, activation_alpha=moe.swiglu_alpha,
-            activation_beta=1.0 if clamped else 0.0, normalize_routing_weights=int(moe.renormalise),
+            activation_beta=1.0 if clamped else 0.0, normalize_routing_weights=int(routing.normalise),
             **({"swiglu_limit": moe.swiglu_limit} if clamped else {}),
         )  # fmt: skip
-        self.make_value(f"{name}/output_0", self.io_dtype, shape=self.make_hidden_state_shape())
-        return f"{name}/output_0"
+        self.make_value(f"{base}/MoE/output_0", self.io_dtype, shape=self.make_hidden_state_shape())
+        if routing.choice is not None:
+            choice = routing.choice
+            found = (self.make_value(choice.selects), self.make_value(choice.weighs), choice.renormalise)
+            self.make_value(f"{base}/MoE/output_0").producer().meta[CHOICE] = found
+        return self._weighed(base, routing)
 
-    def _make_router(self: Any, layer_id: int, view: MoELayerView, root_input: str) -> str:
-        """What the operator takes for logits, shape (tokens, E)."""
-        base = f"/model/layers.{layer_id}/moe/router"
-        logits = self.make_matmul(view.router, f"{base}/MatMul", root_input)
-        if self.spec.moe.router_bias:
-            self.make_add_bias(view.router.bias.detach(), f"{base}/Add", root_input=f"{logits}/output_0")
-            logits = f"{base}/Add"
-        shape = f"/model/constants/INT64/{[-1, view.count]}"
-        self.make_reshape(f"{base}/Reshape", [f"{logits}/output_0", shape], self.io_dtype, ["tokens", view.count])
-        if not self.spec.moe.selection_bias:
-            return f"{base}/Reshape/output_0"
-        return self._choose(base, view, f"{base}/Reshape/output_0")
-
-    def _choose(self: Any, base: str, view: MoELayerView, logits: str) -> str:
-        """The logits of the K experts with the largest biased probability; NOT_CHOSEN for the others."""
-        every, chosen = ["tokens", view.count], ["tokens", view.top_k]
-        bias = f"{base[1:].replace('/', '.')}.selection_bias"
-        self.make_initializer(view.selection_bias.tensor.detach().reshape(-1), bias, to=self.io_dtype)
-        self.make_softmax(f"{base}/Softmax", logits, self.io_dtype, every)
-        self.make_add(f"{base}/Biased", [f"{base}/Softmax/output_0", bias], self.io_dtype, every)
-        count = f"/model/constants/INT64/{[view.top_k]}"
-        self.make_topk(f"{base}/TopK", [f"{base}/Biased/output_0", count], self.io_dtype, chosen)
-        index = f"{base}/TopK/output_1"
-        self.make_gather_elements(f"{base}/GatherElements", [logits, index], self.io_dtype, chosen, axis=1)
-        self.make_shape(f"{base}/Shape", logits, [2])
-        nothing = ir.tensor([NOT_CHOSEN], dtype=ir.DataType.FLOAT)
-        self.make_constant_of_shape(f"{base}/Nothing", f"{base}/Shape/output_0", nothing, self.io_dtype, every)
-        inputs = [f"{base}/Nothing/output_0", index, f"{base}/GatherElements/output_0"]
-        self.make_scatter_elements(f"{base}/ScatterElements", inputs, self.io_dtype, every, axis=1)
-        return f"{base}/ScatterElements/output_0"
+    def _weighed(self: Any, base: str, routing: Routing) -> str:
+        """The operator's output times what its weights lack: their sum, and the factor on all routed experts."""
+        output, shape, scale = f"{base}/MoE/output_0", self.make_hidden_state_shape(), self.spec.moe.routed_scale
+        if routing.mass is not None:
+            self.make_mul(f"{base}/{MASS}", [output, routing.mass], self.io_dtype, shape)
+            output = f"{base}/{MASS}/output_0"
+        if scale != 1.0:
+            factor = f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{scale}"
+            self.make_mul(f"{base}/Scale", [output, factor], self.io_dtype, shape)
+            output = f"{base}/Scale/output_0"
+        return output
 
     def _expert_weight(self: Any, name: str, weight: torch.Tensor, layout: Any, transposed: bool) -> None:
         """Register an expert tensor that is laid out and converted only when it is read, one at a time."""
 
         def read() -> TorchTensor:
-            return TorchTensor(layout(weight.detach()), name=name)
+            return TorchTensor(layout(weight.detach()).to(dtype), name=name)
 
+        dtype = torch.float16 if self.io_dtype == ir.DataType.FLOAT16 else torch.float32
         shape = weight.transpose(1, 2).shape if transposed else weight.shape
-        tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+        tensor = ir.LazyTensor(read, dtype=self.io_dtype, shape=ir.Shape(shape), name=name)
         value = self.make_value(name, tensor.dtype, tensor.shape)
         value.const_value = tensor
         self.model.graph.register_initializer(value)
@@ -115,7 +100,7 @@ class MoEGraph:
 
     def _add_shared_expert(self: Any, layer_id: int, view: MoELayerView, root_input: str, routed: str) -> str:
         base, shape = f"/model/layers.{layer_id}/shared_expert_gate", self.make_hidden_state_shape()
-        block = _split(view) if view.names.shared_gate_up else view.shared
+        block = _split(view) if view.names.shared_gate_up else _gated(view.shared, self.names)
         shared = self._make_plain(layer_id, block, root_input)
         if self.spec.moe.shared_gated:
             gate = self.make_matmul(view.layer.get_submodule(view.names.shared_router), f"{base}/MatMul", root_input)
@@ -125,6 +110,12 @@ class MoEGraph:
             shared = f"{base}/Mul/output_0"
         self.make_add(f"{base}/Add", [routed, shared], self.io_dtype, shape)
         return f"{base}/Add/output_0"
+
+
+def _gated(block: Any, names: Names) -> SimpleNamespace:
+    """A gated MLP under the builder's names."""
+    parts = {"gate_proj": names.gate, "up_proj": names.up, "down_proj": names.down}
+    return SimpleNamespace(**{ours: block.get_submodule(theirs) for ours, theirs in parts.items()})
 
 
 def _split(view: MoELayerView) -> SimpleNamespace:

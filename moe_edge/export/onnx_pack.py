@@ -1,15 +1,15 @@
 """Rewrites a float32 MoE graph: MoE -> QMoE, MatMul -> MatMulNBits, Gather -> GatherBlockQuantized.
 
-What is quantized, and to how many bits, is the table in onnx_precision; how, is onnx_quantize. Scales are stored as
-float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same kernels). QMoE on
-CPU always renormalises the top-k weights unless it is handed them, so models that do not renormalise compute their
-softmax in the graph and pass it as input 14 (router_weights), which is exact. accuracy_level 4 (int8 activations) is
-what makes decoding fast.
+What is quantized is the table in onnx_precision, to how many bits that in contracts/onnx_bits.py, and how is onnx_quantize.
+Scales are stored as float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same
+kernels); a float16 graph reads them as they are. QMoE on CPU always renormalises the top-k weights of its own softmax, so
+every other routing hands it what selects and what weighs the experts (inputs 1 and 14), computed in the graph
+(onnx_routing), which is exact. accuracy_level 4 (int8 activations) is what makes decoding fast.
 
 Legend: E experts, N output rows, K input columns.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +17,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, Provider, bits_of, fitting_block
 from moe_edge.contracts.progress import track
 from moe_edge.export.onnx_imatrix import Importance
-from moe_edge.export.onnx_precision import QUANTIZED_BITS, NodeRule, fitting_block, layer_of, rule_of
+from moe_edge.export.onnx_moe import CHOICE, MASS
+from moe_edge.export.onnx_precision import WEIGHT_INPUTS, NodeRule, layer_of, rule_of
 from moe_edge.export.onnx_quantize import Scheme, pack_codes, quantize
 
 MICROSOFT = "com.microsoft"
 FAST_ACCURACY = 4  # int8 activations in MatMulNBits and QMoE
-ROUTER_WEIGHTS = 14  # QMoE's input with the top-k weights as they are
+ROUTER_PROBS, ROUTER_WEIGHTS = 1, 14  # QMoE's inputs that select experts and that weigh them
 # QMoE's inputs of the two expert matrices: weight in the MoE node, imatrix key, quantized weight, zero points
 EXPERT_INPUTS = ((2, "expert_in", 2, 11), (4, "expert_down", 5, 12))
 EXPERT_BIASES = ((3, 4), (5, 7))  # input of MoE, input of QMoE
@@ -32,12 +34,14 @@ EXPERT_BIASES = ((3, 4), (5, 7))  # input of MoE, input of QMoE
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize: bits per class, weights per scale, search scheme, and the kernels' accuracy level."""
+    """How to quantize: precision (or bits per class and layers), weights per scale, scheme, the kernels' accuracy level."""
 
-    bits: dict[str, int]
-    block_size: int
+    precision: str
+    block_size: int = 32
     scheme: Scheme = "search"
     accuracy_level: int = FAST_ACCURACY
+    layer_bits: LayerBits = field(default_factory=dict)
+    provider: Provider = "cpu"
 
 
 @dataclass
@@ -46,11 +50,11 @@ class Report:
 
     bytes: Counter[str] = field(default_factory=Counter)
     weights: Counter[str] = field(default_factory=Counter)
-    bits: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def add(self, weight_class: str, bits: int, weights: int, stored: list[ir.Value]) -> None:
         """Count the initializers `stored`, which hold `weights` numbers."""
-        self.bits[weight_class] = bits
+        self.bits[weight_class].add(bits)
         self.weights[weight_class] += weights
         self.bytes[weight_class] += sum(value.const_value.nbytes for value in stored if value.const_value is not None)
 
@@ -61,6 +65,7 @@ class Packer:
     def __init__(self, model: ir.Model, recipe: Recipe, importance: Importance) -> None:
         self.graph, self.recipe, self.importance = model.graph, recipe, importance
         self.report = Report()
+        self.dense = not any(node.op_type == "MoE" for node in self.graph)
 
     def run(self) -> Report:
         """Rewrite every node that carries weights; norms and whatever has no rule stay as they are."""
@@ -71,7 +76,7 @@ class Packer:
         # The head comes before a tied embedding, which reads the head's tensors.
         jobs.sort(key=lambda job: job[1].weight_class == "embedding")
         for node, rule in track(jobs, "quantizing"):
-            bits = self.recipe.bits[rule.weight_class]
+            bits = self._bits(node, rule)
             if node.op_type == "Gather" and node.inputs[0].producer() is not None:
                 self._tied_gather(node)
             elif bits in QUANTIZED_BITS:
@@ -81,6 +86,10 @@ class Packer:
         self._drop_unused()
         self.graph.sort()
         return self.report
+
+    def _bits(self, node: ir.Node, rule: NodeRule) -> int:
+        layer = layer_of(node.name or "")
+        return bits_of(self.recipe.precision, rule.weight_class, layer, self.recipe.layer_bits, self.dense)
 
     def _matmul(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         weight_NK = _read(node.inputs[1]).T
@@ -139,34 +148,44 @@ class Packer:
         for source, target in EXPERT_BIASES:
             inputs[target] = node.inputs[source] if source < len(node.inputs) else None
         attributes = {name: value.value for name, value in node.attributes.items()}
-        if not attributes["normalize_routing_weights"]:
-            softmax = ir.node("Softmax", [node.inputs[1]], attributes={"axis": -1}, name=f"{node.name}/router_weights")
-            self.graph.insert_before(node, softmax)
-            inputs[ROUTER_WEIGHTS] = softmax.outputs[0]
+        if CHOICE in node.meta:
+            inputs[ROUTER_PROBS], inputs[ROUTER_WEIGHTS], renormalise = node.meta[CHOICE]
+            attributes["normalize_routing_weights"] = int(renormalise)
+            self._drop_mass(node)
         attributes |= {"expert_weight_bits": bits, "block_size": block}
+        attributes |= {"weights_prepacked": 0} if self.recipe.provider == "cuda" else {}
         self._replace(node, "QMoE", inputs, attributes | self._accuracy())
+
+    def _drop_mass(self, node: ir.Node) -> None:
+        """Remove the product with the weights' sum, by which QMoE does not divide."""
+        for use in node.outputs[0].uses():
+            if (use.node.name or "").endswith(f"/{MASS}"):
+                use.node.outputs[0].replace_all_uses_with(node.outputs[0])
+                self.graph.remove(use.node, safe=True)
 
     def _keep_float(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         """Leave the weights in float32, or store them as float16 and widen them at load."""
-        for value in [value for value in node.inputs if value is not None and value.is_initializer()]:
+        for value in [node.inputs[at] for at in WEIGHT_INPUTS[node.op_type]]:
+            if not value.is_initializer():
+                continue  # a tied embedding reads the head's matrix, which is already counted
             weights, stored = value.const_value.size, value
-            if bits == 16:
-                half = self._widened(f"{value.name}_half", _read(value).half())
+            if bits == 16 and value.dtype == ir.DataType.FLOAT:
+                stored, half = self._scales(f"{value.name}_half", _read(value).half())
                 value.replace_all_uses_with(half)
-                stored = half.producer().inputs[0]
-            self.report.add(rule.weight_class, bits, weights, [stored])
+            self.report.add(rule.weight_class, min(bits, 8 * stored.dtype.itemsize), weights, [stored])
 
     def _accuracy(self) -> dict[str, int]:
-        return {"accuracy_level": self.recipe.accuracy_level}
+        """Only CPU kernels have levels."""
+        return {"accuracy_level": self.recipe.accuracy_level} if self.recipe.provider == "cpu" else {}
 
     def _store(
         self, name: str, codes: Any, scale: torch.Tensor, zero: torch.Tensor, bits: int, rule: NodeRule, weights: int
     ) -> list[ir.Value]:
         """Register packed codes, scales and zero points; returns the values that a node reads."""
-        widened = self._widened(f"{name}_scale", scale)
+        scales, widened = self._scales(f"{name}_scale", scale)
         data = self._initializer(f"{name}_Q{bits}", codes)
         zeros = self._initializer(f"{name}_zp", pack_codes(zero, bits))
-        self.report.add(rule.weight_class, bits, weights, [data, widened.producer().inputs[0], zeros])
+        self.report.add(rule.weight_class, bits, weights, [data, scales, zeros])
         return [data, widened, zeros]
 
     def _initializer(self, name: str, array: Any) -> ir.Value:
@@ -175,14 +194,16 @@ class Packer:
         self.graph.register_initializer(value)
         return value
 
-    def _widened(self, name: str, half: torch.Tensor) -> ir.Value:
-        """A float16 initializer behind a Cast to float32."""
+    def _scales(self, name: str, half: torch.Tensor) -> tuple[ir.Value, ir.Value]:
+        """A float16 initializer, and the value that operators read: itself in a float16 graph, or a Cast to float32."""
         stored = self._initializer(name, half.numpy())
+        if self.recipe.provider == "cuda":
+            return stored, stored
         cast = ir.node("Cast", [stored], attributes={"to": int(ir.DataType.FLOAT)}, name=f"/widen/{name}")
         self.graph.append(cast)
         out = cast.outputs[0]
         out.name, out.dtype, out.shape = f"{name}_float", ir.DataType.FLOAT, stored.shape
-        return out
+        return stored, out
 
     def _replace(self, node: ir.Node, op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> None:
         """Put a com.microsoft node in `node`'s place, with its output's name and consumers."""
@@ -195,13 +216,14 @@ class Packer:
         self.graph.remove(node, safe=True)
 
     def _drop_unused(self) -> None:
-        """Remove a tied embedding's Transpose once nobody reads it, then the initializers that nobody reads."""
-        for node in [n for n in self.graph if n.op_type == "Transpose" and not n.outputs[0].uses()]:
-            self.graph.remove(node, safe=True)
+        """Remove what nobody reads: a tied embedding's Transpose, the way to logits that QMoE does without."""
+        for node in reversed(self.graph):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                self.graph.remove(node, safe=True)
         for name in [n for n, value in self.graph.initializers.items() if not value.uses()]:
             del self.graph.initializers[name]
 
 
 def _read(value: ir.Value) -> torch.Tensor:
     """An initializer as float32."""
-    return torch.from_numpy(value.const_value.numpy())
+    return torch.from_numpy(value.const_value.numpy()).float()

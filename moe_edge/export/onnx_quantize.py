@@ -4,7 +4,11 @@ A weight x is stored as an unsigned code q with one float16 scale s and one inte
 x ~ s (q - z). Round-to-nearest ("rtn") spans the block's range; our search minimises the error that the layer's output
 sees, sum_j w_j (x_j - s (q_j - z))^2 with w_j the mean square of input column j (the diagonal of the Hessian, as in
 llama.cpp's imatrix and OBQ, Frantar & Alistarh 2022, eq. 1), over a few starting ranges, each refined by alternating
-closed-form updates of z and s. RTN is one of the candidates, so that no block can end up worse.
+closed-form updates of z and s. As in llama.cpp, w_j is multiplied with sqrt(mean x^2 + x_j^2) while searching: with long
+blocks the plain minimum clips the large weights, which costs more of the model's output than the sum says. RTN is one of
+the candidates, and none that raises its plain weighted error is taken, so that no block can end up worse.
+
+Four starting ranges with two refinements come within 3 % of the error of eighteen, in a fifth of the time.
 
 Shapes: R rows, C columns, B blocks (of all rows), N weights per block.
 """
@@ -72,12 +76,6 @@ def quantize(
     )  # fmt: skip
 
 
-def weighted_error(x_BN: torch.Tensor, blocks_BN: torch.Tensor, w_BN: torch.Tensor | None) -> torch.Tensor:
-    """Per-block sum of w (x - x^)^2, [B]."""
-    error = (x_BN - blocks_BN).square_()
-    return (error if w_BN is None else error.mul_(w_BN)).sum(-1)
-
-
 def _half(scale_B: torch.Tensor) -> torch.Tensor:
     """Round scales to what the file stores; a scale that would vanish becomes 1, and its codes all zero."""
     stored = scale_B.clamp(max=65504.0).half().float()
@@ -98,15 +96,14 @@ def _rtn(x_BN: torch.Tensor, bits: int, share: float = 1.0) -> Trial:
 
 
 def _refine(
-    x_BN: torch.Tensor, w_BN: torch.Tensor | None, codes_BN: torch.Tensor, scale_B: torch.Tensor, levels: int
+    x_BN: torch.Tensor, w_BN: torch.Tensor, codes_BN: torch.Tensor, scale_B: torch.Tensor, levels: int
 ) -> Trial:
     """One alternating step: the best zero point for these codes, the least-squares scale for it, then new codes."""
-    weights = torch.ones_like(x_BN) if w_BN is None else w_BN
-    total_B = weights.sum(-1).clamp_(min=1e-30)
+    total_B = w_BN.sum(-1).clamp_(min=1e-30)
     offset = codes_BN - x_BN / scale_B[:, None]
-    zero_B = ((weights * offset).sum(-1) / total_B).round_().clamp_(0, levels)
+    zero_B = ((w_BN * offset).sum(-1) / total_B).round_().clamp_(0, levels)
     level_BN = codes_BN - zero_B[:, None]
-    weighted = weights * level_BN
+    weighted = w_BN * level_BN
     power_B = (weighted * level_BN).sum(-1)
     fitted_B = (weighted * x_BN).sum(-1) / power_B.clamp(min=1e-30)
     scale_B = _half(torch.where((power_B > 0) & (fitted_B > 0), fitted_B, scale_B))
@@ -114,20 +111,26 @@ def _refine(
 
 
 def _search(x_BN: torch.Tensor, w_BN: torch.Tensor | None, bits: int) -> Trial:
-    """The best of all candidates per block; RTN is the first, later ones replace it only when strictly better."""
+    """The best of all candidates per block. RTN is the first; a later one replaces it when its emphasised error is smaller
+    and its plain one no larger than RTN's."""
+    emphasis_BN = (x_BN.square().mean(-1, keepdim=True) + x_BN.square()).sqrt_()
+    if w_BN is not None:
+        emphasis_BN *= w_BN
     best: list[torch.Tensor] = []
-    least_B = torch.empty(0)
+    least_B = limit_B = torch.empty(0)
     for share in RANGES[bits]:
         trial = _rtn(x_BN, bits, share)
         for step in range(REFINEMENTS + 1):
             if step:
-                trial = _refine(x_BN, w_BN, trial[0], trial[1], 2**bits - 1)
+                trial = _refine(x_BN, emphasis_BN, trial[0], trial[1], 2**bits - 1)
             codes, scale, zero = trial
-            error_B = weighted_error(x_BN, (codes - zero[:, None]).mul_(scale[:, None]), w_BN)
+            square_BN = (codes - zero[:, None]).mul_(scale[:, None]).sub_(x_BN).square_()
+            plain_B = (square_BN if w_BN is None else square_BN * w_BN).sum(-1)
+            error_B = square_BN.mul_(emphasis_BN).sum(-1)
             if not best:
-                best, least_B = [t.clone() for t in trial], error_B
+                best, least_B, limit_B = [t.clone() for t in trial], error_B, plain_B
                 continue
-            better_B = error_B < least_B
+            better_B = (error_B < least_B) & (plain_B <= limit_B)
             least_B = torch.where(better_B, error_B, least_B)
             best = [
                 torch.where(better_B[:, None] if old.dim() == 2 else better_B, new, old)

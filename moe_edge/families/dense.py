@@ -22,7 +22,7 @@ from moe_edge.families.views import MoELayerView, moe_layers, shared_matrices
 from moe_edge.formulas.ffn import Ffn, concatenate
 
 DENSE_OF = {"qwen3_moe": "qwen3", "qwen2_moe": "qwen2", "mixtral": "mistral", "granitemoe": "granite"}
-DENSE_TYPES = tuple(DENSE_OF.values())
+DENSE_TYPES = (*DENSE_OF.values(), "llama")  # what is loaded as a dense student; llama comes from elsewhere
 _OWN_KEYS = ("model_type", "architectures", "intermediate_size", "transformers_version", "max_window_layers")
 
 

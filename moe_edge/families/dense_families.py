@@ -25,9 +25,10 @@ def _all_layers(values: Mapping[str, Any]) -> Iterable[int]:
     return range(values["num_hidden_layers"])
 
 
-def _slides(values: Mapping[str, Any]) -> bool:
-    """qwen2 and qwen3 say in `layer_types` which layers slide, `max_window_layers` has filled it."""
-    return "sliding_attention" in (values.get("layer_types") or ())
+def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have the window, where the config says it for each."""
+    kinds = tuple("sliding" if kind == "sliding_attention" else "full" for kind in values.get("layer_types") or ())
+    return {"layer_kinds": kinds} if len(set(kinds)) > 1 else {}
 
 
 _DEFAULTS = {
@@ -35,15 +36,14 @@ _DEFAULTS = {
     "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "default_theta": 10000.0,
 }  # fmt: skip
-_WINDOW = (_slides, "a sliding window in some layers")
 _MLP_BIAS = (lambda v: bool(v.get("mlp_bias")), "mlp_bias: biases in the feed-forward blocks")
 DENSE_FAMILIES: dict[str, Family] = {
     "qwen3": DenseFamily(
-        model_type="qwen3", defaults=_DEFAULTS, refusals=(_WINDOW,), qk_norm="per_head", bias_key="attention_bias",
+        model_type="qwen3", defaults=_DEFAULTS, more=_windows, qk_norm="per_head", bias_key="attention_bias",
         output_bias=True, sliding_key="use_sliding_window", rotary="plain", dense_layers=_all_layers,
     ),
     "qwen2": DenseFamily(
-        model_type="qwen2", defaults=_DEFAULTS | {"qkv_bias": True}, refusals=(_WINDOW,), bias_key="qkv_bias",
+        model_type="qwen2", defaults=_DEFAULTS | {"qkv_bias": True}, more=_windows, bias_key="qkv_bias",
         sliding_key="use_sliding_window", rotary="plain", dense_layers=_all_layers,
     ),
     "mistral": DenseFamily(model_type="mistral", defaults=_DEFAULTS, rotary="plain", dense_layers=_all_layers),
@@ -52,5 +52,9 @@ DENSE_FAMILIES: dict[str, Family] = {
         defaults=_DEFAULTS
         | {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0},
         dense_layers=_all_layers,
+    ),
+    "llama": DenseFamily(
+        model_type="llama", defaults=_DEFAULTS, refusals=(_MLP_BIAS,), bias_key="attention_bias", output_bias=True,
+        rotary="plain", dense_layers=_all_layers,
     ),
 }  # fmt: skip

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from moe_edge.contracts.config_io import read_yaml, validate_document
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.families.chat_template import render_chat
 
 DEFAULT = "default"
 PIECE_CHARACTERS = 2000  # plain text is shuffled in pieces of at least this length
@@ -167,17 +167,13 @@ def render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     """A document as text: a chat through the tokenizer's template, or as an Alpaca prompt when it has none.
 
     Raises:
-        InputRejected: the template fails; transformers runs it in a sandbox, so a hostile one ends here too.
+        InputRejected: the template fails; it runs in a sandbox with limits, so a hostile one ends here too.
     """
     if isinstance(document, str):
         return document
     if not tokenizer.chat_template:
         return _alpaca(document)
-    try:
-        return tokenizer.apply_chat_template(document, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise InputRejected("the tokenizer's chat template fails", where="chat_template", why=why) from error
+    return render_chat(tokenizer, document)
 
 
 def _alpaca(messages: Messages) -> str:

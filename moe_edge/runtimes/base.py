@@ -12,12 +12,12 @@ from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from moe_edge.runtimes.sampling import GREEDY, Sampling, pick, row_generator
+from moe_edge.runtimes.sampling import GREEDY, RowNoise, Sampling, pick
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to be continued; `row` names it for the random numbers (`sampling.row_generator`)."""
+    """One prompt to be continued; `row` names it for the random numbers (`sampling.RowNoise`)."""
 
     ids: Sequence[int]
     row: str = ""
@@ -67,9 +67,7 @@ class ClosingRuntime:
         self: Runtime, prompts: Sequence[Prompt], max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling
     ) -> list[list[int]]:
         """The continuation of every prompt; adapters that decode rows side by side override it."""
-        return [
-            generate(self, p.ids, max_new_tokens, stop_ids, sampling, row_generator(p.seed, p.row)) for p in prompts
-        ]
+        return [generate(self, p.ids, max_new_tokens, stop_ids, sampling, RowNoise(p.seed, p.row)) for p in prompts]
 
     def close(self) -> None:
         """Overridden by the adapter that owns something."""
@@ -89,7 +87,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
     sampling: Sampling = GREEDY,
-    generator: np.random.Generator | None = None,
+    noise: RowNoise | None = None,
 ) -> list[int]:
     """Continuation of a prompt, without the prompt; a stop token ends it and is not returned.
 
@@ -99,16 +97,16 @@ def generate(
         max_new_tokens: fewer tokens than this mean that a stop token came.
         stop_ids: tokens that end an answer.
         sampling: greedy by default.
-        generator: the random numbers of a sampled answer; the same ones give the same answer.
+        noise: the random numbers of a sampled answer; the same ones give the same answer.
 
     Raises:
         InputRejected: the logits hold NaN or infinity.
     """
-    generator = generator or row_generator(0, "")
+    noise = noise or RowNoise(0, "")
     generated: list[int] = []
     logits_V = runtime.prefill(np.asarray(ids_S, dtype=np.int64)) if max_new_tokens > 0 else None
     while len(generated) < max_new_tokens:
-        token = pick(logits_V, sampling, generator)
+        token = pick(logits_V, sampling, noise)
         if token in stop_ids:
             break
         generated.append(token)

@@ -13,21 +13,18 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.quantization import GGML_TYPES
 
 MAX_KEYS, MAX_TENSORS, MAX_ELEMENTS = 1 << 16, 1 << 18, 1 << 22
 MAX_ALIGNMENT = 1 << 20
 # value type -> struct format
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# ggml's own numbers of the types in contracts/quantization.py
-GGML_TYPE_IDS = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
-    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "BF16": 30,
-    "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "MXFP4": 39,
-}  # fmt: skip
-_TYPE_NAMES = {number: name for name, number in GGML_TYPE_IDS.items()}
+# Every type of ggml's, so that files of other makers can be read too; what we write is in contracts/quantization.py.
+GGML_TYPE_IDS = {kind.name: int(kind) for kind in GGMLQuantizationType}
+_KINDS = {int(kind): kind for kind in GGMLQuantizationType}
 
 
 @dataclass(frozen=True)
@@ -172,10 +169,10 @@ def _tensor_row(cursor: _Cursor) -> GgufTensor:
         cursor.refuse(f"tensor '{name[:80]}' has {n_dims} dimensions")
     dims = [cursor.scalar("Q") for _ in range(n_dims)]
     number, offset = cursor.scalar("I"), cursor.scalar("Q")
-    if number not in _TYPE_NAMES:
+    if number not in _KINDS:
         cursor.refuse(f"tensor '{name[:80]}' has the unsupported type {number}")
-    kind = _TYPE_NAMES[number]
-    per_block, block_bytes = GGML_TYPES[kind]
+    kind = _KINDS[number].name
+    per_block, block_bytes = GGML_QUANT_SIZES[_KINDS[number]]
     count = prod(dims)
     if not 0 < count < 1 << 48 or dims[0] % per_block:
         cursor.refuse(f"tensor '{name[:80]}' of type {kind} has the impossible shape {dims}")

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.students import load_student, use_fastest_experts
+from moe_edge.families.routing_gap import watched_gaps
+from moe_edge.families.students import is_mixture, load_student, use_fastest_experts
 from moe_edge.runtimes.base import ClosingRuntime, Prompt
 from moe_edge.runtimes.hf_batch import generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling
@@ -44,6 +45,15 @@ class HfRuntime(ClosingRuntime):
     def logits(self, ids_S: np.ndarray) -> np.ndarray:
         """Logits [S, V] float32 of every position, from an empty context. Raises ConfigError when S is too long."""
         return self._forward(ids_S, None, last_only=False)
+
+    def routing_gaps(self, ids_S: np.ndarray) -> np.ndarray:
+        """Each token's smallest routing gap over all MoE layers, [S] (families/routing_gap.py); infinite without routers."""
+        if not is_mixture(self._open_model()):
+            return np.full(len(ids_S), np.inf, dtype=np.float32)
+        with watched_gaps(self._open_model()) as gaps:
+            self._forward(ids_S, None, last_only=True)
+        smallest: np.ndarray = torch.stack(gaps).amin(0).numpy()
+        return smallest
 
     def prefill(self, ids_S: np.ndarray) -> np.ndarray:
         """Empty the context, read the prompt, return the last position's logits [V] float32."""

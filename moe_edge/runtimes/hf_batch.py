@@ -14,21 +14,21 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from moe_edge.runtimes.base import Prompt
-from moe_edge.runtimes.sampling import Sampling, pick, row_generator
+from moe_edge.runtimes.sampling import RowNoise, Sampling, pick
 
 
 class SeededPick(LogitsProcessor):
     """Draws every row's token and leaves only that one possible, so that the greedy search takes it."""
 
     def __init__(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        self._generators = [row_generator(prompt.seed, prompt.row) for prompt in prompts]
+        self._noise = [RowNoise(prompt.seed, prompt.row) for prompt in prompts]
         self._sampling = sampling
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [B, V] with one zero per row and minus infinity elsewhere."""
         chosen_BV = torch.full_like(scores, -torch.inf)
         for row, logits_V in enumerate(scores.float().cpu().numpy()):
-            chosen_BV[row, pick(logits_V, self._sampling, self._generators[row])] = 0.0
+            chosen_BV[row, pick(logits_V, self._sampling, self._noise[row])] = 0.0
         return chosen_BV
 
 

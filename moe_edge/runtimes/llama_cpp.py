@@ -62,7 +62,6 @@ class LlamaCppRuntime(ClosingRuntime):
         if kv_cache not in KV_TYPES:
             raise ConfigError(f"unknown KV cache '{kv_cache}'", why=f"known: {', '.join(KV_TYPES)}")
         self.path, self.context_length = path, context_length
-        self.metadata = [check_gguf_header(part).metadata for part in parts_of(path)][0]
         self._model = load_gguf(path, use_mmap=use_mmap, repack=repack, gpu_layers=gpu_layers)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab = int(lib.llama_vocab_n_tokens(self._vocab))
@@ -180,11 +179,13 @@ class LlamaCppRuntime(ClosingRuntime):
 def load_gguf(
     path: Path, *, use_mmap: bool = True, repack: bool = True, gpu_layers: int = 0, vocab_only: bool = False
 ) -> lib.llama_model_p:
-    """Load a checked GGUF file; the caller frees the model.
+    """Load a GGUF file, its header checked first; the caller frees the model.
 
     Raises:
-        InputRejected: llama.cpp refuses it, with its own words.
+        InputRejected: the header is not sane, or llama.cpp refuses the file, with its own words.
     """
+    for part in parts_of(path):
+        check_gguf_header(part)
     quiet_llama()
     lib.llama_backend_init()
     params = lib.llama_model_default_params()

@@ -46,6 +46,7 @@ def inspect_onnx(folder: Path) -> OnnxHeader:
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(folder, tensor)
+    _refuse_other_provider(config, folder)
     sizes = {
         name: _size(config, path, folder)
         for name, path in {
@@ -94,7 +95,10 @@ def _check_external(folder: Path, tensor: onnx.TensorProto) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     where = f"{folder / GRAPH}, tensor {tensor.name!r}"
-    if location in ("", ".", "..") or Path(location).name != location or "\\" in location:
+    if len(entries) != len(tensor.external_data):
+        why = "a key occurs twice, and a reader may take either"
+        raise InputRejected("an ONNX tensor's reference is ambiguous", where=where, why=why)
+    if location in ("", ".", "..") or Path(location).name != location or set(location) & set("\\:\0"):
         why = f"its data lie at {location!r}; expected a file name inside the folder"
         raise InputRejected("an ONNX tensor points outside its folder", where=where, why=why)
     path = folder / location
@@ -110,6 +114,17 @@ def _check_external(folder: Path, tensor: onnx.TensorProto) -> None:
     if negative or end > size:
         why = f"it ends at byte {end}, the file has {size}"
         raise InputRejected("an ONNX data file is truncated", where=where, why=why)
+
+
+def _refuse_other_provider(config: dict[str, Any], folder: Path) -> None:
+    """Raises InputRejected when the folder was written for an accelerator, whose layout the CPU does not read."""
+    options: Any = config
+    for key in ("model", "decoder", "session_options", "provider_options"):
+        options = options.get(key) if isinstance(options, dict) else None
+    names = [name for option in options or () if isinstance(option, dict) for name in option]
+    if names:
+        why = f"genai_config.json asks for the provider {', '.join(map(str, names))}"
+        raise InputRejected("this ONNX folder is not for the CPU", where=str(folder), why=why)
 
 
 def _size(config: dict[str, Any], path: str, folder: Path) -> int:

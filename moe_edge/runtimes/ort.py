@@ -1,11 +1,13 @@
 """ONNX Runtime behind the runtime interface: a plain InferenceSession on the CPU, no onnxruntime-genai needed.
 
 The key-value cache is one buffer per layer and side, as long as the context. Each call binds it as past and as present,
-so that GroupQueryAttention appends in place and a decoded token copies nothing but its logits.
+so that GroupQueryAttention appends in place and a decoded token copies nothing but its logits. The small state of a
+convolution layer is a new tensor after every call.
 
 Legend: S sequence, C context length, V vocabulary.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import onnxruntime
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.runtimes.base import ClosingRuntime
-from moe_edge.runtimes.onnx_header import OnnxHeader, inspect_onnx
+from moe_edge.runtimes.onnx_header import MAX_DIMENSION, OnnxHeader, inspect_onnx
 
 PROVIDERS = ["CPUExecutionProvider"]
 CHUNK_TOKENS = 512  # a longer prompt is read in pieces, so that its logits stay small
+PAST, STATE = "past_key_values.", re.compile(r"past\.\d+\.conv")
 ERRORS_ONLY = 3
 _REJECTED = (
     onnxruntime.capi.onnxruntime_pybind11_state.Fail,
@@ -50,8 +53,11 @@ class OrtRuntime(ClosingRuntime):
         self.context_length = min(context_length, header.context_length)
         self._session: onnxruntime.InferenceSession | None = _open(header, threads)
         self._shape = (1, header.kv_heads, self.context_length, header.head_dim)
-        self._past = _cache_names(self._session, header)
+        self._past, states = _cache_names(self._session, header)
+        self._states = {name: name.replace("past.", "present.", 1) for name in states}
+        self._at_rest = {name: np.zeros(shape, np.float32) for name, shape in states.items()}
         self._cache: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
         self._mask_1C = np.ones((1, self.context_length), np.int64)
         self._used: int | None = None
 
@@ -60,7 +66,7 @@ class OrtRuntime(ClosingRuntime):
         ids_1S = self._checked(ids_S, 0)
         empty = np.zeros((1, self._shape[1], 0, self._shape[3]), np.float32)
         feeds = {"input_ids": ids_1S, "attention_mask": self._mask_1C[:, : ids_1S.shape[1]]}
-        feeds |= dict.fromkeys(self._past, empty)
+        feeds |= dict.fromkeys(self._past, empty) | self._at_rest
         logits: np.ndarray = self._open_session().run(["logits"], feeds)[0][0, :, : self.vocab]
         return np.ascontiguousarray(logits, dtype=np.float32)
 
@@ -72,6 +78,7 @@ class OrtRuntime(ClosingRuntime):
             self._cache = {
                 name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(self._shape, np.float32)) for name in self._past
             }
+        self._state = {name: onnxruntime.OrtValue.ortvalue_from_numpy(zeros) for name, zeros in self._at_rest.items()}
         self._used = 0
         for start in range(0, ids_1S.shape[1], CHUNK_TOKENS):
             last_V = self._forward(ids_1S[:, start : start + CHUNK_TOKENS])
@@ -85,7 +92,7 @@ class OrtRuntime(ClosingRuntime):
 
     def close(self) -> None:
         """Free the session and the cache; closing twice is harmless."""
-        self._session, self._cache, self._used = None, {}, None
+        self._session, self._cache, self._state, self._used = None, {}, {}, None
 
     def _forward(self, ids_1S: np.ndarray) -> np.ndarray:
         """Run the tokens after those in the cache and return the last one's logits, a copy."""
@@ -96,10 +103,14 @@ class OrtRuntime(ClosingRuntime):
         for past, present in self._past.items():
             binding.bind_ortvalue_input(past, self._cache[past])
             binding.bind_ortvalue_output(present, self._cache[past])
+        for past, present in self._states.items():
+            binding.bind_ortvalue_input(past, self._state[past])
+            binding.bind_output(present)
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
-        self._used = used
-        return np.array(binding.get_outputs()[-1].numpy()[0, -1, : self.vocab], dtype=np.float32)
+        self._used, outputs = used, binding.get_outputs()
+        self._state = dict(zip(self._states, outputs[len(self._past) : -1], strict=True))
+        return np.array(outputs[-1].numpy()[0, -1, : self.vocab], dtype=np.float32)
 
     def _open_session(self) -> onnxruntime.InferenceSession:
         if self._session is None:
@@ -129,18 +140,22 @@ def _open(header: OnnxHeader, threads: int) -> onnxruntime.InferenceSession:
         raise InputRejected("ONNX Runtime cannot load this model", where=str(header.graph), why=reason) from error
 
 
-def _cache_names(session: onnxruntime.InferenceSession, header: OnnxHeader) -> dict[str, str]:
-    """Cache input -> cache output, in the session's order.
+def _cache_names(
+    session: onnxruntime.InferenceSession, header: OnnxHeader
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Cache input -> cache output, in the session's order; and the inputs with a convolution's state -> its shape.
 
     Raises:
         InputRejected: the graph's inputs and outputs are not a decoder's.
     """
-    inputs = {value.name for value in session.get_inputs()}
+    inputs = {value.name: value.shape for value in session.get_inputs()}
     outputs = {value.name for value in session.get_outputs()}
-    past = [value.name for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    names = {name: name.replace("past_key_values.", "present.", 1) for name in past}
-    complete = {"input_ids", "attention_mask"} | names.keys() == inputs and {"logits", *names.values()} == outputs
-    if not complete or len(names) != 2 * header.layers:
+    caches = {name: name.replace("past_key_values.", "present.", 1) for name in inputs if name.startswith(PAST)}
+    states = {name: (1, *shape[1:]) for name, shape in inputs.items() if STATE.fullmatch(name)}
+    wanted = {"logits", *caches.values(), *(name.replace("past.", "present.", 1) for name in states)}
+    complete = {"input_ids", "attention_mask"} | caches.keys() | states.keys() == inputs.keys() and wanted == outputs
+    sized = all(isinstance(size, int) and 0 < size <= MAX_DIMENSION for shape in states.values() for size in shape)
+    if not complete or not sized or len(caches) + 2 * len(states) != 2 * header.layers:
         why = f"inputs {sorted(inputs)[:4]}..., outputs {sorted(outputs)[:4]}..."
         raise InputRejected("the graph is not a decoder with a key-value cache", where=str(header.graph), why=why)
-    return names
+    return caches, states

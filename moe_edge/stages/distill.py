@@ -174,8 +174,8 @@ def _stage_summary(record: Record) -> Record:
 
 def _write(out: Path, records: list[Record], summary: Record) -> None:
     """train_log.jsonl (one line per step) and metrics.json, free of clocks."""
-    lines = [
-        json.dumps({"stage": record["stage"], **entry}, sort_keys=True) for record in records for entry in record["log"]
-    ]
-    write_text_atomic(out / "train_log.jsonl", "".join(line + "\n" for line in lines))
+    steps = [{"stage": record["stage"], **entry} for record in records for entry in record["log"]]
+    timeless = [{name: value for name, value in step.items() if not name.endswith("_seconds")} for step in steps]
+    lines = [json.dumps(step, sort_keys=True) + "\n" for step in timeless]
+    write_text_atomic(out / "train_log.jsonl", "".join(lines))
     write_json_atomic(out / "metrics.json", summary)

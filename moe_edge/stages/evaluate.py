@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError
 from moe_edge.contracts.manifest import FileEntry, content_digest, installed_version
 from moe_edge.contracts.report import GateResult
 from moe_edge.devices import host
 from moe_edge.devices.detect import Kind, detect, weight_bytes
 from moe_edge.metrics.text import DEFINITIONS, METRICS, EmptyReferences, judged_rows, score_set
 from moe_edge.metrics.text_answers import Answer, Status
-from moe_edge.metrics.text_modules import load_module
+from moe_edge.metrics.text_modules import compute
 from moe_edge.metrics.text_rows import InstructionSet
 from moe_edge.stages.evaluate_answers import ANSWERS_NAME, Journal, Model, Protocol, answer_all
 from moe_edge.storage.digests import remembered_sha256
@@ -69,8 +69,7 @@ def run(artifact: Path, sets: Sequence[InstructionSet], settings: Settings, out:
         EnvironmentProblem: a library for a runtime or a metric is missing.
     """
     kind, options = detect(artifact), _metric_options(settings)
-    for name in options:
-        load_module(name)  # a missing library is reported before hours of answering
+    _try_metrics(options)
     model = Model(artifact, kind.runtime, artifact_digest(artifact), host.threads_for(settings.threads))
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / ANSWERS_NAME, model.digest, settings.protocol)
@@ -109,6 +108,20 @@ def _metric_options(settings: Settings) -> dict[str, dict[str, Any]]:
         layers = read_json(settings.bertscore / "config.json").get("num_hidden_layers")
         options["bertscore"] = {"encoder": str(settings.bertscore), "layers": layers}
     return options
+
+
+def _try_metrics(options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every metric on one pair of texts, so that what is missing or broken is known before hours of answering."""
+    for name, settings in options.items():
+        try:
+            compute(name, ["a text"], [["a text"]], **settings)
+        except MoeEdgeError:
+            raise
+        except Exception as error:
+            if name != "bertscore":
+                raise
+            why = f"{type(error).__name__}: {error}"
+            raise InputRejected("the BERTScore encoder cannot be used", where=settings["encoder"], why=why) from error
 
 
 def conclude(

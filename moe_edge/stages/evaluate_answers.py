@@ -26,7 +26,7 @@ from moe_edge.runtimes.text_codec import TextCodec, open_codec
 
 log = logging.getLogger(__name__)
 
-ANSWERS_SCHEMA = "moe-edge/answers@1"
+ANSWERS_SCHEMA = "moe-edge/answers@2"
 ANSWERS_NAME = "answers.jsonl"
 GREEDY_RUN = "greedy"
 

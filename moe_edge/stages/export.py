@@ -20,24 +20,26 @@ from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
-from moe_edge.export import parity
+from moe_edge.export.golden import from_cache
 from moe_edge.export.imatrix import dense_imatrix
 from moe_edge.export.onnx import export_onnx
+from moe_edge.export.parity import prompt_ids
 from moe_edge.families import student_family
 from moe_edge.families.counting import count_params
 from moe_edge.families.loading import load_tokenizer
-from moe_edge.runtimes import open_runtime
+from moe_edge.stages.bundle import GOLDEN
 from moe_edge.stages.export_gguf import export_gguf
-from moe_edge.stages.export_job import Job
+from moe_edge.stages.export_job import Job, Reopened
+from moe_edge.stages.export_parity import judge_exports
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
-PARITY_TOKENS = 256
 FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
 
 
@@ -49,15 +51,15 @@ def run(context: StageContext) -> dict[str, Any]:
     imatrix, kept = student_imatrix(statistics.imatrix, plan.kept if plan.prunes else None, context.inputs["compress"])
     if plan.action == "dense":
         imatrix, kept = dense_imatrix(imatrix, _spec_of(model), kept), None
-    return export_model(
-        plan_job(
-            context.config, model, context.out,
-            main=plan.quantization, precision=plan.onnx_precision,
-            statistics=replace(statistics, imatrix=imatrix), kept=None if kept is None else plan.kept,
-            provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
-            mix=plan.quantization_by_class,
-        )
+    job = plan_job(
+        context.config, model, context.out,
+        main=plan.quantization, precision=plan.onnx_precision,
+        statistics=replace(statistics, imatrix=imatrix), kept=None if kept is None else plan.kept,
+        provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
+        mix=plan.quantization_by_class,
     )  # fmt: skip
+    profile = context.inputs["profile"]
+    return export_model(replace(job, prompts=from_cache(profile / "logits.h5", profile / "rows.safetensors")))
 
 
 def plan_job(
@@ -71,7 +73,9 @@ def plan_job(
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
     formats, notes = _formats(config, spec)
     types = config.export.gguf.types
-    recipes = [main, *_others_that_fit(config, headers, main)] if types == "auto" else list(types)
+    recipes = list(types)
+    if types == "auto":
+        recipes = [main, *_others_that_fit(config, headers, main)] if "gguf" in formats else []
     onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
     name = f"{model_name(config)}-{f'{spec.moe.experts}e' if spec.moe_layers else 'dense'}"
     calibration = {"calibration_digest": str(statistics.meta.get("calibration_digest"))} if statistics else {}
@@ -118,16 +122,20 @@ def model_name(config: BuildConfig) -> str:
 
 
 def export_model(job: Job) -> dict[str, Any]:
-    """Write, reopen and compare every file of the job."""
+    """Write, reopen and compare every file of the job.
+
+    Raises:
+        InputRejected: among others, the tokenizer's chat template is broken or hostile; nothing has been written then.
+    """
+    prompt_ids(load_tokenizer(job.model))
     artifacts: list[dict[str, Any]] = []
-    reopened: list[tuple[str, str, Path]] = []  # parity kind, runtime, path
+    reopened: list[Reopened] = []
     notes = list(job.notes)
     if "gguf" in job.formats:
         export_gguf(job, artifacts, reopened)
     if "onnx" in job.formats:
         _export_onnx(job, artifacts, reopened, notes)
-    rows = _parity(job, reopened)
-    write_json_atomic(job.out / "parity.json", rows)
+    rows = _judge(job, reopened)
     return {
         "name": job.name,
         "artifacts": artifacts,
@@ -146,29 +154,36 @@ def _once(path: Path, write: Callable[[Path], Any]) -> Any:
     return write(path)
 
 
-def _export_onnx(
-    job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]], notes: list[str]
-) -> None:
+def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopened], notes: list[str]) -> None:
     options = job.config.export.onnx
 
-    def write(path: Path, precision: str) -> Any:
+    def write(path: Path, precision: str, provider: Provider = "cpu", **more: Any) -> Any:
         weights = job.statistics.imatrix if job.statistics else None
         return export_onnx(
-            job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept
-        )
+            job.model, path, precision=precision, block_size=options.block_size, imatrix=weights, kept=job.kept,
+            provider=provider, **more,
+        )  # fmt: skip
 
     full = job.out / "reference" / "onnx-fp32"
     if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
         _once(full, lambda path: write(path, "fp32"))
-        reopened.append(("onnx fp32", "ort", full))
+        reopened.append(Reopened("onnx fp32", "ort", full))
     else:
         notes.append(
             "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
         )
     path = job.out / "onnx"
-    _once(path, lambda path: write(path, job.precision))
-    reopened.append((f"onnx {job.precision} delivered", "ort", path))
-    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, job.precision))
+    _once(path, lambda path: write(path, job.precision, layer_bits=options.layer_bits))
+    label = f"{job.precision}-mix" if options.layer_bits else job.precision
+    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, label))
+    reopened.append(Reopened(f"onnx {label} delivered", "ort", path, artifacts[-1]["path"]))
+    if options.provider == "cuda":
+        precision = "fp16" if job.precision == "fp32" else job.precision
+        _once(path / "cuda", lambda path: write(path, precision, "cuda", layer_bits=options.layer_bits))
+        notes.append(
+            "artifacts/onnx/cuda is experimental: a float16 graph for ONNX Runtime's CUDA provider, quantized alike. Its "
+            "structure was checked; it was not run, and no number of this report is about it."
+        )
 
 
 def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:
@@ -180,24 +195,14 @@ def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, qua
     }  # fmt: skip
 
 
-def _parity(job: Job, reopened: list[tuple[str, str, Path]]) -> list[dict[str, Any]]:
-    """Reopen each file and compare; one model in memory at a time beside the stored reference."""
-    tokenizer, threads = load_tokenizer(job.model), _threads(job)
-    context_length = min(job.spec.context_length, 2 * PARITY_TOKENS)
-    with open_runtime("hf", job.model, threads=threads, context_length=context_length) as student:
-        expected = parity.reference(student, tokenizer, PARITY_TOKENS)
-    rows = []
-    for kind, runtime, path in reopened:
-        with open_runtime(runtime, path, threads=threads, context_length=context_length) as artifact:
-            rows.append(parity.require(kind, parity.compare(expected, artifact)))
-        log.info(
-            "parity %s: KL %.2e nats, greedy %d/%d",
-            kind,
-            rows[-1]["kl_nats"],
-            rows[-1]["greedy_equal"],
-            rows[-1]["greedy_compared"],
-        )
-    return rows
+def _judge(job: Job, exports: list[Reopened]) -> list[dict[str, Any]]:
+    """Compare every file with the student; writes parity.json and the golden prompts of the device bundles."""
+    verdict = judge_exports(
+        job.model, exports, threads=_threads(job), context_length=job.spec.context_length, prompts=job.prompts
+    )
+    write_json_atomic(job.out / "parity.json", verdict.rows)
+    write_json_atomic(job.out / GOLDEN, verdict.golden)
+    return verdict.rows
 
 
 def _threads(job: Job) -> int:

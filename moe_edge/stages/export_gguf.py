@@ -17,12 +17,12 @@ from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.export.gguf_split import split_gguf
 from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.runtimes.gguf_header import parts_of
-from moe_edge.stages.export_job import Job
+from moe_edge.stages.export_job import Job, Reopened
 
 log = logging.getLogger(__name__)
 
 
-def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[str, str, Path]]) -> None:
+def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopened]) -> None:
     """Write and audit the job's GGUF files; append their rows, and the files that parity is to reopen.
 
     Raises:
@@ -36,7 +36,7 @@ def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[
         pre = job.config.export.gguf.pre_tokenizer
         write_gguf(job.model, full, name=job.name, pre_tokenizer=pre, provenance=job.provenance)
     audit([full], job.model, "F16")
-    reopened.append(("gguf F16", "llama_cpp", full))
+    reopened.append(Reopened("gguf F16", "llama_cpp", full))
     imatrix = imatrix_arrays(job.statistics.imatrix, job.spec, job.kept) if job.statistics else None
     threads = threads_for(job.config.target.runtime.threads)
     for recipe in job.recipes:
@@ -52,8 +52,8 @@ def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[tuple[
             limit = job.config.export.gguf.split_bytes
             parts = [path] if limit is None else split_gguf(path, limit)
         told = audit(parts, job.model, recipe, mix)
-        reopened.append((f"gguf {label}", "llama_cpp", parts[0]))
         artifacts.append(_row(job, label, parts) | told)
+        reopened.append(Reopened(f"gguf {label} delivered", "llama_cpp", parts[0], artifacts[-1]["path"]))
 
 
 def _refuse_bare_types(job: Job) -> None:

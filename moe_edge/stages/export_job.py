@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.spec import ModelSpec
+from moe_edge.export.golden import Prompt
 from moe_edge.storage.statistics import Statistics
 
 
@@ -26,3 +27,14 @@ class Job:
     provenance: dict[str, str]
     mix: dict[str, str]  # of the main recipe: types per class that the plan chose instead of the recipe's
     notes: tuple[str, ...] = ()
+    prompts: list[Prompt] | None = None  # golden ones with the teacher's answers; None: the model answers itself
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """One exported file to judge."""
+
+    kind: str  # its row's name: "gguf Q4_K_M"
+    runtime: str
+    path: Path
+    delivered: str | None = None  # its place in the build's folder, where it is delivered

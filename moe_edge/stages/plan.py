@@ -23,6 +23,7 @@ from moe_edge.compression.candidates import Kept, criteria_to_compare
 from moe_edge.compression.decision import Quantization, bits_are_free, decide_by_priors, quantization_of
 from moe_edge.compression.masking import MaskedKl
 from moe_edge.compression.options import largest_contexts
+from moe_edge.compression.streamed import fits_in_memory
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
@@ -30,7 +31,7 @@ from moe_edge.contracts.manifest import read_manifest
 from moe_edge.contracts.plan import Candidate, Plan, TriedShape
 from moe_edge.families.counting import describe_model
 from moe_edge.stages.plan_budget import check_safe, measure_budget, write_curve
-from moe_edge.stages.plan_judge import Desk, calibration_rows, candidates_of, choose, honesty
+from moe_edge.stages.plan_judge import Desk, calibration_rows, candidates_of, choose, honesty, thinner
 from moe_edge.stages.plan_shapes import settle_shape
 from moe_edge.stages.plan_teacher import open_teacher
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
@@ -51,12 +52,18 @@ def run(context: StageContext) -> dict[str, Any]:
     headers = inspect_checkpoint(context.teacher)
     feasible = header_plan(headers, context.config)
     spec = feasible.model.spec
-    if any(answer.alters for answer in (feasible, *feasible.others)):
+    if any(answer.needs_measuring for answer in (feasible, *feasible.others)):
         plan = _measured_plan(feasible, headers, context)
     else:
         why = "Every expert is kept, so there is no masked KL to measure and no criterion to choose."
         plan = make_plan(feasible, KEEP_ALL, _all_experts(feasible), {}, (why,), quantization_of(feasible))
-    plan = with_action(plan, context.config, spec, lambda: read_statistics(context.inputs["profile"], feasible))
+    plan = with_action(
+        plan,
+        context.config,
+        spec,
+        lambda: read_statistics(context.inputs["profile"], feasible),
+        fits_in_memory(headers),
+    )
     write_text_atomic(context.out / "plan.json", plan.to_json())
     log.info(
         "plan: %d of %d experts, %s, predicted KL %s nats",
@@ -83,38 +90,40 @@ def _measured_plan(feasible: Feasible, headers: CheckpointHeaders, context: Stag
         desk = Desk(config, chosen, teacher, rows)
         if feasible.others:
             feasible, tried, sensitivity = settle_shape(desk, feasible, _all_experts(feasible))
-        if feasible.keeps_all:
-            plan = _reshaped_plan(desk, feasible)
+        if feasible.keeps_all and not bits_are_free(feasible, config):
+            plan = _reshaped_plan(desk, feasible, quantization_of(feasible))
         else:
             plan = _settled_plan(desk, feasible, context.out, sensitivity)
     return plan.model_copy(update={"shapes": tried})
 
 
-def _reshaped_plan(desk: Desk, feasible: Feasible) -> Plan:
+def _reshaped_plan(desk: Desk, feasible: Feasible, quantization: Quantization) -> Plan:
     """Every expert stays; a lower top-k or narrower experts alone are measured."""
     kept, notes = _all_experts(feasible), [desk.rows.where]
     results = dict(desk.score(feasible)({KEEP_ALL: kept}, desk.rows.judged_NS)) if feasible.alters else {}
     if results:
         nats = results[KEEP_ALL].kl_nats
         notes += check_safe(feasible, nats, None, desk.config.plan, f"{KEEP_ALL} {nats:.3f}")
-    return make_plan(feasible, KEEP_ALL, kept, results, notes, quantization_of(feasible))
+    return make_plan(feasible, KEEP_ALL, kept, results, notes, quantization)
 
 
 def _settled_plan(desk: Desk, feasible: Feasible, out: Path, sensitivity: Sensitivity | None = None) -> Plan:
     """Judge the candidates, settle how many experts stay and in which bits, and say what must be said."""
     config = desk.config
     free = bits_are_free(feasible, config)
-    judged = desk.judge(feasible, searching=not free)  # where bits are free the count may still change: no search yet
+    first = thinner(feasible)
+    judged = desk.judge(first, searching=not free)  # where bits are free the count may still change: no search yet
     budget = measure_budget(
         feasible, config, desk.score(feasible), desk.teacher.model, desk.rows.judged_NS, desk.chosen.stats.imatrix,
         judged.ranking, partial(desk.chosen.kept, judged.ranking), sensitivity,
     )  # fmt: skip
     settled = budget.feasible if budget.free else settle(feasible, judged.best_nats)
     write_curve(out, budget.curve, config.plan, settled.choice.experts)
-    if settled.keeps_all and not settled.alters:
-        return make_plan(settled, KEEP_ALL, _all_experts(settled), judged.results, judged.notes, budget.quantization)
+    if settled.keeps_all and settled.alters:
+        return _reshaped_plan(desk, settled, budget.quantization)
     if settled.keeps_all:
-        return _reshaped_plan(desk, settled)
+        notes = [*judged.notes, f"The candidates' masked KL is that of keeping {first.choice.experts} experts."]
+        return make_plan(settled, KEEP_ALL, _all_experts(settled), judged.results, notes, budget.quantization)
     if free:
         judged = desk.judge(settled, searching=True)
     table = ", ".join(f"{name} {kl:.3f}" for name, kl in judged.ranked)
@@ -153,6 +162,7 @@ def make_plan(
         experts_total=feasible.model.spec.moe.experts,
         experts_kept=feasible.choice.experts,
         top_k=feasible.space.top_k,
+        teacher_top_k=feasible.model.spec.moe.top_k,
         expert_width=feasible.space.width,
         kept={layer: list(ids) for layer, ids in kept.items()},
         quantization=feasible.quantization,

@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_edge.compression.allocation import Feasible, describe
+from moe_edge.compression.allocation import Feasible
 from moe_edge.compression.bits import Sensitivity
 from moe_edge.compression.curve import DOUBTFUL_KL_NATS, UNSAFE_KL_NATS, Curve, Score, curve_counts, measure_curve
 from moe_edge.compression.curve_plot import curve_svg
 from moe_edge.compression.decision import Quantization, bits_are_free, decide, quantization_of
 from moe_edge.compression.masking import Kept
+from moe_edge.compression.notes import describe
 from moe_edge.compression.sensitivity import measure_sensitivity
 from moe_edge.contracts.config import BuildConfig, PlanConfig
 from moe_edge.contracts.errors import InfeasibleError

@@ -3,7 +3,7 @@
 Shape suffixes: N rows, S tokens of a row.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from moe_edge.families.neuron_masks import NeuronMask
 from moe_edge.stages.plan_teacher import Teacher
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
+
+THINNER_SHARE = 0.75  # of the experts; at which criteria are compared where all of them may stay
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ def choose(feasible: Feasible, config: BuildConfig, chosen: Candidates) -> dict[
     """
     names = criteria_to_compare(config.plan.criterion, chosen.stats)
     return {name: chosen.kept(name, feasible.choice.experts) for name in names}
+
+
+def thinner(feasible: Feasible) -> Feasible:
+    """The answer itself where it drops experts; else one that does, because criteria cannot be told apart when all stay."""
+    total, space = feasible.model.spec.moe.experts, feasible.space
+    fewer = [count for count in feasible.demand.counts if count <= THINNER_SHARE * total]
+    if not feasible.keeps_all or not fewer:
+        return feasible
+    return replace(feasible, choice=space.option(fewer[0], feasible.choice.packing))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from moe_edge.compression.curve import measure_curve
 from moe_edge.compression.decision import bits_are_free, decide, quantization_of
 from moe_edge.contracts.plan import TriedShape
 from moe_edge.stages.plan_budget import counts_of, first_rows, sensitivity_of
-from moe_edge.stages.plan_judge import Desk
+from moe_edge.stages.plan_judge import Desk, thinner
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,10 @@ def settle_shape(
 
 
 def _ranking(desk: Desk, answers: list[Feasible], keep_all: Kept) -> tuple[str, Callable[[int], Kept]]:
-    """The criterion by which all shapes are compared: the best one where the first shape drops experts."""
+    """The criterion by which all shapes are compared: the best one where the first shape drops experts, or may."""
     pruning = next((answer for answer in answers if not answer.keeps_all), None)
+    free = next((thinner(answer) for answer in answers if bits_are_free(answer, desk.config)), None)
+    pruning = pruning or free
     if pruning is None:
         return "keep-all", lambda _count: keep_all
     name = desk.judge(pruning, searching=False).ranking

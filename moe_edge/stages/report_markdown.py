@@ -135,17 +135,39 @@ def _training_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [*rows, *((label, number(summary["before"][key]), number(summary["after"][key])) for label, key in pairs)]
 
 
+_OUTCOME = {None: "not limited", True: "pass", False: "FAIL"}
+
+
 def _parity(report: ReportV1) -> str:
-    outcome = {None: "not limited", True: "pass", False: "FAIL"}
-    rows = [
-        (row["artifact"], number(row["kl_nats"]), number(row["max_abs_logit"]), number(row["top1_agreement"]),
-         f"{row['greedy_equal']}/{row['greedy_compared']}", outcome[row["passed"]])
-        for row in report.parity
-    ]  # fmt: skip
-    if not rows:
+    files = [row for row in report.parity if "pair" not in row]
+    pairs = [row for row in report.parity if "pair" in row]
+    if not files:
         return ""
-    header = ("reopened file against the HF student", "KL, nats", "max logit difference", "top-1", "greedy tokens", "")
-    return "## Parity\n\n" + table(header, rows)
+    header = (
+        "reopened file against the HF student", "KL, nats", "max logit difference", "tokens clear of ties", "top-1",
+        "perplexity", "greedy tokens", "tokenizer", "",
+    )  # fmt: skip
+    parts = ["## Parity", table(header, [_parity_row(row) for row in files])]
+    if pairs:
+        header = ("format against format", "KL, nats", "limit", "top-1", "")
+        rows = [
+            (row["artifact"], number(row["kl_nats"]), number(row["limit_kl_nats"]), number(row["top1_agreement"]),
+             _OUTCOME[row["passed"]])
+            for row in pairs
+        ]  # fmt: skip
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
+def _parity_row(row: dict[str, Any]) -> tuple[str, ...]:
+    tokenizer = row.get("tokenizer")
+    return (
+        row["artifact"], number(row["kl_nats"]), number(row["max_abs_logit"]),
+        f"{row['clear_tokens']}/{row['n_tokens']}", number(row["top1_agreement"]),
+        f"{number(row['perplexity'])} ({number(row['student_perplexity'])})",
+        f"{row['greedy_equal']}/{row['greedy_compared']}", "same" if tokenizer and tokenizer["equal"] else "n/a",
+        _OUTCOME[row["passed"]] + (f" ({row['rule']})" if row.get("rule") else ""),
+    )  # fmt: skip
 
 
 def _stages(report: ReportV1) -> str:

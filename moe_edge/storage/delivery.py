@@ -9,14 +9,18 @@ from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.folders import changed_files, hash_file, hash_folder, mirror
 
 BESIDE_ARTIFACTS = ("report.json", "report.md", "config.yaml")
+BUNDLES = "bundle"  # in artifacts/: the device bundles, assembled from what is delivered here
 
 
 def deliver(out: Path, student: Path, export: Path) -> None:
-    """Assemble `out/artifacts` from the student and the exported files, unless it already holds exactly them."""
+    """Assemble `out/artifacts` from the student and the exported files, unless it already holds exactly them.
+
+    Device bundles of an earlier build stay until they are written anew.
+    """
     parts = {"hf": student, "gguf": export / "gguf", "onnx": export / "onnx"}
     artifacts = out / "artifacts"
     wanted = {name: hash_folder(source) for name, source in parts.items() if source.is_dir()}
-    stale = [path for path in artifacts.glob("*") if path.name not in wanted]
+    stale = [path for path in artifacts.glob("*") if path.name not in wanted and path.name != BUNDLES]
     for name, files in wanted.items():
         target = artifacts / name
         if not target.is_dir() or changed_files(target, files) or hash_folder(target).keys() != files.keys():

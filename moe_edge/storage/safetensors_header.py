@@ -14,6 +14,7 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.files import refuse_lfs_pointer
 
 HEADER_LIMIT_BYTES = 100_000_000
+TENSOR_LIMIT = 1 << 18  # the largest checkpoints have some 100 000 tensors; a parsed entry takes a kilobyte
 RANK_LIMIT = 8  # of a weight; a hostile header could otherwise ask for a product of millions of numbers
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -37,8 +38,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Name -> info of one file, in file order.
 
     Raises:
-        InputRejected: a Git-LFS pointer, a truncated file, an absurd length, invalid JSON, duplicate names, unknown
-            dtypes, or offsets that overlap, leave holes, or do not end at the file's end.
+        InputRejected: a Git-LFS pointer, a truncated file, an absurd length or number of tensors, invalid JSON,
+            duplicate names, unknown dtypes, or offsets that overlap, leave holes, or do not end at the file's end.
     """
     refuse_lfs_pointer(path)
     header, data_bytes = _load(path)
@@ -69,6 +70,8 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
         if length > HEADER_LIMIT_BYTES:
             raise _bad(path, f"header of {length} bytes, limit {HEADER_LIMIT_BYTES}")
         raw = file.read(length)
+    if (tensors := raw.count(b"data_offsets")) > TENSOR_LIMIT or raw.count(b"[") > 4 * TENSOR_LIMIT:
+        raise _bad(path, f"the header names {tensors} tensors or too many lists, limit {TENSOR_LIMIT}")
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:

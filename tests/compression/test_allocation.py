@@ -2,9 +2,10 @@
 
 import pytest
 
-from moe_edge.compression.allocation import HARDER_ORDER, describe, header_plan, settle, shown_options
+from moe_edge.compression.allocation import HARDER_ORDER, header_plan, settle, shown_options
 from moe_edge.compression.estimate import Packing, file_bytes
 from moe_edge.compression.headers import model_headers
+from moe_edge.compression.notes import describe
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from tests.compression.plan_helpers import NO_SHARE, config, headers
 
@@ -103,8 +104,10 @@ def test_a_share_below_top_k_is_infeasible_and_says_which_share_would_do(teacher
 
 def test_nothing_fits_is_refused_with_the_nearest_options(teacher):
     least = size(teacher, 2, "Q2_K")
+    mixed = solve(teacher, NO_SHARE, f"target.budget.weights={least - 1}").choice
+    assert mixed.packing.mix and mixed.estimate.file_bytes < least, "fewer bits than any recipe has"
     with pytest.raises(InfeasibleError) as caught:
-        solve(teacher, NO_SHARE, f"target.budget.weights={least - 1}")
+        solve(teacher, NO_SHARE, f"target.budget.weights={least // 2}")
     text = str(caught.value)
     assert caught.value.exit_code == 3 and "Q2_K" in text and f"--set target.budget.weights={least}" in text
 

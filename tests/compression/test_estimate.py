@@ -3,7 +3,6 @@
 import pytest
 
 from moe_edge.compression.estimate import (
-    ONNX_BITS,
     Cache,
     Packing,
     buffer_bytes,
@@ -19,7 +18,6 @@ from moe_edge.compression.estimate import (
 from moe_edge.compression.headers import model_headers
 from moe_edge.contracts.quantization import RECIPE_ORDER, layer_thirds
 from moe_edge.contracts.targets_io import load_target
-from moe_edge.export.onnx_precision import PRECISIONS
 from moe_edge.families import family_of
 from moe_edge.families.counting import count_params
 from moe_edge.storage.checkpoint import inspect_checkpoint
@@ -71,12 +69,6 @@ def test_recipes_shrink_in_their_order(tmp_path):
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     onnx = [file_bytes(seen, 8, Packing("onnx", name)) for name in ("fp32", "fp16", "int8", "int4")]
     assert onnx == sorted(onnx, reverse=True)
-
-
-def test_onnx_bits_are_those_of_the_exporter():
-    assert {name: (row["expert"], row["attention"]) for name, row in PRECISIONS.items()} == ONNX_BITS
-    assert all(row["attention"] == row["head"] == row["embedding"] == row["shared"] for row in PRECISIONS.values())
-    assert all(row["router"] == row["norm"] == 32 for row in PRECISIONS.values())
 
 
 def test_int4_blocks_carry_a_scale_and_a_zero_point(tmp_path):

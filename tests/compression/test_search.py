@@ -12,6 +12,7 @@ from tests.tiny import tiny_ids, tiny_model
 DEAD = {0: [0, 4], 1: [1, 5], 2: [2, 3]}  # experts that put out nothing, by layer
 LIVE = {layer: [expert for expert in range(6) if expert not in dead] for layer, dead in DEAD.items()}
 BAD = {0: [0, 1, 2, 4], 1: [0, 1, 2, 5], 2: [0, 2, 3, 4]}  # keeps every dead one
+OTHERS = [[0, 2, 3, 4], [1, 3, 4, 5], [0, 1, 2, 5], [0, 1, 3, 5], [0, 1, 4, 5]]  # further starts
 BUDGET = 60_000
 
 
@@ -44,15 +45,34 @@ def test_the_best_start_is_taken(model, ids):
     assert found.start == "live" and found.kept == LIVE and found.swapped == 0 and found.sweeps == 0
 
 
-@pytest.mark.parametrize("budget", [3_000, 20_000])
-def test_the_budget_is_an_upper_bound(model, ids, budget):
-    found = search(model, {"bad": BAD}, ids, budget_tokens=budget)
+@pytest.mark.parametrize("budget", [1_500, 3_000, 20_000, 60_000])
+@pytest.mark.parametrize(
+    "starts", [{"bad": BAD}, {"bad": BAD, "live": LIVE, **{str(ids): dict.fromkeys(range(3), ids) for ids in OTHERS}}]
+)
+def test_the_budget_is_an_upper_bound_and_is_spent(model, ids, budget, starts):
+    found = search(model, starts, ids, budget_tokens=budget)
     assert found.tokens <= budget
+    if budget > 10_000:
+        assert found.tokens > budget / 3
 
 
-def test_the_same_seed_finds_the_same(model, ids):
+@pytest.mark.parametrize("rows", [2, 3, 24])
+def test_the_rows_of_a_prediction_do_not_judge_it(model, monkeypatch, rows):
+    drawn = []
+    real = module._Hunt._draw
+    monkeypatch.setattr(module._Hunt, "_draw", lambda hunt, count: drawn.append(real(hunt, count)) or drawn[-1])
+    found = search(model, {"bad": BAD}, tiny_ids(tokens=16, rows=rows, seed=2), budget_tokens=20_000)
+    assert found.sweeps >= 1 and len(drawn) == 2 * found.sweeps
+    for predicted, tried in zip(drawn[::2], drawn[1::2], strict=True):
+        assert not {tuple(row) for row in predicted.tolist()} & {tuple(row) for row in tried.tolist()}
+
+
+def test_the_same_seed_finds_the_same_whatever_the_global_generator(model, ids):
     first = search(model, {"bad": BAD}, ids, budget_tokens=20_000, seed=4)
+    torch.manual_seed(99)
+    state = torch.random.get_rng_state()
     assert first == search(model, {"bad": BAD}, ids, budget_tokens=20_000, seed=4)
+    assert torch.equal(torch.random.get_rng_state(), state), "and leaves it alone"
 
 
 def test_guarded_experts_stay_and_groups_keep_their_counts(model, ids):

@@ -70,8 +70,8 @@ def test_decode_speed_bounds_the_bits_that_are_read(teacher):
     assert option.estimate.decode_tokens_per_s >= 1.2 * free
 
 
-def test_greedy_is_close_to_exhaustive_search(teacher):
-    """Three cells, every assignment tried: the greedy result is within one upgrade of the best."""
+def test_the_walk_is_close_to_exhaustive_search(teacher):
+    """Three cells, every assignment tried: greedy walk and exchanges come within two per cent of the best."""
     at = space(teacher)
     costs = _costs(at, 8)
     cells = [("expert_down", 0), ("expert_gate_up", 1), ("attention", 2)]
@@ -89,4 +89,4 @@ def test_greedy_is_close_to_exhaustive_search(teacher):
             for kinds in itertools.product(LEVELS, repeat=3)
             if sum(costs.file[cell][kind] for cell, kind in zip(cells, kinds, strict=True)) <= cap
         )
-        assert best <= ours <= best * 1.35
+        assert best <= ours <= best * 1.02

@@ -31,7 +31,7 @@ def main(folder: Path, backend: str) -> None:
     signal = CachedSignal(folder / "logits.h5", {})
     trainer = DistillationTrainer(tiny_student(), arguments, RowDataset(rows()), signal=signal)
     if backend == "fsdp":
-        _shard_on_cpu(trainer)
+        shard_on_cpu(trainer)
     trainer.train()
     kind = type(next(trainer.model.parameters())).__name__
     trainer.save_model(str(out / "model"))
@@ -40,7 +40,7 @@ def main(folder: Path, backend: str) -> None:
         (out / "log.json").write_text(json.dumps({"losses": losses, "parameter": kind}))
 
 
-def _shard_on_cpu(trainer: DistillationTrainer) -> None:
+def shard_on_cpu(trainer: DistillationTrainer) -> None:
     """accelerate shards weights on accelerators only; its sharding itself runs on CPUs as well, once its state says so."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Qwen3MoeDecoderLayer"],

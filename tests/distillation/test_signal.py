@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.capture import CaptureConfig, captured_signal
 from moe_edge.distillation.live_signal import LiveSignal
 from moe_edge.distillation.signal import CachedSignal, DenseSignal, SampledSignal, TeacherSignal, joined
+from moe_edge.distillation.trainer import DistillationTrainer, RowDataset
+from moe_edge.families.loading import load_model
 from moe_edge.formulas.divergence import cached_kl, kl_dense, teacher_topk
 from moe_edge.formulas.sampling import draw
+from moe_edge.storage.rows import TokenRows
 from tests.distillation.parts import TOKENS, VOCAB, rows, tiny_student, tiny_teacher, write_cache
+from tests.distillation.test_trainer import arguments
 from tests.tiny import tiny_checkpoint
 
 
@@ -85,3 +90,29 @@ def test_slices_and_joins_keep_their_form_and_numbers(form: int) -> None:
 def test_draws_refuse_every_other_divergence() -> None:
     with pytest.raises(ConfigError, match="forward KL only"):
         forms()[2].pair(torch.randn(6, 40), 2.0)
+
+
+def test_the_trainer_takes_every_source(tmp_path: Path) -> None:
+    write_cache(tmp_path / "l.h5", tiny_teacher(), rows())
+    folder = tiny_checkpoint(tmp_path, "qwen3_moe", experts=4, layers=3, hidden=32, width=16)
+    ids_NS = rows()[:4]
+    drawn = captured_signal(
+        folder, TokenRows(ids_NS, ids_NS.size), tmp_path / "rs", CaptureConfig(draws=200, temperatures=(2.0,))
+    )
+    first = {}
+    for name, source in (
+        ("cached", CachedSignal(tmp_path / "l.h5", {})),
+        ("live", LiveSignal(tiny_teacher())),
+        ("drawn", drawn),
+    ):
+        student = tiny_student() if name != "drawn" else load_model(folder)
+        settings = arguments(tmp_path / name, distillation_alpha=1.0, loss_weights={"kl": 1.0})
+        trainer = DistillationTrainer(student, settings, RowDataset(ids_NS), signal=source)
+        trainer.train()
+        first[name] = trainer.state.log_history[0]["kl_loss"]
+    ids_BS = torch.from_numpy(ids_NS).long()
+    p_BSV, q_BSV = logits(tiny_teacher(), ids_BS)[:, :-1], logits(tiny_student(), ids_BS)[:, :-1]
+    whole = float(kl_dense(p_BSV.flatten(0, 1), q_BSV.flatten(0, 1), 2.0).mean())
+    assert first["live"] == pytest.approx(whole, rel=1e-3)
+    assert 0.3 * whole < first["cached"] < whole
+    assert abs(first["drawn"]) < 0.1  # its student is its teacher: the estimate of 0, from 200 draws at 60 tokens

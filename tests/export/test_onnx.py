@@ -3,70 +3,40 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from transformers import AutoConfig
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
-from moe_edge.contracts.spec import ModelSpec
+from moe_edge.contracts.onnx_bits import PRECISIONS, fitting_block
 from moe_edge.export import onnx_graph
 from moe_edge.export.onnx import export_onnx
-from moe_edge.export.onnx_precision import PRECISIONS, fitting_block
-from moe_edge.families import family_of
 from moe_edge.families.loading import load_model
-from moe_edge.families.views import MoELayerView, moe_layers
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.ort import OrtRuntime
 from moe_edge.storage.files import sha256_file
-from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids
-
-PROMPT = tiny_ids(tokens=20, rows=1)[0].numpy()
-MAX_DIFFERENCE = 1e-4
-# A seed without a token whose experts tie: rounding weights to float16 flips its routing.
-CASES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(FAMILY_NAMES, {}), "granitemoe": {}, "granitemoeshared": {}, "ernie4_5_moe": {},
-    "gpt_oss": {"seed": 3},
-}  # fmt: skip
-
-
-def case(tmp_path: Path, family: str, **kwargs: Any) -> Path:
-    return tiny_checkpoint(tmp_path, family, **(CASES[family] | kwargs))
-
-
-def spec_of(checkpoint: Path) -> ModelSpec:
-    config = json.loads((checkpoint / "config.json").read_text())
-    return family_of(config).spec(config)
-
-
-def hf_logits(checkpoint: Path, ids_S: np.ndarray = PROMPT) -> np.ndarray:
-    with HfRuntime(checkpoint, threads=1, context_length=256) as runtime:
-        return runtime.logits(ids_S)
-
-
-def ort_logits(folder: Path) -> np.ndarray:
-    with OrtRuntime(folder, threads=1, context_length=256) as runtime:
-        return runtime.logits(PROMPT)
-
-
-def kl_nats(reference_SV: np.ndarray, other_SV: np.ndarray) -> float:
-    p, q = (torch.log_softmax(torch.from_numpy(a).double(), -1) for a in (reference_SV, other_SV))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def initializers(folder: Path) -> dict[str, np.ndarray]:
-    model = onnx.load(folder / "model.onnx")
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+from tests.export.onnx_models import (
+    CASES,
+    MAX_DIFFERENCE,
+    PROMPT,
+    case,
+    genai_greedy,
+    hf_logits,
+    initializers,
+    kl_nats,
+    ort_logits,
+    spec_of,
+    with_stored_weights,
+)
+from tests.tiny import tiny_checkpoint
 
 
 @pytest.mark.parametrize("family", CASES)
 def test_float32_is_exact_and_decodes_the_same_tokens(family: str, tmp_path: Path) -> None:
-    import onnxruntime_genai as og
-
     checkpoint = case(tmp_path, family, tied=family in ("olmoe", "ernie4_5_moe"))
     summary = export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
     assert np.abs(ort_logits(tmp_path / "onnx") - hf_logits(checkpoint)).max() <= MAX_DIFFERENCE
@@ -75,14 +45,7 @@ def test_float32_is_exact_and_decodes_the_same_tokens(family: str, tmp_path: Pat
     with HfRuntime(checkpoint, 1, 256) as hf, OrtRuntime(tmp_path / "onnx", 1, 256) as ort:
         expected = generate(hf, PROMPT, 16)
         assert generate(ort, PROMPT, 16) == expected
-    model = og.Model(str(tmp_path / "onnx"))
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(PROMPT) + 16, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(PROMPT.astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    answer = list(generator.get_sequence(0))[len(PROMPT) :]
+    answer = genai_greedy(tmp_path / "onnx", 16)
     assert answer == expected[: len(answer)] and answer
 
 
@@ -94,9 +57,12 @@ def test_every_quantized_precision_is_close(family: str, tmp_path: Path) -> None
     for precision, bound in {"fp16": 1e-4, "int8": 0.01, "int4": 0.02}.items():
         summary = export_onnx(checkpoint, tmp_path / precision, precision=precision)
         assert kl_nats(reference, ort_logits(tmp_path / precision)) <= bound, precision
+        with OrtRuntime(tmp_path / precision, 1, 256) as ort:
+            answer = genai_greedy(tmp_path / precision, 8)
+            assert answer and answer == generate(ort, PROMPT, 8)[: len(answer)], precision
         sizes[precision] = summary["bytes"]
         classes = set(summary["bits"]) - {"router"}
-        assert {name: summary["bits"][name] for name in classes} == {n: PRECISIONS[precision][n] for n in classes}
+        assert {name: summary["bits"][name] for name in classes} == {n: [PRECISIONS[precision][n]] for n in classes}
     assert sizes["fp16"] > sizes["int8"] > sizes["int4"]
 
 
@@ -117,69 +83,12 @@ def test_every_weight_matrix_of_the_int4_graph_is_quantized(family: str, tmp_pat
             assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
         if node.op_type == "QMoE":
             assert node.input[11] and node.input[12]
-            assert bool(len(node.input) > 14 and node.input[14]) is not spec.moe.renormalise
+            own = spec.moe.renormalise and spec.moe.gating != "sigmoid" and not spec.moe.selection_bias
+            assert bool(len(node.input) > 14 and node.input[14]) is not own
             assert bool(node.input[4]) is bool(node.input[7]) is spec.moe.expert_biases
     wide = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
-    small = ("router", "shared_expert_gate", "_cache", ".bias")
+    small = ("router", "shared_expert_gate", "_cache", ".bias", "conv.conv")
     assert not [t.name for t in wide if not any(part in t.name for part in small)]
-
-
-def _dequantized(weights: dict[str, np.ndarray], name: str, bits: int) -> torch.Tensor:
-    """The numbers that codes, scales and zero points of a weight stand for, [..., rows, columns]."""
-    codes, scale, zero = (weights[f"{name}_{part}"] for part in (f"Q{bits}", "scale", "zp"))
-    flat = codes.reshape(*scale.shape[:-1], -1)
-    if bits == 4:
-        flat, zero = (np.stack([a & 15, a >> 4], -1).reshape(*a.shape[:-1], -1) for a in (flat, zero))
-    blocks = flat.reshape(*scale.shape, -1).astype(np.float32)
-    zero = zero[..., : scale.shape[-1], None].astype(np.float32)
-    return torch.from_numpy(((blocks - zero) * scale[..., None].astype(np.float32)).reshape(flat.shape))
-
-
-def _with_stored_weights(model: Any, weights: dict[str, np.ndarray]) -> Any:
-    """Put what the int4 artifact stores back into the Hugging Face model."""
-    views = {view.index: view for view in moe_layers(model)}
-    for index, layer in enumerate(model.model.layers):
-        base, attention = f"model.layers.{index}", layer.self_attn
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        rows = [part.weight.shape[0] for part in parts]
-        packed = _dequantized(weights, f"{base}.attn.qkv_proj.MatMul.weight", 8).split(rows)
-        for part, stored in zip(parts, packed, strict=True):
-            part.weight.copy_(stored)
-        attention.o_proj.weight.copy_(_dequantized(weights, f"{base}.attn.o_proj.MatMul.weight", 8))
-        view = views.get(index)
-        if view is not None:
-            _store_experts(view, weights, f"{base}.moe")
-        block = layer.mlp if view is None else view.shared
-        if block is not None:
-            plain = [
-                _dequantized(weights, f"{base}.mlp.{name}_proj.MatMul.weight", 8) for name in ("gate", "up", "down")
-            ]
-            for matrix, stored in zip(_matrices(block), _as_stored(block, plain), strict=True):
-                matrix.copy_(stored)
-    model.lm_head.weight.copy_(_dequantized(weights, "lm_head.MatMul.weight", 8))
-    model.model.embed_tokens.weight.copy_(_dequantized(weights, "model.embed_tokens.weight", 8))
-    return model
-
-
-def _store_experts(view: MoELayerView, weights: dict[str, np.ndarray], base: str) -> None:
-    gate_up, down = (_dequantized(weights, f"{base}.{part}.weight", 4) for part in ("gate_up", "down"))
-    if view.experts.__class__.__name__ == "GptOssExperts":
-        view.experts.gate_up_proj.copy_(gate_up.transpose(1, 2))
-        view.experts.down_proj.copy_(down.transpose(1, 2))
-    else:
-        view.experts.gate_up_proj.copy_(torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], 1))
-        view.experts.down_proj.copy_(down)
-
-
-def _matrices(block: Any) -> list[torch.Tensor]:
-    names = (
-        ("input_linear", "output_linear") if hasattr(block, "input_linear") else ("gate_proj", "up_proj", "down_proj")
-    )
-    return [getattr(block, name).weight for name in names]
-
-
-def _as_stored(block: Any, plain: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.cat(plain[:2]), plain[2]] if hasattr(block, "input_linear") else plain
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -188,9 +97,33 @@ def test_quantized_operators_compute_what_is_stored(family: str, tmp_path: Path)
     """With float32 activations the int4 graph equals the dequantized model: layout and routing are exact."""
     checkpoint = case(tmp_path, family)
     export_onnx(checkpoint, tmp_path / "onnx", precision="int4", accuracy_level=0)
-    model = _with_stored_weights(load_model(checkpoint), initializers(tmp_path / "onnx"))
+    model = with_stored_weights(load_model(checkpoint), initializers(tmp_path / "onnx"))
     expected = model(torch.from_numpy(PROMPT)[None]).logits[0].numpy()
     assert np.abs(ort_logits(tmp_path / "onnx") - expected).max() <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_optimum_finds_the_names_that_it_looks_for(family: str, tmp_path: Path) -> None:
+    """ORTModelForCausalLM: config.json beside one model.onnx; caches by name and number; logits over the vocabulary."""
+    checkpoint, folder = case(tmp_path, family), tmp_path / "onnx"
+    export_onnx(checkpoint, folder, precision="int4")
+    spec, graph = spec_of(checkpoint), onnx.load(folder / "model.onnx", load_external_data=False).graph
+    attention = [layer for layer in range(spec.layers) if spec.kind_of(layer) != "conv"]
+    caches = {f"{layer}.{side}" for layer in attention for side in ("key", "value")}
+    states = {f"{layer}.conv" for layer in set(range(spec.layers)) - set(attention)}
+    assert {value.name for value in graph.input} == {
+        "input_ids", "attention_mask", *(f"past_key_values.{name}" for name in caches), *(f"past.{n}" for n in states),
+    }  # fmt: skip
+    assert {value.name for value in graph.output} == {"logits", *(f"present.{name}" for name in caches | states)}
+    assert [path.name for path in folder.glob("*.onnx")] == ["model.onnx"]
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    assert (config.model_type, config.vocab_size) == (spec.family, spec.vocab)
+    shapes = {
+        value.name: [d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim] for value in graph.output
+    }
+    assert shapes["logits"] == ["batch_size", "sequence_length", spec.vocab]
+    past = next(value for value in graph.input if value.name.startswith("past_key_values."))
+    assert past.type.tensor_type.shape.dim[1].dim_value == spec.kv_heads
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])

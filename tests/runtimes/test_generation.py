@@ -10,7 +10,7 @@ from moe_edge.export.gguf import write_gguf
 from moe_edge.runtimes.base import Prompt, generate
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
-from moe_edge.runtimes.sampling import GREEDY, Sampling, row_generator
+from moe_edge.runtimes.sampling import GREEDY, RowNoise, Sampling
 from moe_edge.runtimes.text_codec import open_codec
 from tests.tiny import TEXTS, tiny_checkpoint
 
@@ -34,7 +34,7 @@ PROMPTS = [
 def test_side_by_side_equals_one_by_one(tmp_path: Path, family: str, overrides: dict[str, int]) -> None:
     with HfRuntime(tiny_checkpoint(tmp_path, family, with_tokenizer=False, **overrides), 1, 64) as runtime:
         for sampling in (GREEDY, WARM):
-            alone = [generate(runtime, p.ids, 12, (), sampling, row_generator(p.seed, p.row)) for p in PROMPTS]
+            alone = [generate(runtime, p.ids, 12, (), sampling, RowNoise(p.seed, p.row)) for p in PROMPTS]
             assert runtime.generate_batch(PROMPTS, 12, (), sampling) == alone
         assert alone[1] != alone[3] and all(len(tokens) == 12 for tokens in alone)
         stops = {alone[1][4], alone[2][7]}

@@ -1,14 +1,18 @@
 """Crafted GGUF files are refused quickly, before any parser that trusts them sees them."""
 
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.quantization import GGML_TYPES
+from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, check_gguf_header
+from moe_edge.runtimes.llama_cpp import LlamaCppRuntime, load_gguf
 
 
 def header(n_tensors: int = 0, n_keys: int = 0, version: int = 3) -> bytes:
@@ -118,7 +122,43 @@ def test_a_good_file_is_read(tmp_path):
     assert np.frombuffer(raw, np.float32).tolist() == list(range(6))
 
 
-def test_type_numbers_are_ggmls():
-    from gguf import GGMLQuantizationType
+def test_types_are_ggmls_and_agree_with_what_we_plan():
+    assert {GGML_TYPE_IDS[name]: sizes for name, sizes in GGML_TYPES.items()} == {
+        GGML_TYPE_IDS[name]: GGML_QUANT_SIZES[GGMLQuantizationType[name]] for name in GGML_TYPES
+    }
+    assert GGML_TYPE_IDS["IQ4_XS"] == 23  # a file of another maker
 
-    assert {name: GGMLQuantizationType[name].value for name in GGML_TYPE_IDS} == GGML_TYPE_IDS
+
+@pytest.mark.parametrize(
+    "open_it",
+    [
+        load_gguf,
+        lambda path: LlamaCppRuntime(path, 1, 16),
+        lambda path: quantize_gguf(path, path.with_name("q.gguf"), "Q8_0", None, 1),
+    ],
+)
+def test_every_way_to_open_a_gguf_checks_the_header_first(tmp_path, open_it):
+    """gguf's own reader would hang on these 49 bytes."""
+    (tmp_path / "x.gguf").write_bytes(HUGE_ARRAY)
+    started = time.monotonic()
+    with pytest.raises(InputRejected, match=r"array of 9223372036854775808"):
+        open_it(tmp_path / "x.gguf")
+    assert time.monotonic() - started < 2
+
+
+def test_no_module_opens_a_gguf_past_the_check():
+    """gguf.GGUFReader and llama_cpp.Llama trust the file; only load_gguf may call libllama's loader."""
+    import ast
+
+    import moe_edge
+
+    package = Path(moe_edge.__file__).parent
+    callers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and (node.id if isinstance(node, ast.Name) else node.attr)
+        in ("GGUFReader", "Llama", "llama_model_load_from_file", "llama_load_model_from_file")
+    }
+    assert callers == {"runtimes/llama_cpp.py", "export/device_runner.py"}

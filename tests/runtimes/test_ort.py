@@ -83,7 +83,10 @@ def test_misuse_is_a_usage_error(exported: Path) -> None:
         runtime.logits(IDS[:4])
 
 
-@pytest.mark.parametrize("location", ["/etc/hostname", "../secret", "sub/file", "..", "", "missing.data", "a\\b"])
+@pytest.mark.parametrize(
+    "location",
+    ["/etc/hostname", "../secret", "sub/file", "..", "", "missing.data", "a\\b", "C:secret", "/model.onnx.data"],
+)
 def test_weights_outside_the_folder_are_refused(folder: Path, location: str) -> None:
     (folder.parent / "secret").write_bytes(b"x" * 4096)
     edit_graph(folder, point_to(location))
@@ -97,6 +100,38 @@ def test_a_symbolic_link_is_refused(folder: Path) -> None:
     (folder / "model.onnx.data").symlink_to(folder.parent / "elsewhere")
     with pytest.raises(InputRejected, match="symbolic link"):
         ort.OrtRuntime(folder, 1, 64)
+
+
+def test_a_second_location_behind_a_good_one_is_refused(folder: Path) -> None:
+    (folder.parent / "secret").write_bytes(b"x" * 4096)
+
+    def twice(tensor: onnx.TensorProto, _: Path) -> None:
+        good = next(entry.value for entry in tensor.external_data if entry.key == "location")
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "../secret"
+        tensor.external_data.add(key="location", value=good)
+
+    edit_graph(folder, twice)
+    with pytest.raises(InputRejected, match="ambiguous"):
+        ort.OrtRuntime(folder, 1, 64)
+
+
+def test_an_absolute_path_to_the_right_file_and_one_through_a_linked_folder_are_refused(folder: Path) -> None:
+    edit_graph(folder, point_to(str(folder / "model.onnx.data")))
+    with pytest.raises(InputRejected, match="outside its folder"):
+        ort.OrtRuntime(folder, 1, 64)
+    (folder / "linked").symlink_to(folder.parent, target_is_directory=True)
+    edit_graph(folder, point_to("linked/onnx/model.onnx.data"))
+    with pytest.raises(InputRejected, match="outside its folder"):
+        ort.OrtRuntime(folder, 1, 64)
+
+
+def test_nothing_is_loaded_before_the_check(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(ort.onnxruntime, "InferenceSession", lambda *args, **kwargs: opened.append(args[0]))
+    edit_graph(folder, point_to("../secret"))
+    with pytest.raises(InputRejected, match="outside its folder"):
+        ort.OrtRuntime(folder, 1, 64)
+    assert opened == []
 
 
 def test_references_hidden_in_nodes_are_found(folder: Path) -> None:

@@ -135,6 +135,17 @@ def test_cka_of_a_teacher_beyond_memory_is_null_with_a_reason(tmp_path: Path, mo
     assert summary["before"]["cka_by_layer"] is None and "does not fit" in summary["cka"]
 
 
+def test_the_log_is_free_of_clocks(tmp_path: Path) -> None:
+    on_policy = {"share": 0.5, "prompt_tokens": 4, "new_tokens": (2, 4)}
+    stage = {"stage_name": "a", "steps": 2, "losses": {"reverse_kl": 1.0}, "on_policy": on_policy}
+    run = context(tmp_path, inputs(tmp_path), stages=[StageConfig(**stage)])
+    distill.run(run)
+    log = [json.loads(line) for line in (run.out / "train_log.jsonl").read_text().splitlines()]
+    assert sum(line["rollout_tokens"] for line in log) > 0 and not [
+        name for name in log[0] if name.endswith("_seconds")
+    ]
+
+
 def test_a_capture_of_other_text_is_data_too(tmp_path: Path) -> None:
     teacher = inputs(tmp_path)
     rows = TokenRows(tiny_ids(TOKENS, 12, VOCAB).numpy().astype(np.int32)[:, ::-1].copy(), 12 * TOKENS)

@@ -1,5 +1,6 @@
 """evaluate: the untrained student of the first seed end to end, answers that are never generated twice, rows that break."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -250,13 +251,23 @@ def test_an_encoder_that_is_not_there_is_a_usage_error(tmp_path: Path, data: Pat
         run(checkpoint, read_instruction_sets([data]), Settings(SHORT, bertscore=tmp_path / "none"), tmp_path / "out")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bert_score") is None, reason="the extra 'bertscore' is not installed")
+def test_a_broken_encoder_is_rejected_before_the_first_answer(tmp_path: Path, data: Path) -> None:
+    checkpoint, encoder = tiny_checkpoint(tmp_path, "qwen3_moe"), tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputRejected, match="encoder cannot be used"):
+        run(checkpoint, read_instruction_sets([data]), Settings(SHORT, bertscore=encoder), tmp_path / "out")
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
 def test_a_missing_metric_library_is_found_before_the_first_answer(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(name: str) -> None:
+    def missing(name: str, *_: Any) -> None:
         raise EnvironmentProblem(f"{name} is missing")
 
-    monkeypatch.setattr(evaluate, "load_module", missing)
+    monkeypatch.setattr(evaluate, "compute", missing)
     with pytest.raises(EnvironmentProblem):
         run(tiny_checkpoint(tmp_path, "qwen3_moe"), read_instruction_sets([data]), Settings(SHORT), tmp_path / "out")
     assert not (tmp_path / "out" / "answers.jsonl").exists()

@@ -33,14 +33,14 @@ def export(tmp_path, mix):
     )  # fmt: skip
     artifacts, reopened = [], []
     gguf_stage.export_gguf(job, artifacts, reopened)
-    return artifacts, [kind for kind, _, _ in reopened]
+    return artifacts, [export.kind for export in reopened]
 
 
 def test_the_main_file_has_the_mix_and_says_so(tmp_path, quantized):
     artifacts, reopened = export(tmp_path, MIX)
     assert quantized["Q3_K_M"] == MIX and quantized["Q8_0"] == {} == quantized["Q4_K_M"]
     assert artifacts[0]["quantization"] == "Q3_K_M-mix" and artifacts[0]["path"].endswith("-Q3_K_M-mix.gguf")
-    assert "gguf Q3_K_M-mix" in reopened and "gguf Q8_0" in reopened
+    assert "gguf Q3_K_M-mix delivered" in reopened and "gguf Q8_0 delivered" in reopened
 
 
 def test_without_a_mix_names_are_the_recipes(tmp_path, quantized):

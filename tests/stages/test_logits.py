@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from moe_edge import cli
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.capture import CaptureConfig
 from moe_edge.distillation.signal import CachedSignal, HeadSignal, TeacherSignal
@@ -40,34 +43,41 @@ def request(teacher: Path, data: str = "calibration") -> CaptureRequest:
     return CaptureRequest(teacher, data, 640, CaptureConfig(k=8, shard_rows=2), sequence_length=64)
 
 
-def run(*arguments: object, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launch, "-m", "moe_edge", "logits", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_two_processes_write_what_one_writes(teacher: Path, cache: Path, tmp_path: Path) -> None:
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = run("capture", teacher, "--out", tmp_path / "c", "--json", *SIZES, launch=tuple(launch))
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "moe_edge"]
+    command = ["logits", "capture", str(teacher), "--out", str(tmp_path / "c"), "--json", *SIZES]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, *launch, *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["shards_written"] == 5  # once, by the leader
     assert "tokens/s" in done.stderr and "a live teacher instead" in done.stderr  # the price, before it is paid
     assert files(tmp_path / "c") == files(cache)
 
 
-def test_another_k_leaves_with_4_and_names_it(teacher: Path, cache: Path) -> None:
-    done = run("capture", teacher, "--out", cache, *SIZES[:-1], "16")
-    assert done.returncode == 4 and "k: found 8, expected 16" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_wrong_temperature_leaves_with_2(teacher: Path, tmp_path: Path) -> None:
-    done = run("capture", teacher, "--out", tmp_path / "c", "--temperatures", "warm")
-    assert done.returncode == 2 and "--temperatures" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ([*SIZES[:-1], "16"], 4, "k: found 8, expected 16"),
+        ([*SIZES, "--temperatures", "warm"], 2, "--temperatures"),
+        ([*SIZES, "--rs", "50", "--temperatures", "1,2"], 2, "one temperature"),
+        ([*SIZES, "--data", "/no/such/text.txt"], 2, "/no/such/text.txt"),
+    ],
+)
+def test_refusals_have_their_codes(
+    teacher: Path, cache: Path, options: list[str], code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["moe-edge", "logits", "capture", str(teacher), "--out", str(cache), *options])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    signal.signal(signal.SIGTERM, handler)
+    said = capsys.readouterr()
+    assert stop.value.code == code and words in said.err and "Traceback" not in said.err and not said.out
 
 
 def test_estimate_says_bytes_time_and_memory(teacher: Path, tmp_path: Path) -> None:
@@ -130,13 +140,13 @@ def test_a_file_without_tokens_and_tail(teacher: Path, cache: Path, tmp_path: Pa
     summary = import_plain_logits(path, teacher, tmp_path / "c", rows_file)
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     assert summary["tail"].startswith("missing") and manifest["config"]["tail"].startswith("missing")
-    signal, whole = CachedSignal(tmp_path / "c", {}), CachedSignal(cache, {})
-    assert "without its tail" in signal.description
+    ours, whole = CachedSignal(tmp_path / "c", {}), CachedSignal(cache, {})
+    assert "without its tail" in ours.description
     ids_S = torch.from_numpy(TokenRows.load(rows_file).ids_NS[0]).long()
-    head, full = signal.signal(ids_S, 2.5), whole.signal(ids_S, 2.0)
+    head, full = ours.signal(ids_S, 2.5), whole.signal(ids_S, 2.0)
     assert isinstance(head, HeadSignal)  # float16 has ties, so that neighbours may have changed places
     assert torch.equal(head.indices_SK.sort(-1).values, full.indices_SK.sort(-1).values)
-    p_SK, q_SK = head.pair(torch.randn(64, signal.vocab), 2.5)
+    p_SK, q_SK = head.pair(torch.randn(64, ours.vocab), 2.5)
     torch.testing.assert_close(p_SK, torch.log_softmax(full.logprobs_SK / 2.5, -1), rtol=0.02, atol=0.03)
     torch.testing.assert_close(q_SK.exp().sum(-1), torch.ones(64))
 

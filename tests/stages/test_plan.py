@@ -238,3 +238,43 @@ def test_a_dry_run_reads_headers_only(teacher, tmp_path, monkeypatch):
     assert shares["frequency"] == pytest.approx(30 / 36) and set(shares) == set(CRITERIA)
     with pytest.raises(InfeasibleError):
         stage.dry_run(inspect_checkpoint(teacher), config("target.budget.weights=10KiB"))
+
+
+def test_where_only_a_mix_of_types_is_fast_enough_it_is_measured_and_no_expert_need_go(teacher, tmp_path):
+    """A speed that no recipe reaches at the teacher's top-k; dropping experts would not help."""
+    from moe_edge.compression.allocation import Packing, header_plan
+
+    fast = (NO_SHARE, "target.hardware.bandwidth_gb_per_s={value: 10.0, source: a test, confidence: assumed}",
+            "target.runtime.kv_cache=f16")  # fmt: skip
+    space = header_plan(inspect_checkpoint(teacher), config(*fast)).space
+    best = max(
+        space.option(2, Packing("gguf", name)).estimate.decode_tokens_per_s for name in ("Q2_K", "Q3_K_M", "Q4_0")
+    )
+    wishes = (
+        *fast,
+        f"target.budget.decode_tokens_per_s={best + 1}",
+        "plan.criterion=frequency",
+        "plan.curve_tokens=32",
+    )
+    feasible = header_plan(inspect_checkpoint(teacher), config(*wishes))
+    assert feasible.keeps_all and feasible.choice.packing.mix and feasible.needs_measuring
+    _, plan = run(teacher, tmp_path, *wishes, "plan.sensitivity_tokens=32")
+    assert plan.estimate.decode_tokens_per_s > best and plan.quantization_kl_source == "measured"
+    assert plan.quantization_by_class and (tmp_path / "curve.json").exists()
+    assert any(note == "The candidates' masked KL is that of keeping 6 experts." for note in plan.notes) != plan.prunes
+
+
+def test_a_teacher_that_does_not_fit_is_not_refitted_nor_narrowed(teacher, tmp_path, monkeypatch):
+    """What compress could not do later, a plan does not promise."""
+    _, plan = run(teacher, tmp_path / "a", "plan.criterion=frequency")
+    assert plan.compensate
+    for module in ("moe_edge.stages.plan", "moe_edge.compression.shapes"):
+        monkeypatch.setattr(f"{module}.fits_in_memory", lambda _headers: False)
+    wishes = ("plan.criterion=frequency", "plan.expert_width=auto", "plan.top_k=auto")
+    _, plan = run(teacher, tmp_path / "b", *wishes)
+    assert not plan.compensate and plan.expert_width is None and {shape.expert_width for shape in plan.shapes} == {None}
+
+
+def test_a_lower_top_k_alone_is_something_to_recover(teacher, tmp_path):
+    assert run(teacher, tmp_path / "a", "plan.experts=1.0", "plan.top_k=1")[1].alters
+    assert not run(teacher, tmp_path / "b", "plan.experts=1.0")[1].alters

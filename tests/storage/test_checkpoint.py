@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,17 @@ def header_with(**changes: object) -> dict[str, object]:
 )
 def test_bad_weights(tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
     refused(write_folder(tmp_path, model__safetensors=content), "model.safetensors", *words)
+
+
+@pytest.mark.parametrize(
+    "entry", [b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},', b'"%d":[[],[],[],[],[],[]],']
+)
+def test_a_header_of_too_many_tensors_is_not_parsed(tmp_path: Path, entry: bytes) -> None:
+    raw = b"{" + b"".join(entry % number for number in range(300_000))[:-1] + b"}"
+    folder = write_folder(tmp_path, model__safetensors=safetensors_bytes(raw, b""))
+    started = time.monotonic()
+    refused(folder, "limit 262144")
+    assert time.monotonic() - started < 2
 
 
 def test_a_header_beyond_the_limit_is_not_read(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The device bundles of a finished export: for each delivered format the main artifact, made ready to travel.
+
+Not a stage with a key: it only assembles what the stages delivered, after they have, so that switching it on or off
+(`export.bundle`) computes nothing again.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.export.bundle import Contents, write_bundle
+from moe_edge.export.golden import golden_of
+from moe_edge.storage.checkpoint import tokenizer_files
+from moe_edge.storage.delivery import BUNDLES
+from moe_edge.storage.files import read_json
+
+GOLDEN = "golden.json"
+
+
+def write_bundles(
+    out: Path, artifacts: Sequence[Mapping[str, Any]], config: BuildConfig, name: str,
+    inputs: Mapping[str, str], versions: Mapping[str, str],
+) -> list[str]:  # fmt: skip
+    """Write out/artifacts/bundle/FORMAT and FORMAT.tar, or remove them where the configuration wants none.
+
+    Args:
+        out: the build's folder; `out/export/golden.json` and `out/artifacts` are read.
+        artifacts: the export's rows, the main one of each format first.
+        name: of the model.
+        inputs, versions: what the bundles' manifests name as their origin.
+
+    Returns:
+        The folders, relative to `out`.
+
+    Raises:
+        ConfigError: the export was made by a version that left no golden prompts.
+    """
+    top = out / "artifacts" / BUNDLES
+    shutil.rmtree(top, ignore_errors=True)
+    if not config.export.bundle:
+        return []
+    if not (out / "export" / GOLDEN).is_file():
+        raise ConfigError(
+            "the export has no golden prompts",
+            where=str(out / "export"),
+            next_command="run the build with --from export",
+        )
+    golden, written = read_json(out / "export" / GOLDEN), []
+    for row in _main(artifacts):
+        folder = top / row["format"]
+        write_bundle(_contents(out, row, config, name, golden, inputs, versions), folder)
+        written.append(folder.relative_to(out).as_posix())
+    return written
+
+
+def _main(artifacts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first artifact of each format."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in artifacts:
+        found.setdefault(row["format"], row)
+    return list(found.values())
+
+
+def _contents(
+    out: Path, row: Mapping[str, Any], config: BuildConfig, name: str, golden: Mapping[str, Any],
+    inputs: Mapping[str, str], versions: Mapping[str, str],
+) -> Contents:  # fmt: skip
+    runtime = config.target.runtime
+    return Contents(
+        format=row["format"], name=name, quantization=row["quantization"], artifact=out / row["path"],
+        tokenizer=tokenizer_files(out / "artifacts" / "hf") if row["format"] == "gguf" else (),  # ONNX brings its own
+        golden=golden_of(golden, row["path"]), target=config.target.name,
+        runtime={
+            "threads": runtime.threads, "gpu_layers": runtime.gpu_layers, "kv_cache": runtime.kv_cache,
+            "context_length": config.target.context_length,
+        },
+        inputs=inputs, versions=versions,
+    )  # fmt: skip

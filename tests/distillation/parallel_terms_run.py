@@ -1,0 +1,50 @@
+"""Started by torchrun: trains the tiny student with losses on layers and experts and with rollouts; see test_parallel_terms.
+
+torchrun --nproc-per-node 2 parallel_terms_run.py FOLDER ddp|fsdp
+"""
+
+import json
+import sys
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+from moe_edge.contracts.config import OnPolicyConfig, StageConfig
+from moe_edge.distillation.expert_terms import EXPERT_TERMS
+from moe_edge.distillation.feature_terms import FEATURE_TERMS
+from moe_edge.distillation.rollouts import Rollouts
+from moe_edge.distillation.teacher import LiveTeacher
+from moe_edge.distillation.terms import Needs, TermContext
+from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
+from tests.distillation.parallel_run import shard_on_cpu
+from tests.distillation.parts import rows, tiny_student, tiny_teacher
+
+TABLE = {"cka": FEATURE_TERMS["cka"], "procrustes": FEATURE_TERMS["procrustes"], **EXPERT_TERMS}
+STEPS = 3
+
+
+def main(folder: Path, backend: str) -> None:
+    torch.manual_seed(0)
+    arguments = DistillationTrainingArguments(
+        output_dir=str(folder / backend), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=STEPS,
+        learning_rate=0.01, logging_steps=1, save_strategy="no", use_cpu=True, ddp_find_unused_parameters=False,
+        distillation_alpha=1.0, loss_weights={"reverse_kl": 1.0} | dict.fromkeys(TABLE, 1.0),
+    )  # fmt: skip
+    student, teacher = tiny_student(), tiny_teacher()
+    context = TermContext(student, teacher, StageConfig(stage_name="s"), ids_NS=torch.from_numpy(rows()[:4]).long())
+    terms = [build(context) for build in TABLE.values()]
+    live = LiveTeacher(teacher, reduce(Needs.__or__, (term.needs for term in terms), Needs()))
+    rollouts = Rollouts(student, OnPolicyConfig(share=0.5, prompt_tokens=4, new_tokens=(4, 12)), STEPS, 0)
+    parts = Parts(terms=terms, hooks=[rollouts], observers=[rollouts])
+    trainer = DistillationTrainer(student, arguments, RowDataset(rows()), teacher=live, parts=parts)
+    if backend == "fsdp":
+        shard_on_cpu(trainer)
+    trainer.train()
+    trainer.save_model(str(folder / backend / "model"))
+    if trainer.is_world_process_zero():
+        (folder / backend / "log.json").write_text(json.dumps(trainer.state.log_history[:STEPS]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,36 @@
+"""Losses on layers and experts, and rollouts, in two processes: sharded weights train as copied ones do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_edge.storage.tensor_dict import load_tensors
+from tests.distillation import parallel_terms_run
+
+
+def run(folder: Path, backend: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [parallel_terms_run.__file__, str(folder), backend]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((folder / backend / "log.json").read_text())
+    return log, load_tensors(folder / backend / "model" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_copied_ones(tmp_path: Path) -> None:
+    (copied_log, copied), (sharded_log, sharded) = run(tmp_path, "ddp"), run(tmp_path, "fsdp")
+    assert len(copied_log) == len(sharded_log) == parallel_terms_run.STEPS
+    for ours, theirs in zip(sharded_log, copied_log, strict=True):
+        assert ours["rollout_tokens"] == theirs["rollout_tokens"] > 0
+        for name in ("total_loss", "grad_norm", *(f"{term}_loss" for term in parallel_terms_run.TABLE)):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert sharded.keys() == copied.keys()
+    for name, tensor in copied.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-5)
