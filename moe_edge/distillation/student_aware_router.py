@@ -5,6 +5,9 @@ loss = KL(p || q) + beta CV(importance)^2, with p the teacher, every expert acti
 paper calls this the reverse KL because here the teacher is the model that learns; the student's own reverse KL is
 KL(q || p). Its second balance term, the variation of token counts, is constant when every expert is active.
 
+A gradient of the routers runs through the whole teacher. Off the CPU each of its layers is computed again on the way back,
+so that only the layers' inputs are kept, and logits are made in chunks.
+
 Beyond the paper: routers in half precision get float32 masters (a step of 1e-5 is lost in bfloat16), and a router that
 has drifted too far from its snapshot is put back. The teacher's folder is never written.
 
@@ -13,7 +16,7 @@ Shape suffixes: B rows, S tokens of a row, T tokens, t tokens of a chunk, D mode
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from accelerate.utils import reduce
@@ -25,6 +28,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.router_drift import RouterSnapshot
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.families.listening import Sounds, listening
+from moe_edge.families.recompute import recomputed
 from moe_edge.families.routing import is_sigmoid, rerouted
 from moe_edge.families.taps import body, decoder_layers, head
 from moe_edge.families.views import moe_layers
@@ -41,13 +45,19 @@ class StudentAwareRouter:
 
     Args:
         vocab: true vocabulary; columns beyond it are padding. None: as many as both heads have.
+        recompute: compute the teacher's layers twice instead of keeping what is inside them; None: not on a CPU.
 
     Raises:
         ConfigError: the teacher was cut short because nothing else wants its logits.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: LiveTeacher, config: StudentAwareRouterConfig, vocab: int | None = None
+        self,
+        student: nn.Module,
+        teacher: LiveTeacher,
+        config: StudentAwareRouterConfig,
+        vocab: int | None = None,
+        recompute: bool | None = None,
     ) -> None:
         if len(decoder_layers(teacher.model)) < teacher.model.config.num_hidden_layers:
             why = "no loss of the stage wants the teacher's logits"
@@ -57,6 +67,8 @@ class StudentAwareRouter:
         self.snapshot = RouterSnapshot(teacher.model)
         self._masters = {key: tensor.float().clone() for key, tensor in self.snapshot.tensors.items()}
         self._optimizer = self._new_optimizer()
+        on_cpu = next(teacher.model.parameters()).device.type == "cpu"
+        self._recompute = not on_cpu if recompute is None else recompute
         self._seen: dict[str, float] = {}
 
     def _new_optimizer(self) -> torch.optim.AdamW:
@@ -76,9 +88,9 @@ class StudentAwareRouter:
         with self._trainable() as parameters:
             gradients = [torch.zeros_like(master) for master in self._masters.values()]
             for batch, chosen_BS in zip(batches, chosen, strict=True):
-                loss, inputs = self._loss(batch, chosen_BS, tokens)
-                for total, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
-                    total += part
+                slopes, inputs = self._gradient(batch, chosen_BS, tokens, parameters)
+                for total, slope in zip(gradients, slopes, strict=True):
+                    total += slope
         for master, gradient in zip(self._masters.values(), gradients, strict=True):
             master.grad = reduce(gradient, "mean")
         self._optimizer.step()
@@ -101,20 +113,26 @@ class StudentAwareRouter:
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
-    def _loss(self, batch: dict[str, Tensor], chosen_BS: Tensor, tokens: int) -> tuple[Tensor, dict[int, Tensor]]:
-        """This micro-batch's part of the loss, and what the teacher's routers were given."""
+    def _gradient(
+        self, batch: dict[str, Tensor], chosen_BS: Tensor, tokens: int, parameters: list[nn.Parameter]
+    ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+        """Of this micro-batch's part of the loss, and what the teacher's routers were given."""
         given = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+        teacher = self._teacher.model
         with torch.no_grad():
             student_TD = body(self._student)(**given).last_hidden_state[chosen_BS]
-        with rerouted(self._teacher.model, _all), listening(self._teacher.model, routers=self._sigmoid) as sounds:
-            teacher_TD = body(self._teacher.model)(**given).last_hidden_state[chosen_BS]
-        kl = self._divergence(teacher_TD, student_TD) / tokens
-        importance = self._importance(sounds, batch.get("attention_mask"))
-        share = len(student_TD) / tokens
+        with ExitStack() as stack:
+            stack.enter_context(rerouted(teacher, _all))
+            stack.enter_context(recomputed(teacher) if self._recompute else nullcontext())
+            with listening(teacher, routers=self._sigmoid) as sounds:
+                teacher_TD = body(teacher)(**given).last_hidden_state[chosen_BS]
+            kl = self._divergence(teacher_TD, student_TD) / tokens
+            importance = self._importance(sounds, batch.get("attention_mask"))
+            share = len(student_TD) / tokens
+            slopes = torch.autograd.grad(kl + self._config.beta * share * importance, parameters)
         self._add("sar_kl", float(kl.detach()))
         self._add("sar_importance", share * float(importance.detach()))
-        inputs = {layer: hidden_TD.detach() for layer, hidden_TD in sounds.expert_inputs.items()}
-        return kl + self._config.beta * share * importance, inputs
+        return slopes, {layer: hidden_TD.detach() for layer, hidden_TD in sounds.expert_inputs.items()}
 
     def _divergence(self, teacher_TD: Tensor, student_TD: Tensor) -> Tensor:
         """Sum over tokens of KL(teacher || student), differentiable in the teacher; logits in chunks."""

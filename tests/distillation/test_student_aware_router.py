@@ -106,6 +106,24 @@ def test_router_steps_bring_the_teacher_towards_the_student() -> None:
     assert values[-1] < 0.8 * values[0]
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "lfm2_moe", "gpt_oss"])
+def test_recomputing_the_teachers_layers_changes_no_bit_and_keeps_less(family: str) -> None:
+    student, states, kept = tiny_model(family, layers=3, vocab=VOCAB, seed=1), [], []
+    for recompute in (False, True):
+        teacher = tiny_model(family, layers=3, vocab=VOCAB)
+        sar = StudentAwareRouter(
+            student, LiveTeacher(teacher, Needs()), StudentAwareRouterConfig(learning_rate=RATE), recompute=recompute
+        )
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.nbytes) or t, lambda t: t):
+            sar(batches(), 0)
+        states.append(frozen(teacher))
+        kept.append(sum(saved))
+        assert all("forward" not in vars(module) for module in teacher.modules())
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+    assert kept[1] < 0.7 * kept[0]
+
+
 def test_every_says_how_often() -> None:
     sar = router(tiny_teacher(), every=3)
     steps = []
