@@ -190,7 +190,9 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("ort", "hunyuan_v1_moe"): replace(_ONNX_LATER, architecture="qwen3", computes=_HUNYUAN),
 }
 
-_NO_LATENT = "onnxruntime-genai has no builder for multi-head latent attention; export GGUF once it is written"
+_NO_LATENT = (
+    "onnxruntime-genai has no builder for multi-head latent attention; export GGUF: --set export.formats=[gguf]"
+)
 # Refused for good, whatever exporters there are.
 NEVER: dict[tuple[RuntimeName, str], str] = {
     ("llama_cpp", "phimoe"): "llama_cpp approximates the sparsemixer routing of phimoe by a renormalised softmax",

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.contracts.quantization import NEEDS_IMATRIX
+from moe_edge.contracts.quantization import NEEDS_IMATRIX, tensor_bytes
+from moe_edge.contracts.units import format_bytes
 from moe_edge.devices.host import threads_for
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_audit import audit, expected_tensors
@@ -29,7 +30,7 @@ def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopen
         ConfigError: a type needs an importance matrix and there is none, or parts would be too small.
         MoeEdgeError: a file is not what its recipe says.
     """
-    _refuse_bare_types(job)
+    _refuse_early(job)
     full = job.out / "reference" / "F16.gguf"
     if not full.exists():
         full.parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +57,16 @@ def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopen
         reopened.append(Reopened(f"gguf {label} delivered", "llama_cpp", parts[0], artifacts[-1]["path"]))
 
 
-def _refuse_bare_types(job: Job) -> None:
-    kinds = {recipe: {item.kind for item in expected_tensors(job.model, recipe).values()} for recipe in job.recipes}
-    needing = [recipe for recipe in kinds if kinds[recipe] & NEEDS_IMATRIX]
+def _refuse_early(job: Job) -> None:
+    """What headers alone show: a type that needs an importance matrix, a tensor that fits into no part."""
+    limit = job.config.export.gguf.split_bytes
+    files = {recipe: expected_tensors(job.model, recipe) for recipe in job.recipes}
+    for recipe, tensors in files.items():
+        name, size = max(((n, tensor_bytes(t.kind, t.shape)) for n, t in tensors.items()), key=lambda pair: pair[1])
+        if limit is not None and size > limit:
+            why = f"'{name}' alone takes {format_bytes(size)} as {recipe}"
+            raise ConfigError(f"parts of {format_bytes(limit)} are too small", where="export.gguf.split_bytes", why=why)
+    needing = [recipe for recipe, tensors in files.items() if NEEDS_IMATRIX & {item.kind for item in tensors.values()}]
     if needing and job.statistics is None:
         raise ConfigError(
             f"{needing[0]} needs an importance matrix", where="export.gguf.types", why="there is no profile of this model",

@@ -24,7 +24,7 @@ from tests.export.gguf_models import representable
 from tests.profiling.runs import whole_pass
 
 KEPT = {0: [0, 2, 3, 5], 1: [0, 1, 4, 5]}
-GGUF = ("export.formats=[gguf]", "target.context_length=64")
+GGUF = ("export.formats=[gguf]", "target.context_length=64", "target.runtime.threads=1")
 
 
 def profiled(teacher: Path, tmp_path: Path) -> Statistics:
@@ -129,6 +129,8 @@ def test_types_that_need_a_profile_are_refused_before_the_first_byte(tmp_path):
     model = representable(tmp_path, "qwen3_moe", hidden=256, width=256)
     with pytest.raises(ConfigError, match="IQ2_XS needs an importance matrix"):
         stage.export_model(job(model, tmp_path / "out", "export.gguf.types=[Q8_0, IQ2_XS]"))
+    with pytest.raises(ConfigError, match="parts of 100.0 KiB are too small"):
+        stage.export_model(job(model, tmp_path / "out", "export.gguf.split_bytes=100KiB", "export.gguf.types=[Q8_0]"))
     assert not (tmp_path / "out").exists()
     job_ = job(model, tmp_path / "out", "export.gguf.types=[IQ2_XS]", statistics=profiled(model, tmp_path))
     (row,) = stage.export_model(job_)["artifacts"]
