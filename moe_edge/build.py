@@ -74,13 +74,18 @@ def output_folder(request: Request, config: BuildConfig) -> Path:
     return Path("runs") / f"{name}-{config.target.name}"
 
 
-def inspect_teacher(config: BuildConfig) -> tuple[Path, CheckpointHeaders]:
-    """The teacher's folder and headers; every refusal that needs no weights happens here."""
+def inspect_teacher(config: BuildConfig, *, students: bool = False) -> tuple[Path, CheckpointHeaders]:
+    """The teacher's folder and headers; every refusal that needs no weights happens here.
+
+    Args:
+        students: take dense students, too.
+    """
     teacher = find_teacher(config)
     headers = inspect_checkpoint(teacher)
-    from moe_edge.families import family_of
+    from moe_edge.families import family_of, student_family
 
-    family_of(headers.config).tensors(headers.config, headers.tensors)
+    family = (student_family if students else family_of)(headers.config)
+    family.tensors(headers.config, headers.tensors)
     return teacher, headers
 
 
@@ -181,7 +186,7 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
     from moe_edge.storage.statistics import Statistics
 
     config = resolve(request)
-    model = find_teacher(config)  # the job reads its headers: a dense checkpoint is no teacher, but can be exported
+    model, _ = inspect_teacher(config, students=True)
     digest = checkpoint_digest(model)
     out = output_folder(request, config)
     types = config.target.quantization

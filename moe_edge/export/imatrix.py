@@ -83,7 +83,7 @@ def _entries(imatrix: Mapping[str, Any], spec: ModelSpec, kept: Mapping[int, lis
                 if _there(tensor_class, layer, spec):
                     yield _Sums(gguf_name(tensor_class, "weight", layer), numbers[key][layer][None], dense)
     for key, classes in _EXPERT.items():
-        for position, layer in enumerate(spec.moe_layers if key in numbers else ()):
+        for position, layer in enumerate(spec.moe_layers):
             chosen = slice(None) if kept is None else kept[layer]
             for tensor_class in classes:
                 sums, counts = numbers[key][position][chosen], numbers["expert_count"][position][chosen]

@@ -23,7 +23,7 @@ from moe_edge.export.onnx_graph import build_graph, write_companions
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
 from moe_edge.export.onnx_quantize import Scheme
-from moe_edge.families.dense_families import student_family
+from moe_edge.families import student_family
 from moe_edge.families.loading import stored_dtype
 from moe_edge.families.students import load_student
 from moe_edge.storage.checkpoint import inspect_checkpoint

@@ -25,8 +25,8 @@ from moe_edge.contracts.errors import EnvironmentProblem, InputRejected
 from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.onnx_moe import MoEGraph
+from moe_edge.families import student_family
 from moe_edge.families.base import AttentionNames
-from moe_edge.families.dense_families import student_family
 from moe_edge.families.views import moe_layers
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from typing import Any
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families.base import Family
 from moe_edge.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from moe_edge.families.dense_families import DENSE_FAMILIES
 from moe_edge.families.ernie4_5_moe import ERNIE4_5_MOE
 from moe_edge.families.glm4_moe import GLM4_MOE, GLM4_MOE_LITE
 from moe_edge.families.gpt_oss import GPT_OSS
@@ -62,6 +63,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     raise InputRejected(f"unknown model family {kind!r}", where="config.json: model_type", why=supported)
 
 
+def student_family(config: Mapping[str, Any]) -> Family:
+    """As `family_of`, and the families of dense students, too."""
+    dense = DENSE_FAMILIES.get(str(config.get("model_type")))
+    return dense or family_of(config)
+
+
 def known_family(config: Mapping[str, Any]) -> Family | None:
     """The family of a parsed config.json, also of a student that was derived from one; None: dense or not supported."""
     kind = config.get("base_model_type", config.get("model_type"))
@@ -74,4 +81,4 @@ def _mentions_experts(config: Mapping[str, Any]) -> bool:
     return any("expert" in key or key.startswith("moe_") for key in keys)
 
 
-__all__ = ["FAMILIES", "Family", "assemble", "family_of", "known_family"]
+__all__ = ["DENSE_FAMILIES", "FAMILIES", "Family", "assemble", "family_of", "known_family", "student_family"]

@@ -1,82 +1,60 @@
-"""The dense classes that students of action `dense` are stored in, as rows like those of the mixtures.
+"""Dense students as families: the plain decoder classes of `dense.DENSE_OF`, described and mapped like any mixture.
 
-A dense model is described as one whose every layer goes without experts (`ModelSpec.dense_layers`), so that exporters,
-counters and readers need no second kind of description; its MoESpec is that of a single expert, which no layer has. They are
-not among FAMILIES: a teacher must be a mixture.
+Every layer is dense, so that exporters and counters need no second path: `ModelSpec.moe_layers` is empty. They are no
+teachers: `family_of` refuses them, `student_family` knows them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from moe_edge.families import family_of
+from moe_edge.contracts.spec import MoESpec
 from moe_edge.families.base import Family
-from moe_edge.families.granite import GRANITEMOE
-from moe_edge.families.mixtral import MIXTRAL
-from moe_edge.families.qwen2_moe import QWEN2_MOE
-from moe_edge.families.qwen3_moe import QWEN3_MOE
-
-_NO_EXPERTS = {"num_experts": 1, "num_experts_per_tok": 1}
-_COMMON: dict[str, Any] = {
-    "dense_layers": lambda v: range(v["num_hidden_layers"]),
-    "expert_keys": ("num_experts",),
-    "expert_width_key": "intermediate_size",
-    "rotary": "plain",
-}
+from moe_edge.families.granite import multipliers
 
 
-def _defaults(mixture: Family, **more: Any) -> dict[str, Any]:
-    return {**mixture.defaults, "intermediate_size": 22016, **more, **_NO_EXPERTS}
+@dataclass(frozen=True)
+class DenseFamily(Family):
+    """A model_type without experts; its `MoESpec` is one expert that every token uses."""
+
+    def _moe(self, values: dict[str, Any]) -> MoESpec:
+        return MoESpec(1, 1, values["intermediate_size"], "softmax", True)
 
 
-def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Which layers have the window, where the config says it for each."""
-    kinds = tuple("sliding" if kind == "sliding_attention" else "full" for kind in values.get("layer_types") or ())
-    return {"layer_kinds": kinds} if len(set(kinds)) > 1 else {}
+def _all_layers(values: Mapping[str, Any]) -> Iterable[int]:
+    return range(values["num_hidden_layers"])
 
 
-QWEN3 = Family(
-    model_type="qwen3",
-    defaults=_defaults(QWEN3_MOE),
-    refusals=((lambda v: bool(v.get("attention_bias")), "attention_bias: a bias on o_proj"),),
-    qk_norm="per_head",
-    sliding_key="use_sliding_window",
-    more=_windows,
-    **_COMMON,
-)
-QWEN2 = Family(
-    model_type="qwen2",
-    defaults=_defaults(QWEN2_MOE, qkv_bias=True),
-    bias_key="qkv_bias",
-    sliding_key="use_sliding_window",
-    more=_windows,
-    **_COMMON,
-)
-MISTRAL = Family(model_type="mistral", defaults=_defaults(MIXTRAL), **_COMMON)
-GRANITE = Family(
-    model_type="granite",
-    defaults=_defaults(GRANITEMOE),
-    refusals=((lambda v: bool(v.get("mlp_bias")), "mlp_bias: biases inside the feed-forward blocks"),),
-    bias_key="attention_bias",
-    output_bias=True,
-    more=GRANITEMOE.more,
-    **_COMMON,
-)
-LLAMA = Family(
-    model_type="llama",
-    defaults=_defaults(MIXTRAL, default_theta=10000.0, rms_norm_eps=1e-6, sliding_window=None),
-    refusals=((lambda v: bool(v.get("mlp_bias")), "mlp_bias: biases inside the feed-forward blocks"),),
-    bias_key="attention_bias",
-    output_bias=True,
-    **_COMMON,
-)
-DENSE_FAMILIES: dict[str, Family] = {row.model_type: row for row in (QWEN3, QWEN2, MISTRAL, GRANITE, LLAMA)}
+def _slides(values: Mapping[str, Any]) -> bool:
+    """qwen2 and qwen3 say in `layer_types` which layers slide, `max_window_layers` has filled it."""
+    return "sliding_attention" in (values.get("layer_types") or ())
 
 
-def student_family(config: Mapping[str, Any]) -> Family:
-    """The family of a student's config.json, dense or not.
-
-    Raises:
-        InputRejected: neither a supported mixture nor a dense class that students are stored in.
-    """
-    kind = config.get("model_type")
-    return DENSE_FAMILIES[kind] if isinstance(kind, str) and kind in DENSE_FAMILIES else family_of(config)
+_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "default_theta": 10000.0,
+}  # fmt: skip
+_WINDOW = (_slides, "a sliding window in some layers")
+_MLP_BIAS = (lambda v: bool(v.get("mlp_bias")), "mlp_bias: biases in the feed-forward blocks")
+DENSE_FAMILIES: dict[str, Family] = {
+    "qwen3": DenseFamily(
+        model_type="qwen3", defaults=_DEFAULTS, refusals=(_WINDOW,), qk_norm="per_head", bias_key="attention_bias",
+        output_bias=True, sliding_key="use_sliding_window", rotary="plain", dense_layers=_all_layers,
+    ),
+    "qwen2": DenseFamily(
+        model_type="qwen2", defaults=_DEFAULTS | {"qkv_bias": True}, refusals=(_WINDOW,), bias_key="qkv_bias",
+        sliding_key="use_sliding_window", rotary="plain", dense_layers=_all_layers,
+    ),
+    "mistral": DenseFamily(model_type="mistral", defaults=_DEFAULTS, rotary="plain", dense_layers=_all_layers),
+    "granite": DenseFamily(
+        model_type="granite", refusals=(_MLP_BIAS,), bias_key="attention_bias", output_bias=True, more=multipliers,
+        defaults=_DEFAULTS
+        | {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0},
+        dense_layers=_all_layers,
+    ),
+    "llama": DenseFamily(
+        model_type="llama", defaults=_DEFAULTS, refusals=(_MLP_BIAS,), bias_key="attention_bias", output_bias=True,
+        rotary="plain", dense_layers=_all_layers, more=lambda v: {"sliding_window": None},
+    ),
+}  # fmt: skip

@@ -27,7 +27,8 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-def _multipliers(values: Mapping[str, Any]) -> dict[str, Any]:
+def multipliers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """ModelSpec fields of a Granite model, mixture or dense."""
     return {
         "embedding_scale": float(values["embedding_multiplier"]),
         "attention_scale": float(values["attention_multiplier"]),
@@ -47,7 +48,7 @@ GRANITEMOE = Family(
     bias_key="attention_bias",
     output_bias=True,
     gating="softmax_topk",
-    more=_multipliers,
+    more=multipliers,
 )
 
 
@@ -66,5 +67,5 @@ GRANITEMOESHARED = Family(
     output_bias=True,
     gating="softmax_topk",
     shared_width=lambda v: v["shared_intermediate_size"],
-    more=_multipliers,
+    more=multipliers,
 )

@@ -6,7 +6,7 @@ Every file is written beside and renamed, so that a killed export goes on after 
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moe_edge.compression.estimate import Packing, file_bytes
 from moe_edge.compression.headers import model_headers
 from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.onnx_bits import Provider
@@ -28,9 +29,8 @@ from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.export.onnx import export_onnx
+from moe_edge.families import student_family
 from moe_edge.families.counting import count_params
-from moe_edge.families.dense import DENSE_TYPES
-from moe_edge.families.dense_families import student_family
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes import open_runtime
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
@@ -59,6 +59,7 @@ class Job:
     kept: dict[int, list[int]] | None
     provenance: dict[str, str]
     mix: dict[str, str]  # of the main recipe: types per class that the plan chose instead of the recipe's
+    notes: tuple[str, ...] = ()
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -85,19 +86,18 @@ def _of_dense(imatrix: Mapping[str, Any]) -> dict[str, Any]:
     return {name: imatrix[name] for name in named if name in imatrix} | {"dense_in": imatrix["ffn_in"]}
 
 
-def _exportable(model: Path, kind: str, formats: Sequence[str]) -> tuple[str, ...]:
-    """The formats in which a student can be written: a dense one has no GGUF.
+def _formats(config: BuildConfig, spec: ModelSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The formats to write, and what is said about one of the target's that cannot hold this student.
 
-    Raises:
-        InputRejected: none is left.
+    Only a dense student can be refused here: that a teacher's family can be exported is checked before the profile.
     """
-    left = tuple(name for name in formats if kind not in DENSE_TYPES or name != "gguf")
-    if formats and not left:
-        raise InputRejected(
-            "a dense student cannot be exported as GGUF yet", where=str(model), why=f"it is a plain {kind} checkpoint",
-            next_command="--set export.formats=[onnx]; any tool for that family can convert the folder to GGUF",
-        )  # fmt: skip
-    return left
+    asked = config.target.formats if config.export.formats == "auto" else config.export.formats
+    refused = {name: refusals(RUNTIME_OF_FORMAT[name], spec) for name in asked if not spec.moe_layers}
+    possible = tuple(name for name in asked if not refused.get(name))
+    told = tuple(f"{name} was left out: {'; '.join(reasons)}" for name, reasons in refused.items() if reasons)
+    if told and (config.export.formats != "auto" or not possible):
+        raise InputRejected("this dense student cannot be exported", where=f"a {spec.family} checkpoint", why=told[0])
+    return possible, told
 
 
 def plan_job(
@@ -109,8 +109,7 @@ def plan_job(
     family = student_family(headers.config)
     spec = family.spec(headers.config)
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
-    asked = config.target.formats if config.export.formats == "auto" else config.export.formats
-    formats = _exportable(model, spec.family, asked)
+    formats, notes = _formats(config, spec)
     types = config.export.gguf.types
     recipes = list(types)
     if types == "auto":
@@ -119,7 +118,7 @@ def plan_job(
     name = f"{model_name(config)}-" + (f"{spec.moe.experts}e" if spec.moe_layers else "dense")
     return Job(
         model, out, name, spec, counts.total, formats, tuple(recipes), onnx_precision, config, statistics, kept,
-        provenance, mix or {},
+        provenance, mix or {}, notes,
     )  # fmt: skip
 
 
@@ -143,9 +142,7 @@ def export_model(job: Job) -> dict[str, Any]:
     """Write, reopen and compare every file of the job."""
     artifacts: list[dict[str, Any]] = []
     reopened: list[tuple[str, str, Path]] = []  # parity kind, runtime, path
-    notes: list[str] = []
-    if not job.spec.moe_layers and "gguf" not in job.formats:
-        notes.append("A dense student has no GGUF yet; any tool for its family can convert artifacts/hf.")
+    notes = list(job.notes)
     if "gguf" in job.formats:
         _export_gguf(job, artifacts, reopened)
     if "onnx" in job.formats:
