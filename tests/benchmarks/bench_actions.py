@@ -35,7 +35,7 @@ from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 
-REFIT = "plan.compensate=true"
+REFIT, PLAIN = "plan.compensate=true", "plan.compensate=false"
 Row = dict[str, Any]
 
 
@@ -43,18 +43,18 @@ def variants(top_k: int, width: int) -> dict[str, tuple[list[str], int]]:
     """Name of a line -> (settings beside those of the plan, top-k)."""
     fewer, narrow = max(1, top_k // 2), max(32, width * 3 // 4 // 32 * 32)
     return {
-        "drop": ([], top_k),
+        "drop": ([PLAIN], top_k),
         "drop, refitted": ([REFIT], top_k),
         "drop, refitted, sequential": ([REFIT, "plan.sequential=true"], top_k),
-        "merge": (["plan.action=merge"], top_k),
-        "merge, sequential": (["plan.action=merge", "plan.sequential=true"], top_k),
+        "merge": (["plan.action=merge", PLAIN], top_k),
+        "merge, sequential": (["plan.action=merge", PLAIN, "plan.sequential=true"], top_k),
         "merge, refitted": (["plan.action=merge", REFIT], top_k),
         "shared-core": (["plan.action=shared-core"], top_k),
-        "dense": (["plan.action=dense"], top_k),
+        "dense": (["plan.action=dense", PLAIN], top_k),
         "dense, refitted": (["plan.action=dense", REFIT], top_k),
-        f"drop, top-{fewer}": ([], fewer),
+        f"drop, top-{fewer}": ([PLAIN], fewer),
         f"drop, top-{fewer}, refitted": ([REFIT], fewer),
-        f"drop, width {narrow}": ([f"plan.expert_width={narrow}"], top_k),
+        f"drop, width {narrow}": ([f"plan.expert_width={narrow}", PLAIN], top_k),
         f"drop, width {narrow}, refitted": ([f"plan.expert_width={narrow}", REFIT], top_k),
     }
 
