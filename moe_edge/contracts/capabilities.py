@@ -81,7 +81,7 @@ _LFM2 = _features("sigmoid", "selection_bias", "convolutions", "dense_layers")
 _QWEN3_5 = _features("linear_attention", "output_gate", "norms_around_one", "partial_rotary")
 _SELECTED = _features("selection_bias")
 _MINIMAX = _features("sigmoid", "selection_bias", "partial_rotary")
-_ONNX_DENSE = _features("dense_layers")  # a dense student: no layer has experts
+_DENSE = _features("dense_layers")  # a dense student: no layer has experts
 _HUNYUAN = _features("norm_after_rope", "ungated_shared")
 _GGUF_DENSE = replace(_GGUF, computes=_DENSE)
 
@@ -178,11 +178,11 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("ort", "gpt_oss"): replace(_ONNX, architecture="gptoss", computes=_GPT_OSS),
     ("ort", "ernie4_5_moe"): replace(_ONNX, architecture="ernie4_5", renormalises=True, computes=_ERNIE),
     ("ort", "granitemoeshared"): replace(_ONNX, architecture="granite", computes=_GRANITE | {"ungated_shared"}),
-    ("ort", "qwen3"): replace(_ONNX, architecture="qwen3", computes=_ONNX_DENSE | {"output_bias"}),
-    ("ort", "qwen2"): replace(_ONNX, architecture="qwen2", computes=_ONNX_DENSE),
-    ("ort", "mistral"): replace(_ONNX, architecture="mistral", computes=_ONNX_DENSE),
-    ("ort", "granite"): replace(_ONNX, architecture="granite", computes=_GRANITE | _ONNX_DENSE),
-    ("ort", "llama"): replace(_ONNX, architecture="llama", computes=_ONNX_DENSE | {"output_bias"}),
+    ("ort", "qwen3"): replace(_ONNX, architecture="qwen3", computes=_DENSE | {"output_bias"}),
+    ("ort", "qwen2"): replace(_ONNX, architecture="qwen2", computes=_DENSE),
+    ("ort", "mistral"): replace(_ONNX, architecture="mistral", computes=_DENSE),
+    ("ort", "granite"): replace(_ONNX, architecture="granite", computes=_GRANITE | _DENSE),
+    ("ort", "llama"): replace(_ONNX, architecture="llama", computes=_DENSE | {"output_bias"}),
     ("ort", "lfm2_moe"): replace(_ONNX, architecture="lfm2_moe", computes=_LFM2 | {"routed_scale"}),
     ("ort", "qwen3_5_moe"): replace(_ONNX_LATER, architecture="qwen3_5_text", computes=_QWEN3_5),
     ("ort", "glm4_moe"): replace(_ONNX, architecture="llama", computes=_GLM4 | {"groups"}),
