@@ -115,7 +115,9 @@ class TeacherRoutingConfig(BaseModel):
 
     model_config = _CLOSED
     policy: Literal["own", "ka", "all"] = Field(
-        "own", description="own: the model's top-k | ka: knowledge augmentation | all: every expert, by its gate"
+        "own",
+        description="own: the model's top-k (under a student-aware router all) | ka: knowledge augmentation | all: every "
+        "expert, by its gate",
     )
     sample_probability: float = Field(
         0.05, ge=0, le=1, description="ka: lambda, the chance per token and layer to sample experts by their gates"

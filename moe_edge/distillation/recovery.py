@@ -155,7 +155,7 @@ def training_arguments(
         seed=config.seed,
         use_cpu=not cuda,
         bf16=cuda,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         distillation_alpha=alpha,
         distillation_temperature=temperature,
         loss_weights={name: float(weight) for name, weight in schedule.config.losses.items()},

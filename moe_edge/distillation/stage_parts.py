@@ -45,7 +45,7 @@ def wants_live_logits(config: DistillConfig, stage: StageConfig) -> bool:
     """Must the teacher's logits come from the teacher itself?
 
     Raises:
-        ConfigError: the stage says `cached`, and only a live teacher can do what it asks.
+        ConfigError: the stage says `cached`, and only a live teacher can do what it asks, or nothing listens to that teacher.
     """
     reasons = {
         "on_policy": stage.on_policy is not None,
@@ -57,6 +57,10 @@ def wants_live_logits(config: DistillConfig, stage: StageConfig) -> bool:
         why = f"{asked[0]} changes what the teacher says, and the cache holds what it said before"
         raise ConfigError("this stage needs the live teacher", where=f"distill.stages: {stage.stage_name}", why=why)
     divergence = bool(of_kind(stage_weights(config, stage), "divergence"))
+    if asked and not divergence:
+        why = f"{asked[0]} is about what the teacher says, and no loss with a weight compares the student with it"
+        where = f"distill.stages: {stage.stage_name}: losses"
+        raise ConfigError("this stage has no divergence", where=where, why=why, next_command="losses: {reverse_kl: 1}")
     return divergence and (bool(asked) or stage.teacher == "live")
 
 

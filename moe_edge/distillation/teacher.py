@@ -64,7 +64,8 @@ class LiveTeacher:
         if not logits and needs:
             del body(model).layers[max(needs.layers | needs.routers) + 1 :]
             gc.collect()
-        self._last: tuple[Tensor, int, Heard] | None = None
+        self._ids_BS: Tensor | None = None  # of the micro-batch that was heard last
+        self._heard: dict[int, Heard] = {}  # by draw
 
     @torch.no_grad()
     def hear(self, ids_BS: Tensor, mask_BS: Tensor | None = None, draw: int = 0) -> Heard:
@@ -74,21 +75,22 @@ class LiveTeacher:
             mask_BS: 1 on tokens, 0 on padding at the end of rows; None: no padding.
             draw: which sample of a random routing.
         """
-        if self._last is not None and self._last[0] is ids_BS and self._last[1] == draw:
-            return self._last[2]
+        if self._ids_BS is not ids_BS:
+            self._ids_BS, self._heard = ids_BS, {}
+        if draw in self._heard:
+            return self._heard[draw]
         with ExitStack() as stack:
             if self._routing is not None:
                 stack.enter_context(self._routing(self.model, draw))
             sounds = stack.enter_context(listening(self.model, self.needs.layers, self.needs.routers))
             output = body(self.model)(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         hidden_BSD = output.last_hidden_state if self.has_logits else None
-        heard = Heard(hidden_BSD, sounds.layers, sounds.router_logits, sounds.expert_inputs)
-        self._last = (ids_BS, draw, heard)
-        return heard
+        self._heard[draw] = Heard(hidden_BSD, sounds.layers, sounds.router_logits, sounds.expert_inputs)
+        return self._heard[draw]
 
     def forget(self) -> None:
         """Its weights have changed: what was heard no longer holds."""
-        self._last = None
+        self._ids_BS, self._heard = None, {}
 
     def signal(self, heard: Heard, chosen_BS: Tensor, vocab: int | None) -> HiddenSignal:
         """The distribution at the positions where `chosen_BS` is True, row after row."""

@@ -22,12 +22,14 @@ from torch import nn
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.plan import Plan
 from moe_edge.distillation.alignment import layer_cka
+from moe_edge.distillation.cross_tokenizer import compares_tokens
 from moe_edge.distillation.evaluation import held_out_kl
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
-from moe_edge.distillation.stage_parts import stage_blend, wants_live_logits
-from moe_edge.families.loading import load_model, save_student, stored_dtype
+from moe_edge.distillation.stage_parts import stage_blend, stage_weights, wants_live_logits
+from moe_edge.distillation.tokenizer_pair import require_same_tokenizer
+from moe_edge.families.loading import load_model, load_tokenizer, save_student, stored_dtype
 from moe_edge.families.streaming import fits_in_memory
 from moe_edge.families.students import (
     TRAINABLE,
@@ -89,9 +91,7 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     config, ids_NS = context.config.distill, rows.ids_NS
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
-    for stage in config.stages:
-        if not wants_live_logits(config, stage):
-            signal.require(stage_blend(config, stage)[1])
+    _check_teacher(context, source, signal)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(trainable_folder(source.parent)).to(device)
     recovery = Recovery(
@@ -122,6 +122,16 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     summary = _summary(records, before, after, better, len(held_out_rows) * ids_NS.shape[1], signal.description)
     _write(context.out, records, summary)
     return summary | {"seconds_per_stage": {record["stage"]: record["seconds"] for record in records}}
+
+
+def _check_teacher(context: StageContext, source: Path, signal: CachedSignal) -> None:
+    """Refuse, before a model is loaded, a teacher that cannot say what the stages ask."""
+    config, losses = context.config.distill, set()
+    for stage in config.stages:
+        if not wants_live_logits(config, stage):
+            signal.require(stage_blend(config, stage)[1])
+        losses |= {name for name in stage_weights(config, stage) if compares_tokens(name)}
+    require_same_tokenizer(load_tokenizer(source), load_tokenizer(context.teacher), losses)
 
 
 def _judge(context: StageContext, ids_NS: Any, signal: CachedSignal) -> Callable[[nn.Module], Measured]:

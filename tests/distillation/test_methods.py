@@ -134,6 +134,9 @@ def test_who_needs_the_teacher_in_memory() -> None:
     assert not wants_teacher(only_router, only_router.stages[0])
     features = config(losses={"kl": 1.0, "mse": 1.0})
     assert wants_teacher(features, features.stages[0]) and not wants_live_logits(features, features.stages[0])
+    deaf = METHODS["sar"] | {"losses": {"load_balance": 1.0}}
+    with pytest.raises(ConfigError, match="no divergence"):
+        wants_live_logits(config(**deaf), config(**deaf).stages[0])
     stage = METHODS["on_policy"] | {"teacher": "cached"}
     with pytest.raises(ConfigError, match="needs the live teacher"):
         wants_live_logits(config(**stage), config(**stage).stages[0])

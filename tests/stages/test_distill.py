@@ -192,6 +192,18 @@ def test_another_teachers_cache_is_refused(tmp_path: Path) -> None:
         distill.run(context(tmp_path, inputs(tmp_path), digest="other"))
 
 
+def test_a_student_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    teacher = inputs(tmp_path)
+    path = tmp_path / "compress" / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    first, second = list(content["model"]["vocab"])[-2:]
+    vocab = content["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputRejected, match="different tokenizers"):
+        distill.run(context(tmp_path, teacher))
+
+
 @pytest.mark.parametrize("action", ["shared-core", "dense"])
 def test_students_of_other_actions_are_trained_and_leave_a_plain_model(tmp_path: Path, action: str) -> None:
     teacher = inputs(tmp_path)
