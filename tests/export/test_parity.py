@@ -101,6 +101,11 @@ def test_quantized_files_are_reported_and_left_to_the_gates(expected):
     assert row["passed"] is None and row["kl_nats"] > 0.01
 
 
+def test_a_delivered_full_precision_file_is_limited_too(expected):
+    with pytest.raises(GateFailed, match="gguf F16 delivered"):
+        parity.require("gguf F16 delivered", parity.compare(expected, FakeRuntime(noise=0.5)))
+
+
 def test_greedy_stops_counting_at_the_first_near_tie(expected):
     tied = replace(expected, margins=[1.0, 1.0, 0.01] + [1.0] * 13)
     assert parity.compare(tied, FakeRuntime()).greedy_compared == 2

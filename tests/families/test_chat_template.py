@@ -1,9 +1,12 @@
 """Chat templates are foreign code: honest ones render as in transformers, hostile ones end as exit 4 within limits."""
 
+import ast
 import time
+from pathlib import Path
 
 import pytest
 
+import moe_edge
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families import chat_template
 from moe_edge.families.chat_template import Sandbox, render_chat
@@ -86,3 +89,15 @@ def test_a_sandbox_serves_many_chats_and_survives_a_failing_one():
     assert sandbox.render({"messages": [{"content": "ü"}]}) == "Ü"
     sandbox.close()
     sandbox.close()
+
+
+def test_foreign_templates_are_rendered_nowhere_else():
+    """Only the demo teacher's own template, which is ours, goes through transformers directly."""
+    package = Path(moe_edge.__file__).parent
+    callers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("apply_chat_template", "from_string")
+    }
+    assert callers == {"demo/corpus.py", "families/template_worker.py"}
