@@ -127,6 +127,7 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
 def _check_teacher(context: StageContext, source: Path, signal: CachedSignal) -> None:
     """Refuse, before a model is loaded, a teacher that cannot say what the stages ask."""
     config, losses = context.config.distill, set()
+    signal.require(1.0)  # of the held-out KL
     for stage in config.stages:
         if not wants_live_logits(config, stage):
             signal.require(stage_blend(config, stage)[1])

@@ -1,14 +1,15 @@
 """Every method that a recipe can name, through the stage runner: what it logs, that it teaches, and that a kill costs nothing."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from moe_edge.contracts.config import DistillConfig, StageConfig
+from moe_edge.contracts.config import DistillConfig, Loss, StageConfig
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.cross_tokenizer import ACROSS
 from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
@@ -58,7 +59,7 @@ def train(teacher: Path, settings: DistillConfig, folder: Path) -> tuple[dict[st
     return student.state_dict(), record["log"]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", sorted(get_args(Loss)))
 def test_every_loss_is_logged_and_moves_the_student(teacher: Path, tmp_path: Path, name: str) -> None:
     settings = config(losses={name: 1.0}, alpha=0.0 if name == "ce" else 1.0)
     before = tiny_student().state_dict()
@@ -69,6 +70,10 @@ def test_every_loss_is_logged_and_moves_the_student(teacher: Path, tmp_path: Pat
         assert 0 <= entry["router_entropy"] <= 1
     assert after.keys() == before.keys()  # nothing is left behind in the student
     assert any(not torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_recipe_can_name_every_loss_but_those_across_tokenizers() -> None:
+    assert set(get_args(Loss)) == set(LOSSES) - set(ACROSS)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
