@@ -126,7 +126,7 @@ def test_an_expert_tensor_that_stays_unquantized_fails_the_export(tmp_path, monk
 
 
 def test_types_that_need_a_profile_are_refused_before_the_first_byte(tmp_path):
-    model = representable(tmp_path, "qwen3_moe", hidden=256, width=256)
+    model = representable(tmp_path, "qwen3_moe", hidden=256, width=256, layers=1, experts=4)
     with pytest.raises(ConfigError, match="IQ2_XS needs an importance matrix"):
         stage.export_model(job(model, tmp_path / "out", "export.gguf.types=[Q8_0, IQ2_XS]"))
     with pytest.raises(ConfigError, match="parts of 100.0 KiB are too small"):
