@@ -8,7 +8,6 @@ and configuration alone what cannot work, before hours are spent.
 from collections.abc import Callable
 from typing import Any
 
-from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
 from moe_edge.contracts.plan import WIDTH_STEP, Plan
@@ -43,8 +42,6 @@ def check_action(config: BuildConfig, headers: CheckpointHeaders, spec: ModelSpe
     if settings.within is not None and settings.action == "dense" and settings.criterion == "auto":
         why = f"a dense student takes the choice of {DENSE_CRITERION}, whatever an earlier plan kept"
         raise ConfigError("within does not go with dense under auto", where="plan.within", why=why)
-    if settings.action == "dense":
-        _check_dense_formats(config, spec)
     if settings.action == "shared-core" and settings.compensate is True:
         why = "it refits experts one by one, which a shared core does not have"
         raise ConfigError("compensate does not go with shared-core", where="plan.compensate", why=why)
@@ -56,15 +53,6 @@ def check_action(config: BuildConfig, headers: CheckpointHeaders, spec: ModelSpe
             "byte budget",
             next_command="--set plan.action=drop or merge, or --set plan.force=true",
         )
-
-
-def _check_dense_formats(config: BuildConfig, spec: ModelSpec) -> None:
-    """Can every format that was asked for by name hold the dense class? Of the target's own, others are left out."""
-    kind, asked = DENSE_OF.get(spec.family), config.export.formats
-    for name in () if kind is None or asked == "auto" else asked:
-        if capability(RUNTIME_OF_FORMAT[name], kind or "") is None:
-            why = f"the dense student is a {kind} checkpoint, which {RUNTIME_OF_FORMAT[name]} gets no file of"
-            raise ConfigError(f"{name} cannot hold a dense student", where="export.formats, plan.action", why=why)
 
 
 def _has_byte_budget(config: BuildConfig) -> bool:

@@ -64,9 +64,9 @@ class PlanConfig(BaseModel):
         description="drop | merge into the nearest kept expert | shared-core with low-rank wrappers | dense: one FFN",
     )
     expert_width: int | Literal["keep", "auto"] = Field(
-        "keep",
-        description="keep | neurons kept per expert, a multiple of 32; 256 where K-quants are exported | auto: compared by "
-        "masked KL",
+        "auto",
+        description="auto: narrower experts compete with fewer ones, by masked KL | keep | neurons kept per expert, a "
+        "multiple of 32; 256 where K-quants are exported",
     )
     shared_rank: int = Field(16, gt=0, description="shared-core: rank of each expert's input and output wrapper")
     compensate: bool | Literal["auto"] = Field(

@@ -116,10 +116,3 @@ def test_nothing_dropped_needs_no_statistics(tmp_path):
     whole: dict[str, Any] = {"kept": {layer: list(range(8)) for layer in HALF}, "experts_kept": 8, "top_k": 4}
     plan = completed(tmp_path, "plan.action=merge", cka_tokens=0, plan=plan8(**whole))
     assert plan.merges == {} and not plan.fits and not plan.alters
-
-
-def test_a_format_that_cannot_hold_a_dense_student_is_refused_before_any_work(tmp_path):
-    with pytest.raises(ConfigError, match="onnx cannot hold a dense student"):
-        check(tmp_path, "plan.action=dense", "export.formats=[gguf, onnx]", family="granitemoe")
-    check(tmp_path, "plan.action=dense", "export.formats=[gguf]")
-    check(tmp_path, "plan.action=dense")

@@ -23,7 +23,9 @@ def shapes(folder, *settings, family="qwen3_moe", **sizes):
 
 
 def test_keep_and_numbers_are_one_shape(tmp_path):
-    assert shapes(tmp_path / "a") == [Shape(2, None)]
+    assert shapes(tmp_path / "a", "plan.expert_width=keep") == [Shape(2, None)]
+    assert shapes(tmp_path / "d", "plan.experts=4") == [Shape(2, None)], "a count of experts means whole ones"
+    assert shapes(tmp_path / "e", "plan.action=dense") == [Shape(2, None)], "no masking predicts what it costs"
     assert shapes(tmp_path / "b", "plan.top_k=1", "plan.expert_width=128") == [Shape(1, 128)]
     assert shapes(tmp_path / "c", "plan.expert_width=256") == [Shape(2, None)], "the teacher's own width"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.storage.tensor_dict import load_tensors
+from moe_edge.storage.tensor_dict import load_weights_file
 from tests.distillation import parallel_terms_run
 
 
@@ -20,7 +20,7 @@ def run(folder: Path, backend: str) -> tuple[list[dict[str, float]], dict[str, t
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     log = json.loads((folder / backend / "log.json").read_text())
-    return log, load_tensors(folder / backend / "model" / "model.safetensors")
+    return log, load_weights_file(folder / backend / "model" / "model.safetensors")
 
 
 @pytest.mark.slow
