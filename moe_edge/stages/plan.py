@@ -233,8 +233,10 @@ def _measured(folder: Path | None, config: BuildConfig) -> dict[str, Any] | None
     manifest = read_manifest(folder) if folder else None
     if folder is None or manifest is None:
         return None
-    wishes = config.model_dump(mode="json", by_alias=True)
-    if any(manifest.config.get(section) != wishes[section] for section in ("plan", "target", "export")):
+    wishes = config.model_dump(mode="json", by_alias=True, include={"plan", "target", "export"})
+    made_for = [manifest.config.get(section) or {} for section in wishes]  # without what changes no stage
+    pairs = zip(wishes.values(), made_for, strict=True)
+    if not all(made_for) or any(wish.get(key) != said for wish, made in pairs for key, said in made.items()):
         return None
     plan = Plan.read(folder / "plan.json")
     return plan.model_dump(mode="json", by_alias=True, exclude={"kept", "merges"})

@@ -9,6 +9,8 @@ from moe_edge.compression.notes import describe
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from tests.compression.plan_helpers import NO_SHARE, config, headers
 
+WHOLE = "plan.expert_width=keep"
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
@@ -90,16 +92,19 @@ def test_bits_are_obeyed_and_an_export_list_narrows_the_types(teacher):
     ],
 )
 def test_impossible_wishes_are_a_config_error(teacher, setting, message):
+    whole = () if setting.startswith("plan.expert_width") else (WHOLE,)
     with pytest.raises(ConfigError, match=message) as caught:
-        solve(teacher, setting)
+        solve(teacher, setting, *whole)
     assert caught.value.exit_code == 2
 
 
 def test_a_share_below_top_k_is_infeasible_and_says_which_share_would_do(teacher):
     with pytest.raises(InfeasibleError, match="target.budget.experts=25%") as caught:
-        solve(teacher, "target.budget.experts=20%")
+        solve(teacher, "target.budget.experts=20%", WHOLE)
     assert caught.value.exit_code == 3
-    assert solve(teacher, "target.budget.experts=20%", "plan.top_k=1").choice.experts == 1
+    assert solve(teacher, "target.budget.experts=20%", "plan.top_k=1", WHOLE).choice.experts == 1
+    narrow = solve(teacher, "target.budget.experts=20%")
+    assert narrow.choice.experts >= 2 and narrow.choice.estimate.routed_expert_share_kept <= 0.2, "or narrower ones"
 
 
 def test_nothing_fits_is_refused_with_the_nearest_options(teacher):

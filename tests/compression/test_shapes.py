@@ -91,7 +91,7 @@ def test_where_nothing_need_change_nothing_else_is_tried(teacher):
 
 def test_a_speed_that_only_a_lower_top_k_reaches_is_refused_with_that_top_k(teacher):
     least = (speed_at(teacher, 3) + speed_at(teacher, 2)) / 2
-    wanted = (*SHORT, "plan.bits=Q2_K", f"target.budget.decode_tokens_per_s={least}")
+    wanted = (*SHORT, "plan.expert_width=keep", "plan.bits=Q2_K", f"target.budget.decode_tokens_per_s={least}")
     with pytest.raises(InfeasibleError, match="at top-2 this would meet every budget") as caught:
         solve(teacher, *wanted)
     assert caught.value.exit_code == 3 and "--set plan.top_k=2" in caught.value.next_command

@@ -100,17 +100,17 @@ def test_without_activations_a_width_is_refused(teacher, tmp_path):
 def test_a_top_k_that_costs_too_much_stops_like_an_unsafe_ratio(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_budget, "UNSAFE_KL_NATS", 1e-6)
     with pytest.raises(InfeasibleError, match="the safe limit") as caught:
-        run(teacher, tmp_path / "a", "plan.experts=1.0", "plan.top_k=1")
+        run(teacher, tmp_path / "a", "plan.experts=1.0", "plan.top_k=1", "plan.expert_width=keep")
     assert caught.value.exit_code == 3 and "plan.top_k=keep" in caught.value.next_command
-    _, plan = run(teacher, tmp_path / "b", "plan.experts=1.0", "plan.top_k=1", "plan.force=true")
+    forced = ("plan.experts=1.0", "plan.top_k=1", "plan.expert_width=keep", "plan.force=true")
+    _, plan = run(teacher, tmp_path / "b", *forced)
     assert any(note.startswith("Forced") and "(top-1)" in note for note in plan.notes)
 
 
 def test_a_speed_budget_under_auto_is_met_by_measured_shapes(teacher, tmp_path):
     fast = ("target.hardware.bandwidth_gb_per_s={value: 10.0, source: a test, confidence: assumed}",)
-    base = run(
-        teacher, tmp_path / "a", *fast, "plan.experts=1.0", "plan.top_k=1", profile=write_profile(tmp_path / "p")
-    )[1]
+    whole = ("plan.experts=1.0", "plan.top_k=1", "plan.expert_width=keep")
+    base = run(teacher, tmp_path / "a", *fast, *whole, profile=write_profile(tmp_path / "p"))[1]
     least = f"target.budget.decode_tokens_per_s={base.estimate.decode_tokens_per_s - 1}"
     settings = (*fast, least, "plan.experts=1.0", "plan.bits=Q4_K_M", "target.runtime.kv_cache=f16", *BOTH)
     _, plan = run(teacher, tmp_path / "b", *settings, profile=with_neurons(tmp_path / "profile"))
