@@ -9,7 +9,6 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_edge.contracts import interrupts
 from moe_edge.contracts.errors import (
     ConfigError,
     EnvironmentProblem,
@@ -52,10 +52,6 @@ UntilOption = Annotated[str | None, typer.Option("--until", help="Stop after thi
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Run every stage, reuse nothing.")]
 
 
-class _Terminated(BaseException):
-    """SIGTERM, raised as an exception so that locks and temporary folders are released."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs the app (on the process's arguments if none are given) and maps every error to its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -73,12 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _terminate)
+    interrupts.install()
     sys.exit(_run(arguments))
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -93,7 +85,7 @@ def _run(arguments: list[str] | None) -> int:
         return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _say(f"interrupted; {resume}", 130)
-    except _Terminated:
+    except interrupts.Terminated:
         return _say(f"terminated; {resume}", 143)
     except MemoryError:
         return _say(str(ResourceProblem("out of memory", next_command=resume)), 6)

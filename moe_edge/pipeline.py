@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from moe_edge import __version__
+from moe_edge.contracts import interrupts
 from moe_edge.contracts.artifacts import StageContext, StageRun
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, ResourceProblem
@@ -187,6 +188,7 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
             next_command="accelerate launch ... -m moe_edge profile ..., then the build in one process",
         )
     for position, stage in enumerate(STAGES[: last + 1]):
+        interrupts.check()
         if start and position < first:
             _adopt(build, stage)
         else:

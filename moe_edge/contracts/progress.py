@@ -11,6 +11,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_edge.contracts.interrupts import check
+
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
 
@@ -25,12 +27,15 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
 def _bar(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(items, total=total, description=label)
+        for item in progress.track(items, total=total, description=label):
+            check()
+            yield item
 
 
 def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
     started = last = time.monotonic()
     for done, item in enumerate(items, 1):
+        check()
         yield item
         now = time.monotonic()
         if now - last >= PLAIN_INTERVAL_S:
