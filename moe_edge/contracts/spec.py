@@ -2,7 +2,7 @@
 
 Nothing here names a Hugging Face class, a GGUF key or an ONNX operator, so that a new family is one row and every back
 end understands it at once. What goes beyond the plain model (softmax routing, grouped-query attention, RMS norms) is
-a `Feature`; a back end lists those it computes and refuses the others (contracts/capabilities.py).
+a `Feature`; a back end lists those it computes and refuses the others (contracts/capability_table.py).
 
 Shapes use the legend L layers, E experts, K top-k, D model, F expert width, V vocabulary.
 """

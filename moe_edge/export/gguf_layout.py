@@ -2,7 +2,7 @@
 
 What: `LAYOUTS` (family -> how its file differs), `TENSOR_NAMES` (neutral tensor -> GGUF name), `stored_tensors` (what a
 checkpoint's tensor becomes), and the refusal of a model that llama.cpp would silently compute differently
-(contracts/capabilities.py). A new family is one row in each table; its metadata is in gguf_hyperparameters.py.
+(contracts/capability_table.py). A new family is one row in each table; its metadata is in gguf_hyperparameters.py.
 Facts: llama.cpp src/models/*.cpp.
 Legend: D model width, F expert width, H heads, R rank of the latent.
 """
@@ -25,7 +25,7 @@ Key = tuple[TensorClass, str]  # class and part of a neutral tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How the file of one family differs from its sisters'; what the graph computes is in contracts/capabilities.py."""
+    """How the file of one family differs from its sisters'; what the graph computes is in contracts/capability_table.py."""
 
     writes: tuple[Callable[[GGUFWriter, ModelSpec], None], ...] = ()  # metadata beside what every file has
     rotates_pairs: bool = False  # neighbouring rows of q and k; rows of a model that rotates halves are interleaved
