@@ -1,7 +1,7 @@
 """What each runtime can execute of each family, as data: nothing is compressed that could not be exported afterwards.
 
-The questions that are asked of it are in capabilities.py. `llama_cpp` reads GGUF, `ort` is ONNX Runtime's CPU provider. Facts are from llama.cpp's model graphs (src/models/<architecture>.cpp, libllama
-0.5.0) and from ONNX Runtime 1.32's QMoE operator.
+The questions that are asked of it are in capabilities.py. `llama_cpp` reads GGUF, `ort` is ONNX Runtime's CPU provider. Facts
+are from llama.cpp's model graphs (src/models/<architecture>.cpp, libllama 0.5.0) and from ONNX Runtime 1.32's QMoE operator.
 """
 
 from dataclasses import dataclass, replace
