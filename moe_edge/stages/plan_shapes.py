@@ -2,6 +2,9 @@
 
 Each shape gets its own count of experts and bits, as if it had been asked for; what it costs is the masked KL of the best
 criterion's choice with that top-k and those neurons, plus the bits. On a tie the least change stays.
+
+Masking does not see the refit of the down projections, which recovers more of dropped experts (1.8 to 2.7 times less KL on
+the 134.8 M benchmark model) than of silent neurons (1.4 times). So where a plan refits, narrower experts must win by REFIT_EDGE.
 """
 
 import logging
@@ -18,6 +21,7 @@ from moe_edge.stages.plan_budget import counts_of, first_rows, sensitivity_of
 from moe_edge.stages.plan_judge import Desk, thinner
 
 log = logging.getLogger(__name__)
+REFIT_EDGE = 2.0  # what a masked KL with silent neurons is multiplied with before it is compared
 
 
 class _Weighed(NamedTuple):
@@ -35,7 +39,7 @@ def settle_shape(
         keep_all: the choice that drops nothing.
 
     Returns:
-        (the answer, all shapes in ascending KL, what the bits cost where it was measured on the way).
+        (the answer, all shapes from the best on, what the bits cost where it was measured on the way).
     """
     answers = [feasible, *feasible.others]
     criterion, kept_at = _ranking(desk, answers, keep_all)
@@ -43,10 +47,17 @@ def settle_shape(
     if any(bits_are_free(answer, desk.config) for answer in answers):
         sensitivity = sensitivity_of(desk.config, desk.teacher.model, desk.rows.judged_NS, desk.chosen.stats.imatrix)
     weighed = [_weigh(desk, answer, criterion, kept_at, sensitivity) for answer in answers]
-    best = min(weighed, key=lambda one: one.tried.kl_nats)
+    refits = desk.config.plan.compensate is not False and desk.teacher.model is not None
+    weighed.sort(key=lambda one: compared_nats(one.tried, refits))
+    best = weighed[0]
     log.info("plan: top-%d of %d shapes", best.answer.space.top_k, len(weighed))
-    tried = sorted((one.tried for one in weighed), key=lambda one: one.kl_nats)
-    return best.answer, tried, sensitivity
+    return best.answer, [one.tried for one in weighed], sensitivity
+
+
+def compared_nats(tried: TriedShape, refits: bool) -> float:
+    """What shapes are ranked by: the predicted KL, that of silent neurons with REFIT_EDGE where the plan refits."""
+    edge = REFIT_EDGE if refits and tried.expert_width is not None else 1.0
+    return edge * tried.masked_kl_nats + tried.quantization_kl_nats
 
 
 def _ranking(desk: Desk, answers: list[Feasible], keep_all: Kept) -> tuple[str, Callable[[int], Kept]]:

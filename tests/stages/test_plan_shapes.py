@@ -10,11 +10,12 @@ import torch
 from moe_edge.compression.masking import masked_kl
 from moe_edge.compression.narrowing import Narrowing
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
-from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.plan import Plan, TriedShape
 from moe_edge.families.expert_weights import read_expert, write_expert
 from moe_edge.families.loading import load_model
 from moe_edge.families.views import moe_layers
 from moe_edge.stages import plan_budget
+from moe_edge.stages.plan_shapes import compared_nats
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 from tests.stages.test_plan import EXPERTS, LAYERS, run, write_profile
@@ -58,8 +59,11 @@ def with_neurons(folder: Path) -> Path:
 def test_the_least_kl_of_all_shapes_wins(teacher, tmp_path):
     _, plan = run(teacher, tmp_path, *BOTH, profile=with_neurons(tmp_path / "profile"))
     assert {(s.top_k, s.expert_width) for s in plan.shapes} == {(k, w) for k in (2, 1) for w in (None, 96, 64)}
-    kls = [shape.kl_nats for shape in plan.shapes]
-    assert kls == sorted(kls) and (plan.top_k, plan.expert_width) == (plan.shapes[0].top_k, plan.shapes[0].expert_width)
+    compared = [compared_nats(shape, refits=True) for shape in plan.shapes]
+    assert compared == sorted(compared) and (plan.top_k, plan.expert_width) == (
+        plan.shapes[0].top_k,
+        plan.shapes[0].expert_width,
+    )
     assert all(s.kl_nats == pytest.approx(s.masked_kl_nats + s.quantization_kl_nats) for s in plan.shapes)
     assert {s.expert_width: s.experts_kept for s in plan.shapes} == {None: 5, 96: 6, 64: 8}, "the share holds for all"
 
@@ -133,3 +137,17 @@ def test_free_bits_and_shapes_are_decided_together(teacher, tmp_path):
     assert all(shape.file_bytes <= limit for shape in plan.shapes) and plan.estimate.file_bytes <= limit
     assert any(shape.quantization.endswith("-mix") for shape in plan.shapes)
     assert Plan.read(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(("refits", "width"), ((True, None), (False, 64)))
+def test_where_a_plan_refits_narrower_experts_must_win_clearly(refits, width):
+    def tried(width: int | None, masked: float) -> TriedShape:
+        return TriedShape(
+            top_k=2, expert_width=width, experts_kept=8, quantization="Q4_K_M", masked_kl_nats=masked,
+            quantization_kl_nats=0.02, kl_nats=masked + 0.02, file_bytes=1, decode_tokens_per_s=None,
+        )  # fmt: skip
+
+    whole, narrow = tried(None, 0.5), tried(64, 0.3)
+    assert min(whole, narrow, key=lambda one: compared_nats(one, refits)).expert_width == width
+    clear = tried(64, 0.2)
+    assert min(whole, clear, key=lambda one: compared_nats(one, refits)) is clear
