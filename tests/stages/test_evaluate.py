@@ -342,7 +342,7 @@ def test_usage_errors(
 ) -> None:  # fmt: skip
     from moe_edge import cli
 
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.interrupts, "install", lambda: None)
     given = [one.replace("DATA", str(data)) for one in arguments]
     monkeypatch.setattr(sys, "argv", ["moe-edge", "evaluate", *given, "--out", str(tmp_path / "o")])
     with pytest.raises(SystemExit) as stop:
