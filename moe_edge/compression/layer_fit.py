@@ -3,10 +3,7 @@
 The target is what the teacher's experts answered on the same tokens. A change of one expert is judged by what it does to
 the whole block, including the tokens that other experts gave up when they were dropped: it is accepted only if the
 squared error falls on all tokens and on the last third of them, which took no part in the fit. So the error never rises,
-whatever is proposed.
-
-The refit of a down projection is MergeMoE's closed form (arXiv:2510.14436) with two differences: the target is what the
-block misses instead of what a group of experts used to put out, and the ridge pulls towards the given weights.
+whatever is proposed. The refit of all down projections together is in refit.py.
 
 Shape suffixes: T tokens, K top-k, D model, F expert width, N tokens of one expert.
 """
@@ -101,11 +98,14 @@ class LayerFit:
         for weights in candidates:
             write_expert(self.view, expert, weights)
             trials.append(without_ND - self.contribution(expert))
-        errors = [_error(trial_ND[judging_N]) for trial_ND in trials]
+        errors = [squared_error(trial_ND[judging_N]) for trial_ND in trials]
         best = errors.index(min(errors))
         allowed = slack * self.energy
         now_ND = self.residual_TD[token_N]
-        rises = [_error(trials[best][rows]) - _error(now_ND[rows]) for rows in (judging_N, torch.ones_like(judging_N))]
+        rises = [
+            squared_error(trials[best][rows]) - squared_error(now_ND[rows])
+            for rows in (judging_N, torch.ones_like(judging_N))
+        ]
         accepted = all(rise <= allowed if slack else rise < 0 for rise in rises)
         write_expert(self.view, expert, candidates[best] if accepted else old)
         if accepted:
@@ -124,13 +124,6 @@ class LayerFit:
                 accepted += self.accept_best(expert, [concatenate([read_expert(self.view, expert)], [factor])])
         return accepted
 
-    def compensate(self) -> int:
-        """Refit the down projection of every expert in turn; returns how many refits were accepted."""
-        accepted = 0
-        for expert in self.slots:
-            accepted += self.accept_best(expert, self.refits(expert, read_expert(self.view, expert)))
-        return accepted
-
 
 def _slots(index_TK: Tensor, weight_TK: Tensor, expert: int) -> tuple[Tensor, Tensor]:
     """(tokens [N], gates [N] float32) of one expert."""
@@ -138,5 +131,6 @@ def _slots(index_TK: Tensor, weight_TK: Tensor, expert: int) -> tuple[Tensor, Te
     return token_N, weight_TK[token_N, place_N].float()
 
 
-def _error(residual_ND: Tensor) -> float:
+def squared_error(residual_ND: Tensor) -> float:
+    """Sum of squares, in float64."""
     return float(residual_ND.double().square().sum())

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.compression.layer_fit import LayerFit
+from moe_edge.compression.refit import Refit
 from moe_edge.compression.walk import LayerTokens, student_routing, walk_layers
 from moe_edge.compression.width import narrow_layer
 from moe_edge.contracts.errors import ConfigError
@@ -125,7 +126,8 @@ def _visitor(
         if act is not None:
             act(layer)
         if plan.compensate:
-            record["refits"] = layer.fit.compensate()
+            refit = Refit(layer.fit)
+            record |= {"refits": refit.run(), "sweeps": refit.sweeps}
         if collect is not None:
             collect(layer)
         record["missed"] = layer.fit.missed

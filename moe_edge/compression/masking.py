@@ -59,25 +59,30 @@ def masked_kl_rows(
     Returns:
         [C, N] float64, nats per token.
     """
-    rows = max(1, BATCH_LOGITS // (ids_NS.shape[1] * model.config.vocab_size))
-    batches = ids_NS.long().split(rows)
+    batches = batches_of(model, ids_NS)
     kl_CN = [[] for _ in choices]
     work = ((batch, index) for batch in batches for index in range(-1, len(choices)))
     teacher_NSV = torch.empty(0)
     with torch.no_grad():
         for batch_NS, index in track(work, "masked KL", total=len(batches) * (len(choices) + 1)):
             if index < 0:
-                teacher_NSV = _logits(model, batch_NS)
+                teacher_NSV = logits_of(model, batch_NS)
                 continue
             with ExitStack() as undo:
                 undo.enter_context(masked(model, choices[index], top_k))
                 if neurons is not None:
                     undo.enter_context(silenced(model, neurons))
-                kl_CN[index].append(row_kl(teacher_NSV, _logits(model, batch_NS)))
+                kl_CN[index].append(row_kl(teacher_NSV, logits_of(model, batch_NS)))
     return torch.stack([torch.cat(parts) for parts in kl_CN])
 
 
-def _logits(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
+def batches_of(model: PreTrainedModel, ids_NS: Tensor) -> tuple[Tensor, ...]:
+    """The rows in batches whose logits take BATCH_LOGITS at most, or one row."""
+    return ids_NS.long().split(max(1, BATCH_LOGITS // (ids_NS.shape[1] * model.config.vocab_size)))
+
+
+def logits_of(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
+    """[N, S, V] float32."""
     return model(input_ids=ids_NS.to(model.device), use_cache=False).logits.float()
 
 

@@ -54,8 +54,12 @@ class TriedShape(BaseModel):
     masked_kl_nats: float = Field(
         description="of the best ranking criterion's choice on plan.curve_tokens, nats per token"
     )
+    refitted_kl_nats: float | None = Field(
+        None,
+        description="of the same choice refitted, on the same tokens, nats per token; null: nothing is, or no room",
+    )
     quantization_kl_nats: float = Field(description="of its bits, nats per token")
-    kl_nats: float = Field(description="their sum: the least one was chosen")
+    kl_nats: float = Field(description="refitted, else masked, and the bits: the least one was chosen")
     file_bytes: int
     decode_tokens_per_s: float | None = Field(description="roofline estimate")
 
@@ -100,6 +104,11 @@ class Plan(BaseModel):
     onnx_precision: str
     predicted_kl_nats: float | None = Field(
         description="masked KL of this choice; null when nothing is dropped and no profile ran"
+    )
+    refitted_kl_nats: float | None = Field(
+        None,
+        description="KL of this student once it is refitted, tried on a copy of the teacher, nats per token; null where "
+        "nothing is refitted, or a second copy has no room",
     )
     quantization_kl_nats: dict[str, float] = Field(
         {}, description="delivered GGUF type -> KL that its bits alone are predicted to cost, nats per token"

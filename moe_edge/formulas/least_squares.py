@@ -18,26 +18,42 @@ def ridge_strength(inputs_TA: Tensor, ridge: float) -> float:
     return ridge * float(inputs_TA.double().square().sum()) / max(inputs_TA.shape[1], 1)
 
 
+class RidgeProblem:
+    """Ridge regression on the same inputs for many targets: the Gram matrix is built once, in float64.
+
+    In the dual form (T x T instead of A x A) when there are fewer tokens than inputs.
+    """
+
+    def __init__(self, inputs_TA: Tensor) -> None:
+        """Args: inputs_TA: products with a target are taken in their dtype."""
+        self.inputs_TA = inputs_TA
+        self.dual = len(inputs_TA) < inputs_TA.shape[1]
+        rows = inputs_TA.double() if self.dual else inputs_TA.double().T
+        self.gram = rows @ rows.T
+        self.energy = float(self.gram.diagonal().sum())  # of all inputs, in either form
+
+    def maps(self, target_TD: Tensor, ridges: Sequence[float]) -> list[Tensor]:
+        """For each ridge the M of shape (D, A) with inputs M^T closest to the target, float64; zero without inputs."""
+        width = self.inputs_TA.shape[1]
+        if self.energy == 0:
+            return [self.gram.new_zeros(target_TD.shape[1], width) for _ in ridges]
+        right = (target_TD if self.dual else self.inputs_TA.T @ target_TD.to(self.inputs_TA.dtype)).double()
+        maps = []
+        for ridge in ridges:
+            shifted = self.gram.clone()
+            shifted.diagonal().add_(ridge * self.energy / width)
+            solution = torch.cholesky_solve(right, torch.linalg.cholesky(shifted)).T
+            maps.append(solution @ self.inputs_TA.double() if self.dual else solution)
+        return maps
+
+
 def ridge_maps(inputs_TA: Tensor, target_TD: Tensor, ridges: Sequence[float]) -> list[Tensor]:
     """For each ridge the M of shape (D, A) with inputs M^T closest to the target, float64; zero where the inputs are zero.
 
     As a correction: pass target - inputs W^T and add the result to W. Then the ridge pulls towards W, not towards 0, and W
-    stays where the tokens say nothing. In the dual form when there are fewer tokens than inputs.
+    stays where the tokens say nothing.
     """
-    inputs_TA, target_TD = inputs_TA.double(), target_TD.double()
-    tokens, width = inputs_TA.shape
-    if not inputs_TA.any():
-        return [inputs_TA.new_zeros(target_TD.shape[1], width) for _ in ridges]
-    dual = tokens < width
-    gram = inputs_TA @ inputs_TA.T if dual else inputs_TA.T @ inputs_TA
-    right = target_TD if dual else inputs_TA.T @ target_TD
-    maps = []
-    for ridge in ridges:
-        shifted = gram.clone()
-        shifted.diagonal().add_(ridge_strength(inputs_TA, ridge))
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(shifted)).T
-        maps.append(solution @ inputs_TA if dual else solution)
-    return maps
+    return RidgeProblem(inputs_TA.double()).maps(target_TD, ridges)
 
 
 def ridge_map(inputs_TA: Tensor, target_TD: Tensor, ridge: float) -> Tensor:

@@ -14,32 +14,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from moe_edge.compression.actions import with_action
 from moe_edge.compression.allocation import Feasible, header_plan, settle, shown_options
 from moe_edge.compression.bits import Sensitivity
-from moe_edge.compression.candidates import Kept, criteria_to_compare
+from moe_edge.compression.candidates import criteria_to_compare
 from moe_edge.compression.decision import Quantization, bits_are_free, decide_by_priors, quantization_of
-from moe_edge.compression.masking import MaskedKl
+from moe_edge.compression.layers import Material
 from moe_edge.compression.options import largest_contexts
 from moe_edge.compression.streamed import fits_in_memory
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.manifest import read_manifest
-from moe_edge.contracts.plan import Candidate, Plan, TriedShape
+from moe_edge.contracts.plan import Plan, TriedShape
 from moe_edge.families.counting import describe_model
 from moe_edge.stages.plan_budget import check_safe, measure_budget, write_curve
 from moe_edge.stages.plan_judge import Desk, calibration_rows, candidates_of, choose, honesty, thinner
+from moe_edge.stages.plan_preview import KEEP_ALL, Preview, all_experts, make_plan
 from moe_edge.stages.plan_shapes import settle_shape
 from moe_edge.stages.plan_teacher import open_teacher
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_text_atomic
+from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
-KEEP_ALL = "keep-all"
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -51,19 +52,13 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     headers = inspect_checkpoint(context.teacher)
     feasible = header_plan(headers, context.config)
-    spec = feasible.model.spec
+    preview = Preview(context.config, headers, partial(_material, context, feasible), fits_in_memory(headers))
     if any(answer.needs_measuring for answer in (feasible, *feasible.others)):
-        plan = _measured_plan(feasible, headers, context)
+        plan = _measured_plan(feasible, preview, context)
     else:
         why = "Every expert is kept, so there is no masked KL to measure and no criterion to choose."
-        plan = make_plan(feasible, KEEP_ALL, _all_experts(feasible), {}, (why,), quantization_of(feasible))
-    plan = with_action(
-        plan,
-        context.config,
-        spec,
-        lambda: read_statistics(context.inputs["profile"], feasible),
-        fits_in_memory(headers),
-    )
+        plan = make_plan(feasible, KEEP_ALL, all_experts(feasible), {}, (why,), quantization_of(feasible))
+        plan = preview.finish(plan, feasible)
     write_text_atomic(context.out / "plan.json", plan.to_json())
     log.info(
         "plan: %d of %d experts, %s, predicted KL %s nats",
@@ -72,34 +67,38 @@ def run(context: StageContext) -> dict[str, Any]:
     return plan.model_dump(mode="json", by_alias=True, exclude={"kept"})
 
 
-def _all_experts(feasible: Feasible) -> Kept:
-    spec = feasible.model.spec
-    return {layer: list(range(spec.moe.experts)) for layer in spec.moe_layers}
+def _material(context: StageContext, feasible: Feasible) -> Material:
+    """What a plan may be fitted on."""
+    folder = context.inputs["profile"]
+    ids_NS = torch.from_numpy(TokenRows.load(folder / "rows.safetensors").ids_NS)
+    return Material(read_statistics(folder, feasible), ids_NS)
 
 
-def _measured_plan(feasible: Feasible, headers: CheckpointHeaders, context: StageContext) -> Plan:
-    """Settle top-k and width where they are free, score the choices by masked KL, take the least, and let "quantize
-    harder" compete with it."""
+def _measured_plan(feasible: Feasible, preview: Preview, context: StageContext) -> Plan:
+    """Settle top-k and width where they are free, score the choices by masked KL, take the least, let "quantize harder"
+    compete with it, and try the refit."""
     config, folder = context.config, context.inputs["profile"]
     rows = calibration_rows(folder / "rows.safetensors", config.plan.tokens)
     chosen = candidates_of(feasible, config, read_statistics(folder, feasible))
     criteria_to_compare(config.plan.criterion, chosen.stats)  # refuses before the teacher is loaded
     tried: list[TriedShape] = []
     sensitivity = None
-    with open_teacher(context, headers) as teacher:
+    with open_teacher(context, preview.headers) as teacher:
         desk = Desk(config, chosen, teacher, rows)
         if feasible.others:
-            feasible, tried, sensitivity = settle_shape(desk, feasible, _all_experts(feasible))
+            feasible, tried, sensitivity = settle_shape(desk, preview, feasible)
         if feasible.keeps_all and not bits_are_free(feasible, config):
             plan = _reshaped_plan(desk, feasible, quantization_of(feasible))
         else:
             plan = _settled_plan(desk, feasible, context.out, sensitivity)
-    return plan.model_copy(update={"shapes": tried})
+        plan = preview.finish(plan, feasible)
+        refitted = preview.kl(plan, teacher.model, rows.judged_NS)
+    return plan.model_copy(update={"shapes": tried, "refitted_kl_nats": refitted and refitted.kl_nats})
 
 
 def _reshaped_plan(desk: Desk, feasible: Feasible, quantization: Quantization) -> Plan:
     """Every expert stays; a lower top-k or narrower experts alone are measured."""
-    kept, notes = _all_experts(feasible), [desk.rows.where]
+    kept, notes = all_experts(feasible), [desk.rows.where]
     results = dict(desk.score(feasible)({KEEP_ALL: kept}, desk.rows.judged_NS)) if feasible.alters else {}
     if results:
         nats = results[KEEP_ALL].kl_nats
@@ -123,7 +122,7 @@ def _settled_plan(desk: Desk, feasible: Feasible, out: Path, sensitivity: Sensit
         return _reshaped_plan(desk, settled, budget.quantization)
     if settled.keeps_all:
         notes = [*judged.notes, f"The candidates' masked KL is that of keeping {first.choice.experts} experts."]
-        return make_plan(settled, KEEP_ALL, _all_experts(settled), judged.results, notes, budget.quantization)
+        return make_plan(settled, KEEP_ALL, all_experts(settled), judged.results, notes, budget.quantization)
     if free:
         judged = desk.judge(settled, searching=True)
     table = ", ".join(f"{name} {kl:.3f}" for name, kl in judged.ranked)
@@ -145,41 +144,6 @@ def read_statistics(folder: Path, feasible: Feasible) -> Statistics:
             next_command="moe-edge profile TEACHER --fresh",
         )
     return stats
-
-
-def make_plan(
-    feasible: Feasible,
-    criterion: str,
-    kept: Kept,
-    results: dict[str, MaskedKl],
-    notes: Sequence[str],
-    quantization: Quantization,
-) -> Plan:
-    """The plan as a document; candidates in ascending KL."""
-    ranked = sorted(results.items(), key=lambda item: item[1].kl_nats)
-    return Plan(
-        criterion=criterion,
-        experts_total=feasible.model.spec.moe.experts,
-        experts_kept=feasible.choice.experts,
-        top_k=feasible.space.top_k,
-        teacher_top_k=feasible.model.spec.moe.top_k,
-        expert_width=feasible.space.width,
-        kept={layer: list(ids) for layer, ids in kept.items()},
-        quantization=feasible.quantization,
-        quantization_by_class=dict(feasible.choice.packing.mix),
-        quantization_kl_nats=dict(quantization.nats),
-        quantization_kl_source=quantization.source,
-        onnx_precision=feasible.onnx_precision,
-        predicted_kl_nats=results[criterion].kl_nats if criterion in results else None,
-        candidates=[
-            Candidate(criterion=name, kl_nats=result.kl_nats, kl_nats_ci95=result.ci95, n_tokens=result.n_tokens)
-            for name, result in ranked
-        ],
-        estimate=feasible.choice.estimate,
-        largest_contexts=largest_contexts(feasible.space, feasible.choice),
-        competitor=feasible.competitor,
-        notes=[*feasible.notes, *notes],
-    )
 
 
 def dry_run(

@@ -3,7 +3,9 @@
 Shape suffixes: N rows, S tokens of a row.
 """
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,14 +112,26 @@ class Desk:
     teacher: Teacher
     rows: CalibrationRows
     _narrowings: dict[int, Narrowing] = field(default_factory=dict)  # by width
+    _known: dict[Hashable, MaskedKl] = field(default_factory=dict)  # by shape, rows and choice
 
     def score(self, feasible: Feasible) -> Score:
-        """Masked KL at the top-k and width of `feasible`.
+        """Masked KL at the top-k and width of `feasible`; what has been measured before is not run again.
 
         Raises:
             ConfigError: narrower experts, and the profile has no sums of activations to choose neurons by.
         """
-        return self.teacher.at(student_top_k(feasible), self._neurons(feasible.space.width))
+        top_k, width = student_top_k(feasible), feasible.space.width
+        return partial(self._scored, (top_k, width), self.teacher.at(top_k, self._neurons(width)))
+
+    def _scored(
+        self, shape: Hashable, measure: Score, choices: Mapping[str, Kept], ids_NS: Tensor
+    ) -> dict[str, MaskedKl]:
+        rows = ids_NS.numpy().tobytes()
+        keys = {name: (shape, rows, _frozen(kept)) for name, kept in choices.items()}
+        new = {name: choices[name] for name, key in keys.items() if key not in self._known}
+        found = measure(new, ids_NS) if new else {}
+        self._known.update({keys[name]: result for name, result in found.items()})
+        return {name: self._known[key] for name, key in keys.items()}
 
     def _neurons(self, width: int | None) -> NeuronMask | None:
         if width is None:
@@ -172,6 +186,10 @@ class Desk:
             f"{found.sweeps} sweeps, for {found.tokens} of {budget} tokens of teacher work; it read the first "
             f"{len(self.rows.search_NS)} calibration rows and none of those that judge."
         )
+
+
+def _frozen(kept: Kept) -> Hashable:
+    return tuple((layer, tuple(ids)) for layer, ids in sorted(kept.items()))
 
 
 def best_of(results: dict[str, MaskedKl], asked: str) -> str:

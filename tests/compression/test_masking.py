@@ -50,7 +50,7 @@ def test_batches_of_rows_change_nothing(ids, monkeypatch):
 def test_equal_choices_run_once_and_the_teacher_once_per_batch(ids, monkeypatch):
     model = tiny_model("qwen3_moe")
     calls = []
-    monkeypatch.setattr(masking, "_logits", lambda m, rows: calls.append(1) or m(rows).logits.detach())
+    monkeypatch.setattr(masking, "logits_of", lambda m, rows: calls.append(1) or m(rows).logits.detach())
     result = masked_kl(model, {"a": KEPT, "b": {k: list(v) for k, v in KEPT.items()}, "c": ALL}, ids)
     assert len(calls) == 3 and result["a"] == result["b"] and result["c"].kl_nats == pytest.approx(0, abs=1e-9)
     low, high = result["a"].ci95

@@ -64,7 +64,7 @@ def test_the_least_kl_of_all_shapes_wins(teacher, tmp_path):
         plan.shapes[0].top_k,
         plan.shapes[0].expert_width,
     )
-    assert all(s.kl_nats == pytest.approx(s.masked_kl_nats + s.quantization_kl_nats) for s in plan.shapes)
+    assert all(s.kl_nats == pytest.approx(s.refitted_kl_nats + s.quantization_kl_nats) for s in plan.shapes)
     assert {s.expert_width: s.experts_kept for s in plan.shapes} == {None: 5, 96: 6, 64: 8}, "the share holds for all"
 
 
