@@ -58,6 +58,7 @@ class Layer:
     record: dict[str, Any]
 
 
+SHARED_REFITS = ("drop", "merge")  # the others make something else of a shared expert
 Act = Callable[[Layer], None]
 
 
@@ -126,7 +127,7 @@ def _visitor(
         if act is not None:
             act(layer)
         if plan.compensate:
-            refit = Refit(layer.fit)
+            refit = Refit(layer.fit, with_shared=plan.action in SHARED_REFITS and not plan.sequential)
             record |= {"refits": refit.run(), "sweeps": refit.sweeps}
         if collect is not None:
             collect(layer)

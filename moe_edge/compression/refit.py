@@ -2,8 +2,8 @@
 
 One expert after the other is a block Gauss-Seidel iteration on the layer's joint least-squares problem: the first sweep
 leaves much undone, because experts that share tokens correct each other. On the 134.8 M benchmark model (10 of 16
-experts, 8 of them per token) one sweep ends at .202 nats from the teacher, three end at .136. Activations do not change
-while only down projections do, so they and their Gram matrices are computed once.
+experts, 8 of them per token) one sweep ends at .202 nats from the teacher, three end at .136. A shared expert joins as one
+more block. Activations do not change while only down projections do, so they and their Gram matrices are computed once.
 
 A change of an expert is accepted only if the squared error falls on the tokens that took no part in the fit (on the others
 it always does); the sweeps end when that error has stopped falling. The closed form is MergeMoE's (arXiv:2510.14436) with two
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from moe_edge.compression.layer_fit import RIDGES, LayerFit, squared_error
 from moe_edge.families.expert_weights import read_expert, write_expert
+from moe_edge.families.shared_expert import shared_activations, shared_gate
+from moe_edge.families.views import shared_matrices
 from moe_edge.formulas.least_squares import RidgeProblem
 
 MOST_SWEEPS = 16
+SHARED = -1  # the block of the shared expert, which has no number
 LEAST_GAIN = 0.01  # share of the error on the judging tokens that a sweep must remove for another one to follow
 
 
@@ -42,13 +45,14 @@ class Refit:
     """The sweeps over one layer."""
 
     fit: LayerFit
+    with_shared: bool = False  # may the shared expert, if there is one, change too?
     blocks: dict[int, _Block] = field(default_factory=dict)
     accepted: set[int] = field(default_factory=set)
     sweeps: int = 0
 
     def run(self) -> int:
         """Refit until nothing is gained; returns how many experts have changed."""
-        self.blocks = {expert: self._block(expert) for expert in self.fit.slots}
+        self.blocks = {expert: self._block(*self._reads(expert)) for expert in self._experts()}
         start_TD, error = self.fit.residual_TD.clone(), self._judged_error()
         while self.sweeps < MOST_SWEEPS:
             self.sweeps += 1
@@ -61,9 +65,20 @@ class Refit:
         self._write(start_TD)
         return len(self.accepted)
 
-    def _block(self, expert: int) -> _Block:
+    def _experts(self) -> list[int]:
+        shared = self.with_shared and self.fit.view.shared is not None
+        return [*self.fit.slots, *([SHARED] if shared else [])]
+
+    def _reads(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(tokens [N], gate x the input of the down projection [N, F] float32) of an expert."""
+        view, hidden_TD = self.fit.view, self.fit.hidden_TD
+        if expert == SHARED:
+            gated_TF = shared_gate(view, hidden_TD).float() * shared_activations(view, hidden_TD).float()
+            return torch.arange(len(hidden_TD), device=hidden_TD.device), gated_TF
         token_N, gate_N = self.fit.slots[expert]
-        gated_NF = gate_N.unsqueeze(1) * self.fit.activations(expert).float()
+        return token_N, gate_N.unsqueeze(1) * self.fit.activations(expert).float()
+
+    def _block(self, token_N: Tensor, gated_NF: Tensor) -> _Block:
         fitting = int((token_N < self.fit.boundary).sum())
         change_DF = gated_NF.new_zeros(self.fit.residual_TD.shape[1], gated_NF.shape[1], dtype=torch.float64)
         judging_NF = gated_NF[fitting:].double()
@@ -90,11 +105,22 @@ class Refit:
         """The changes in the weights' own dtype, and the residual that belongs to them."""
         self.fit.residual_TD = start_TD
         for expert in self.accepted:
-            block, before_ND = self.blocks[expert], self.fit.contribution(expert)
-            old = read_expert(self.fit.view, expert)
-            down_DF = (old.down_DF.double() + block.change_DF).to(old.down_DF.dtype)
-            write_expert(self.fit.view, expert, old._replace(down_DF=down_DF))
-            self.fit.residual_TD[block.token_N] += before_ND - self.fit.contribution(expert)
+            block = self.blocks[expert]
+            written_DF = self._add(expert, block.change_DF)
+            self.fit.residual_TD[block.token_N] -= block.gated_NF @ written_DF.T.float()
+
+    def _add(self, expert: int, change_DF: Tensor) -> Tensor:
+        """Change a down projection in the model; returns the change after rounding, float64."""
+        view = self.fit.view
+        if expert == SHARED:
+            down_DF = shared_matrices(view)[2]
+            old_DF = down_DF.double()
+            down_DF.data.copy_(old_DF + change_DF)
+            return down_DF.double() - old_DF
+        old = read_expert(view, expert)
+        new_DF = (old.down_DF.double() + change_DF).to(old.down_DF.dtype)
+        write_expert(view, expert, old._replace(down_DF=new_DF))
+        return new_DF.double() - old.down_DF.double()
 
 
 def _rise(change_DF: Tensor, missed_DF: Tensor, gram_FF: Tensor) -> float:

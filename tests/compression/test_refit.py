@@ -7,6 +7,7 @@ from moe_edge.compression import refit
 from moe_edge.compression.layer_fit import LayerFit, squared_error
 from moe_edge.compression.refit import Refit
 from moe_edge.families.expert_weights import read_expert
+from moe_edge.families.shared_expert import shared_gate
 from moe_edge.families.views import moe_layers
 from tests.compression.test_layer_fit import fit_of, recomputed, sum_of
 from tests.tiny import FAMILY_NAMES, tiny_model
@@ -90,3 +91,19 @@ def test_without_tokens_that_judge_nothing_changes():
     fit.boundary = len(fit.residual_TD)
     old = read_expert(fit.view, 0)
     assert Refit(fit).run() == 0 and torch.equal(read_expert(fit.view, 0).down_DF, old.down_DF)
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILY_NAMES if moe_layers(tiny_model(name))[0].shared is not None]
+)
+def test_a_shared_expert_is_refitted_with_the_others(family):
+    alone, together = fit_of(family), fit_of(family)
+    view = together.view
+    gate_T1, before = shared_gate(view, together.hidden_TD), view.shared(together.hidden_TD)
+    target_TD = together.residual_TD + sum_of(together)
+    Refit(alone).run()
+    Refit(together, with_shared=True).run()
+    change_TD = gate_T1 * (view.shared(together.hidden_TD) - before)
+    assert bool(change_TD.any())
+    assert torch.allclose(together.residual_TD, recomputed(together, target_TD) - change_TD, atol=1e-4)
+    assert squared_error(together.residual_TD[alone.boundary :]) < squared_error(alone.residual_TD[alone.boundary :])
