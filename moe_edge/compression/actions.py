@@ -161,5 +161,5 @@ def _notes(plan: Plan, config: BuildConfig, spec: ModelSpec, changes: dict[str, 
             f"Experts keep {width} of {spec.moe.expert_width} neurons; the predicted KL is with the others silent.{rows}"
         )
     if changes["compensate"]:
-        notes.append("Down projections are refitted by compress; the predicted KL does not count the gain.")
+        notes.append("Down projections are refitted by compress; masking does not count the gain.")
     return notes

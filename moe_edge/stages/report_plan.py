@@ -46,11 +46,11 @@ def _shapes(plan: dict[str, Any]) -> str:
     """What other top-k and widths would have cost, where the plan was free to choose."""
     rows = [
         (f"top-{s['top_k']}", s["expert_width"] or "all", s["experts_kept"], inert(s["quantization"]),
-         number(s["masked_kl_nats"]), number(s["kl_nats"]), format_bytes(s["file_bytes"]),
-         number(s["decode_tokens_per_s"]))
+         number(s["masked_kl_nats"]), number(s["refitted_kl_nats"]), number(s["kl_nats"]),
+         format_bytes(s["file_bytes"]), number(s["decode_tokens_per_s"]))
         for s in plan.get("shapes", [])
     ]  # fmt: skip
-    header = ("top-k", "neurons", "experts", "type", "masked KL, nats", "with bits", "file", "tokens/s")
+    header = ("top-k", "neurons", "experts", "type", "masked KL, nats", "refitted", "with bits", "file", "tokens/s")
     return table(header, rows) if rows else ""
 
 
@@ -73,14 +73,20 @@ def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
     measured = student.quality.kl_nats if student else None
     estimate = plan["estimate"]
     return (
-        f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])}, "
-        f"{'refitted, ' if plan['compensate'] else ''}before training {number(before)} (held-out calibration rows), "
+        f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])} by masking"
+        f"{_tried(plan)}, {'refitted, ' if plan['compensate'] else ''}before training {number(before)} "
+        "(held-out calibration rows), "
         f"of the student {number(measured)} (held-out text). "
         f"Predicted file {format_bytes(estimate['file_bytes'])}, "
         f"peak memory {format_bytes(estimate['peak_memory_bytes'])} with {_cache(plan)}, "
         f"decode {number(estimate['decode_tokens_per_s'])} tokens/s (roofline of the target, +-25 %)."
         f"{_used_cache(report)}"
     )
+
+
+def _tried(plan: dict[str, Any]) -> str:
+    refitted = plan.get("refitted_kl_nats")
+    return "" if refitted is None else f" and {number(refitted)} by trying the refit on a copy (calibration rows)"
 
 
 def _cache(plan: dict[str, Any]) -> str:
