@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.compression.layer_fit import LayerFit
-from moe_edge.compression.refit import Refit
+from moe_edge.compression.refit import refit
 from moe_edge.compression.walk import LayerTokens, student_routing, walk_layers
 from moe_edge.compression.width import narrow_layer
 from moe_edge.contracts.errors import ConfigError
@@ -58,7 +58,6 @@ class Layer:
     record: dict[str, Any]
 
 
-SHARED_REFITS = ("drop", "merge")  # the others make something else of a shared expert
 Act = Callable[[Layer], None]
 
 
@@ -127,8 +126,7 @@ def _visitor(
         if act is not None:
             act(layer)
         if plan.compensate:
-            refit = Refit(layer.fit, with_shared=plan.action in SHARED_REFITS and not plan.sequential)
-            record |= {"refits": refit.run(), "sweeps": refit.sweeps}
+            record["ridge"] = refit(layer.fit)
         if collect is not None:
             collect(layer)
         record["missed"] = layer.fit.missed

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_edge.families.expert_weights import check_width, replace_experts, write_width
 from moe_edge.families.pruning import check_kept, prune
-from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.families.views import MoELayerView, moe_layers, shared_matrices
 from moe_edge.formulas.ffn import Ffn, concatenate
 
 DENSE_OF = {"qwen3_moe": "qwen3", "qwen2_moe": "qwen2", "mixtral": "mistral", "granitemoe": "granite"}
@@ -28,6 +29,18 @@ _OWN_KEYS = ("model_type", "architectures", "intermediate_size", "transformers_v
 def dense_type(model: PreTrainedModel) -> str | None:
     """The model_type of the dense class with this model's attention and norms, or None."""
     return DENSE_OF.get(model.config.model_type)
+
+
+def shared_network(view: MoELayerView) -> Ffn | None:
+    """The expert that every token passes, or None."""
+    return None if view.shared is None else Ffn(*shared_matrices(view))
+
+
+@torch.no_grad()
+def shared_gate(view: MoELayerView, hidden_TD: Tensor) -> Tensor:
+    """What the shared expert's output is multiplied with, [T, 1]; ones where nothing gates it."""
+    gate = getattr(view.block, "shared_expert_gate", None)
+    return hidden_TD.new_ones(len(hidden_TD), 1) if gate is None else functional.sigmoid(gate(hidden_TD))
 
 
 @torch.no_grad()

@@ -18,33 +18,57 @@ def ridge_strength(inputs_TA: Tensor, ridge: float) -> float:
     return ridge * float(inputs_TA.double().square().sum()) / max(inputs_TA.shape[1], 1)
 
 
-class RidgeProblem:
-    """Ridge regression on the same inputs for many targets: the Gram matrix is built once, in float64.
+Block = tuple[Tensor, Tensor]  # the tokens that some inputs belong to [N], and the inputs [N, A]
 
-    In the dual form (T x T instead of A x A) when there are fewer tokens than inputs.
+
+def joint_ridge_maps(blocks: Sequence[Block], target_TD: Tensor, ridges: Sequence[float]) -> list[list[Tensor]]:
+    """For each ridge the maps M_b, one per block, whose sum over blocks comes closest to the target.
+
+    One regression on the blocks side by side, in which a token that is no part of a block has zeros there. Solved over
+    inputs or over tokens, whichever are fewer, so that it stays small for any number of blocks.
+
+    Args:
+        blocks: tokens are indices into `target_TD`, each at most once per block.
+
+    Returns:
+        Per ridge and block (D, A), float64; zero where the inputs are zero.
     """
+    wide = [(token_N, inputs_NA.double()) for token_N, inputs_NA in blocks]
+    columns, target_TD = sum(inputs_NA.shape[1] for _, inputs_NA in wide), target_TD.double()
+    energy = sum(float(inputs_NA.square().sum()) for _, inputs_NA in wide)
+    if energy == 0:
+        return [[inputs_NA.new_zeros(target_TD.shape[1], inputs_NA.shape[1]) for _, inputs_NA in wide] for _ in ridges]
+    over_tokens = len(target_TD) < columns
+    gram = _token_gram(wide, len(target_TD)) if over_tokens else _input_gram(wide, len(target_TD))
+    right = target_TD if over_tokens else torch.cat([inputs_NA.T @ target_TD[token_N] for token_N, inputs_NA in wide])
+    maps = []
+    for ridge in ridges:
+        shifted = gram.clone()
+        shifted.diagonal().add_(ridge * energy / columns)
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(shifted))
+        if over_tokens:
+            maps.append([solution[token_N].T @ inputs_NA for token_N, inputs_NA in wide])
+        else:
+            parts = torch.split(solution, [inputs_NA.shape[1] for _, inputs_NA in wide])
+            maps.append([part.T for part in parts])
+    return maps
 
-    def __init__(self, inputs_TA: Tensor) -> None:
-        """Args: inputs_TA: products with a target are taken in their dtype."""
-        self.inputs_TA = inputs_TA
-        self.dual = len(inputs_TA) < inputs_TA.shape[1]
-        rows = inputs_TA.double() if self.dual else inputs_TA.double().T
-        self.gram = rows @ rows.T
-        self.energy = float(self.gram.diagonal().sum())  # of all inputs, in either form
 
-    def maps(self, target_TD: Tensor, ridges: Sequence[float]) -> list[Tensor]:
-        """For each ridge the M of shape (D, A) with inputs M^T closest to the target, float64; zero without inputs."""
-        width = self.inputs_TA.shape[1]
-        if self.energy == 0:
-            return [self.gram.new_zeros(target_TD.shape[1], width) for _ in ridges]
-        right = (target_TD if self.dual else self.inputs_TA.T @ target_TD.to(self.inputs_TA.dtype)).double()
-        maps = []
-        for ridge in ridges:
-            shifted = self.gram.clone()
-            shifted.diagonal().add_(ridge * self.energy / width)
-            solution = torch.cholesky_solve(right, torch.linalg.cholesky(shifted)).T
-            maps.append(solution @ self.inputs_TA.double() if self.dual else solution)
-        return maps
+def _token_gram(blocks: Sequence[Block], tokens: int) -> Tensor:
+    """Sum over blocks of the products between tokens, [T, T]."""
+    gram_TT = blocks[0][1].new_zeros(tokens, tokens)
+    for token_N, inputs_NA in blocks:
+        gram_TT[token_N.unsqueeze(1), token_N] += inputs_NA @ inputs_NA.T
+    return gram_TT
+
+
+def _input_gram(blocks: Sequence[Block], tokens: int) -> Tensor:
+    """The products between all inputs of all blocks."""
+    side_by_side = []
+    for token_N, inputs_NA in blocks:
+        side_by_side.append(inputs_NA.new_zeros(tokens, inputs_NA.shape[1]).index_copy(0, token_N, inputs_NA))
+    inputs_TA = torch.cat(side_by_side, dim=1)
+    return inputs_TA.T @ inputs_TA
 
 
 def ridge_maps(inputs_TA: Tensor, target_TD: Tensor, ridges: Sequence[float]) -> list[Tensor]:
@@ -53,7 +77,8 @@ def ridge_maps(inputs_TA: Tensor, target_TD: Tensor, ridges: Sequence[float]) ->
     As a correction: pass target - inputs W^T and add the result to W. Then the ridge pulls towards W, not towards 0, and W
     stays where the tokens say nothing.
     """
-    return RidgeProblem(inputs_TA.double()).maps(target_TD, ridges)
+    everyone_T = torch.arange(len(inputs_TA), device=inputs_TA.device)
+    return [maps[0] for maps in joint_ridge_maps([(everyone_T, inputs_TA)], target_TD, ridges)]
 
 
 def ridge_map(inputs_TA: Tensor, target_TD: Tensor, ridge: float) -> Tensor:

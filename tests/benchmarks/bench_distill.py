@@ -125,8 +125,8 @@ def _score(options: argparse.Namespace, out: Path) -> Row:
 
 
 def _answers(options: argparse.Namespace, out: Path) -> Row:
-    """ROUGE-L of the F16 GGUF on instructions, by set."""
-    scores = {}
+    """ROUGE-L of the F16 GGUF on instructions, by set and, where rows have one, by category."""
+    scores: Row = {}
     for given in options.evaluate:
         data, _, limit = given.partition(",")
         folder = out.parent / "evaluate"
@@ -138,7 +138,11 @@ def _answers(options: argparse.Namespace, out: Path) -> Row:
         asked = ["evaluate", str(file), "--data", data, "--limit", limit or "100", "--greedy", "--json"]
         asked += ["--max-new-tokens", "64", "--out", str(folder / "answers")]
         done = subprocess.run([*common, *asked], check=True, stdout=subprocess.PIPE, text=True)
-        scores[f"rouge_l_{Path(data).parent.name or Path(data).stem}"] = json.loads(done.stdout)["average"]["rouge_l"]
+        name = f"rouge_l_{Path(data).parent.name or Path(data).stem}"
+        for found in json.loads(done.stdout)["sets"].values():
+            scores[name] = found["metrics"]["rouge_l"]["value"]
+            parts = {part: one["metrics"]["rouge_l"]["value"] for part, one in found["categories"].items()}
+            scores |= {f"{name}_by_category": parts} if parts else {}
     return scores
 
 

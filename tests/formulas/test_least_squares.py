@@ -1,9 +1,11 @@
 """Ridge maps against the normal equations; low-rank maps against a direct minimisation of the same objective."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from moe_edge.formulas.least_squares import low_rank_map, ridge_map, ridge_maps, ridge_strength
+from moe_edge.formulas.least_squares import joint_ridge_maps, low_rank_map, ridge_map, ridge_maps, ridge_strength
 
 
 def numbers(tokens: int, inputs: int, outputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,3 +67,30 @@ def test_a_full_rank_is_the_ridge_map_and_spare_directions_are_zero():
     assert left_DR.shape == (4, 9) and not left_DR[:, 4:].any() and not right_RA[4:].any()
     left_DR, right_RA = low_rank_map(torch.zeros(3, 5), target_TD[:3], 2, 0.1)
     assert not (left_DR @ right_RA).any()
+
+
+@pytest.mark.parametrize("tokens", [12, 60], ids=["over tokens", "over inputs"])
+def test_joint_maps_are_one_regression_on_the_blocks_side_by_side(tokens):
+    generator = torch.Generator().manual_seed(1)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    target_TD = draw(tokens, 3)
+    blocks = []
+    for width, step in ((9, 1), (7, 2), (5, 3)):
+        token_N = torch.arange(0, tokens, step)
+        blocks.append((token_N, draw(len(token_N), width)))
+    columns = []
+    for token_N, inputs_NA in blocks:
+        column_TA = torch.zeros(tokens, inputs_NA.shape[1], dtype=torch.float64)
+        column_TA[token_N] = inputs_NA
+        columns.append(column_TA)
+    joined = torch.cat(columns, dim=1)
+    for ridge, maps in zip((0.01, 0.5), joint_ridge_maps(blocks, target_TD, (0.01, 0.5)), strict=True):
+        strength = ridge * joined.square().sum() / joined.shape[1]
+        system = joined.T @ joined + strength * torch.eye(joined.shape[1], dtype=torch.float64)
+        expected = torch.linalg.solve(system, joined.T @ target_TD).T
+        assert torch.allclose(torch.cat(maps, dim=1), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_joint_maps_of_silent_inputs_are_zero():
+    (maps,) = joint_ridge_maps([(torch.arange(4), torch.zeros(4, 3))], torch.ones(4, 2), [0.1])
+    assert maps[0].shape == (2, 3) and not maps[0].any()
