@@ -56,7 +56,7 @@ class TriedShape(BaseModel):
     )
     refitted_kl_nats: float | None = Field(
         None,
-        description="of the same choice refitted, on the same tokens, nats per token; null: nothing is, or no room",
+        description="of the same choice refitted on up to 4096 tokens, nats per token; null: nothing is, or no room",
     )
     quantization_kl_nats: float = Field(description="of its bits, nats per token")
     kl_nats: float = Field(description="refitted, else masked, and the bits: the least one was chosen")
@@ -94,7 +94,7 @@ class Plan(BaseModel):
     sequential: bool = Field(
         False, description="fit each layer on what the already compressed layers below it put out, not the teacher's"
     )
-    action_tokens: int = Field(4096, gt=0, description="calibration tokens on which an action is fitted")
+    action_tokens: int = Field(8192, gt=0, description="calibration tokens on which an action is fitted")
     quantization: str = Field(description="name of the main GGUF recipe, e.g. Q4_K_M")
     quantization_by_class: dict[str, str] = Field(
         {},
@@ -104,11 +104,6 @@ class Plan(BaseModel):
     onnx_precision: str
     predicted_kl_nats: float | None = Field(
         description="masked KL of this choice; null when nothing is dropped and no profile ran"
-    )
-    refitted_kl_nats: float | None = Field(
-        None,
-        description="KL of this student once it is refitted, tried on a copy of the teacher, nats per token; null where "
-        "nothing is refitted, or a second copy has no room",
     )
     quantization_kl_nats: dict[str, float] = Field(
         {}, description="delivered GGUF type -> KL that its bits alone are predicted to cost, nats per token"

@@ -75,8 +75,8 @@ def _material(context: StageContext, feasible: Feasible) -> Material:
 
 
 def _measured_plan(feasible: Feasible, preview: Preview, context: StageContext) -> Plan:
-    """Settle top-k and width where they are free, score the choices by masked KL, take the least, let "quantize harder"
-    compete with it, and try the refit."""
+    """Settle top-k and width where they are free, score the choices by masked KL, take the least, and let "quantize harder"
+    compete with it."""
     config, folder = context.config, context.inputs["profile"]
     rows = calibration_rows(folder / "rows.safetensors", config.plan.tokens)
     chosen = candidates_of(feasible, config, read_statistics(folder, feasible))
@@ -91,9 +91,7 @@ def _measured_plan(feasible: Feasible, preview: Preview, context: StageContext) 
             plan = _reshaped_plan(desk, feasible, quantization_of(feasible))
         else:
             plan = _settled_plan(desk, feasible, context.out, sensitivity)
-        plan = preview.finish(plan, feasible)
-        refitted = preview.kl(plan, teacher.model, rows.judged_NS)
-    return plan.model_copy(update={"shapes": tried, "refitted_kl_nats": refitted and refitted.kl_nats})
+    return preview.finish(plan, feasible).model_copy(update={"shapes": tried})
 
 
 def _reshaped_plan(desk: Desk, feasible: Feasible, quantization: Quantization) -> Plan:

@@ -29,6 +29,7 @@ from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
 KEEP_ALL = "keep-all"
+PREVIEW_TOKENS = 4096  # a comparison needs no more, and every shape takes as long as `compress`
 PREVIEWED_ACTIONS = ("drop", "merge")  # the others are fitted for minutes per layer, and need training in any case
 
 
@@ -62,7 +63,8 @@ class Preview:
         if not fits_in_memory(self.headers, model.dtype, model.device):
             return None
         log.info("plan: trying the refit of %s", _in_words(plan))
-        return refitted_kl(model, plan, self.material(), ids_NS)
+        fewer = plan.model_copy(update={"action_tokens": min(plan.action_tokens, PREVIEW_TOKENS)})
+        return refitted_kl(model, fewer, self.material(), ids_NS)
 
 
 def _in_words(plan: Plan) -> str:

@@ -73,8 +73,8 @@ def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
     measured = student.quality.kl_nats if student else None
     estimate = plan["estimate"]
     return (
-        f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])} by masking"
-        f"{_tried(plan)}, {'refitted, ' if plan['compensate'] else ''}before training {number(before)} "
+        f"KL to the teacher, nats per token: predicted before any change {number(plan['predicted_kl_nats'])}, "
+        f"{'refitted, ' if plan['compensate'] else ''}before training {number(before)} "
         "(held-out calibration rows), "
         f"of the student {number(measured)} (held-out text). "
         f"Predicted file {format_bytes(estimate['file_bytes'])}, "
@@ -82,11 +82,6 @@ def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
         f"decode {number(estimate['decode_tokens_per_s'])} tokens/s (roofline of the target, +-25 %)."
         f"{_used_cache(report)}"
     )
-
-
-def _tried(plan: dict[str, Any]) -> str:
-    refitted = plan.get("refitted_kl_nats")
-    return "" if refitted is None else f" and {number(refitted)} by trying the refit on a copy (calibration rows)"
 
 
 def _cache(plan: dict[str, Any]) -> str:
