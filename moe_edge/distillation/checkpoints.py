@@ -50,8 +50,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
         result = model.load_state_dict(load_weights_file(checkpoint / WEIGHTS), strict=False)
     except RuntimeError as error:
         raise MoeEdgeError(what, where=str(checkpoint), why=str(error).splitlines()[0]) from error
-    shared = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in result.missing_keys if name not in shared]
+    tied = getattr(model, "all_tied_weights_keys", {})  # of this model; the class names those of all configurations
+    missing = [name for name in result.missing_keys if name not in tied]
     if missing or result.unexpected_keys:
         why = f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
         raise MoeEdgeError(what, where=str(checkpoint), why=why)
@@ -73,7 +73,7 @@ def load_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
 
 
 class SaveByTheClock(TrainerCallback):
-    """Asks for a checkpoint once a minute and after the last step; keeps only the newest.
+    """Asks for a checkpoint every two minutes and after the last step; keeps only the newest.
 
     Args:
         interval_s: 0 saves after every step.

@@ -29,9 +29,10 @@ from moe_edge.storage.sampled_codec import SampledCodec, SampledRow
 
 
 class Signal(Protocol):
-    """The teacher on a run of tokens."""
+    """The teacher on some tokens of a row, or of several."""
 
-    def __getitem__(self, span: slice) -> Self: ...
+    def __getitem__(self, chosen: slice | Tensor) -> Self:
+        """On some of these tokens: a span of them, or a mask."""
 
     def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """(teacher, student): log-probabilities at `temperature` over the same C outcomes, [t, C] each.
@@ -52,8 +53,8 @@ class Signal(Protocol):
 class _Columns:
     """Tensors with one entry per token in their first axis."""
 
-    def __getitem__(self, span: slice) -> Self:
-        return type(self)(*(getattr(self, column.name)[span] for column in fields(self)))
+    def __getitem__(self, chosen: slice | Tensor) -> Self:
+        return type(self)(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
     @classmethod
     def joined(cls, signals: Sequence[Self]) -> Self:

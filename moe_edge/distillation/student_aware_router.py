@@ -32,7 +32,7 @@ from moe_edge.families.recompute import recomputed
 from moe_edge.families.routing import is_sigmoid, rerouted
 from moe_edge.families.taps import body, decoder_layers, head
 from moe_edge.families.views import moe_layers
-from moe_edge.formulas.divergence import IGNORED_LABEL, kl_dense
+from moe_edge.formulas.divergence import kl_dense, predicts_label
 from moe_edge.formulas.expert_sampling import every_expert
 from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.router_loss import gate_logprobs, importance_variation
@@ -80,7 +80,7 @@ class StudentAwareRouter:
         return batches
 
     def _router_step(self, batches: list[dict[str, Tensor]]) -> None:
-        chosen = [_labelled(batch) for batch in batches]
+        chosen = [predicts_label(batch["labels"]) for batch in batches]
         tokens = sum(int(chosen_BS.sum()) for chosen_BS in chosen)
         if not tokens:
             return
@@ -213,11 +213,3 @@ class StudentAwareRouter:
 
 def _all(_layer: int, gate_TE: Tensor, _preference_TE: Tensor) -> Tensor:
     return every_expert(gate_TE)
-
-
-def _labelled(batch: dict[str, Tensor]) -> Tensor:
-    """Positions whose next token is a label, bool [B, S]."""
-    labels_BS = batch["labels"]
-    chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
-    chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL
-    return chosen_BS
