@@ -23,6 +23,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.progress import track
 from moe_edge.distillation.readers import LogitReader, StreamedReader, WholeReader
 from moe_edge.distillation.signal import CachedSignal
+from moe_edge.distillation.teacher import own_dtype
 from moe_edge.families import family_of
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.families.streaming import fits_in_memory
@@ -143,7 +144,8 @@ def pins_of(teacher: Path, rows: TokenRows, config: CaptureConfig, device: torch
 
 
 def resolved_dtype(dtype: str, device: torch.device) -> str:
-    return dtype if dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    """The name of the dtype that a teacher computes in on this device, where `dtype` may be `auto`."""
+    return dtype if dtype != "auto" else str(own_dtype(device)).removeprefix("torch.")
 
 
 def open_teacher(teacher: Path, pins: Pins, device: torch.device, scratch: Path, sharers: int = 1) -> LogitReader:

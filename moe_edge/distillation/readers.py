@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.distillation.live_signal import LiveSignal
+from moe_edge.distillation.teacher import LiveTeacher, teacher_model
+from moe_edge.distillation.terms import Needs
 from moe_edge.families.streaming import StreamedModel
 from moe_edge.families.taps import head
 from moe_edge.storage.spill import ITEM_BYTES, Spill
@@ -52,18 +53,15 @@ class WholeReader:
     """The whole teacher in memory."""
 
     def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device, vocab: int) -> None:
-        self._live = LiveSignal(teacher, device, dtype, vocab)
-        self._device = device
+        self._teacher = LiveTeacher(teacher_model(teacher, device, dtype), Needs())
+        self._device, self._vocab = device, vocab
 
     def group_rows(self, row_tokens: int) -> int:
         return 1
 
     def logits(self, parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
         for ids_BS in batches(parts):
-            ids_BS = ids_BS.to(self._device)
-            self._live.prepare(ids_BS)
-            for ids_S in ids_BS:
-                yield self._live.signal(ids_S).logits_SV
+            yield from self._teacher.logits(ids_BS.to(self._device), self._vocab)
 
     def trial(self, ids_S: np.ndarray, rows: int) -> tuple[float, Tensor | None]:
         list(self.logits([ids_S[None, :WARM_UP_TOKENS]]))
@@ -73,7 +71,7 @@ class WholeReader:
         return rows * (time.perf_counter() - started), logits_SV
 
     def close(self) -> None:
-        self._live.close()
+        self._teacher.forget()
 
 
 class StreamedReader:
