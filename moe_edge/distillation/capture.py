@@ -190,10 +190,9 @@ def captured_signal(
     pins = pins_of(teacher, rows, config, place)
     missing = begin_capture(out, pins, rows)
     if missing:
-        reader = open_teacher(teacher, pins, place, out)
         encoder = encoder_of(config, rows.ids_NS.shape[1], pins["vocab"])
-        capture_shards(reader, encoder, out, pins, rows.ids_NS, missing)
-        reader.close()
+        with open_teacher(teacher, pins, place, out) as reader:
+            capture_shards(reader, encoder, out, pins, rows.ids_NS, missing)
     if missing or not (out / "manifest.json").is_file():
         finish_capture(out, pins, {"tokens": rows.n_tokens})
     return CachedSignal(out, pins)

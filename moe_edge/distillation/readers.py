@@ -8,14 +8,15 @@ Shape suffixes: N rows, B rows of a batch, S tokens of a row, D model width, V v
 
 import tempfile
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
 from moe_edge.families.streaming import StreamedModel
@@ -27,19 +28,20 @@ SPILL_BYTES = 8 * 2**30  # of the residual stream on disk, while a streamed teac
 WARM_UP_TOKENS = 8
 
 
-class LogitReader(Protocol):
-    """A teacher that reads rows."""
+class LogitReader(Closing):
+    """A teacher that reads rows; a context manager."""
 
+    @abstractmethod
     def group_rows(self, row_tokens: int) -> int:
         """How many rows are best given to one call of `logits`; at least 1."""
 
+    @abstractmethod
     def logits(self, parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """The logits [S, V] of every row of all parts [N, S], in order, on the teacher's device."""
 
+    @abstractmethod
     def trial(self, ids_S: np.ndarray, rows: int) -> tuple[float, Tensor | None]:
         """(seconds that `rows` rows will take, from a measured forward of this one; its logits where they were made)."""
-
-    def close(self) -> None: ...
 
 
 def batches(parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
@@ -49,7 +51,7 @@ def batches(parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
             yield torch.from_numpy(np.ascontiguousarray(ids_NS[start : start + BATCH_ROWS])).long()
 
 
-class WholeReader:
+class WholeReader(LogitReader):
     """The whole teacher in memory."""
 
     def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device, vocab: int) -> None:
@@ -74,7 +76,7 @@ class WholeReader:
         self._teacher.forget()
 
 
-class StreamedReader:
+class StreamedReader(LogitReader):
     """One layer in memory at a time; the residual stream of a group of rows waits on disk."""
 
     def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device, vocab: int, scratch: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.formulas.divergence import coarse_pair, forward_kl, head_pair, temperature_index
 from moe_edge.formulas.sampling import sampled_kl
@@ -139,8 +140,8 @@ class SignalSource(Protocol):
     def signal(self, ids_S: Tensor, temperature: float) -> Any: ...
 
 
-class CachedSignal:
-    """The teacher's signal from a logit cache: one HDF5 file, or the folder of shards of a capture.
+class CachedSignal(Closing):
+    """The teacher's signal from a logit cache: one HDF5 file, or the folder of shards of a capture. A context manager.
 
     Args:
         path: the file or the folder.

@@ -7,11 +7,11 @@ runtimes must come from the same calls. Legend: S sequence, V vocabulary in the 
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.runtimes.sampling import GREEDY, RowNoise, Sampling, pick
 
 
@@ -55,12 +55,10 @@ class Runtime(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
-class ClosingRuntime:
+class ClosingRuntime(Closing):
     """What the adapters inherit: the context manager, and batches that are answered one prompt after another."""
 
     def generate_batch(
@@ -71,14 +69,6 @@ class ClosingRuntime:
 
     def close(self) -> None:
         """Overridden by the adapter that owns something."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def generate(

@@ -18,13 +18,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.logit_codec import Bytes, RowCodec, TeacherRow
 from moe_edge.storage.sampled_codec import SampledCodec, SampledRow
@@ -46,7 +46,7 @@ def codec_of(layout: Mapping[str, Any]) -> Codec:
     return SampledCodec.of_layout(layout) if "draws" in layout else RowCodec.of_layout(layout)
 
 
-class LogitCache:
+class LogitCache(Closing):
     """A finished cache, opened for reading; a context manager.
 
     Args:
@@ -127,14 +127,6 @@ class LogitCache:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def refuse_difference(

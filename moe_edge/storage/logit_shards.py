@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, canonical_sha256, content_digest, read_manifest
 from moe_edge.storage.files import read_json, sha256_file, write_json_atomic, write_text_atomic
@@ -131,8 +132,8 @@ def finish_capture(folder: Path, pins: Pins, summary: Mapping[str, Any]) -> Mani
     return manifest
 
 
-class ShardedLogits:
-    """A finished folder, opened for reading; rows are found by their tokens.
+class ShardedLogits(Closing):
+    """A finished folder, opened for reading; a context manager. Rows are found by their tokens.
 
     Args:
         expected: pins that must match, for example {"teacher": digest}.
