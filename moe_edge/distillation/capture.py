@@ -32,7 +32,7 @@ from moe_edge.formulas.sampling import draw
 from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.logit_codec import RowCodec
-from moe_edge.storage.logit_file import Codec, row_key
+from moe_edge.storage.logit_file import Codec
 from moe_edge.storage.logit_shards import (
     SHARDS_SCHEMA,
     Pins,
@@ -41,7 +41,7 @@ from moe_edge.storage.logit_shards import (
     shard_span,
     write_shard,
 )
-from moe_edge.storage.rows import TokenRows
+from moe_edge.storage.rows import TokenRows, row_key
 from moe_edge.storage.sampled_codec import MAX_DRAWS, SampledCodec
 
 log = logging.getLogger(__name__)

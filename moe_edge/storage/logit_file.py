@@ -14,7 +14,6 @@ another text can not silently yield another row's targets. Reading a row is one 
 Shape suffixes: N rows, S tokens of a row, R bytes of a record.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from numpy.typing import ArrayLike
 from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.logit_codec import Bytes, RowCodec, TeacherRow
+from moe_edge.storage.rows import row_key
 from moe_edge.storage.sampled_codec import SampledCodec, SampledRow
 
 LOGITS_SCHEMA = "moe-edge/logits@1"
@@ -34,11 +34,6 @@ KEY_BYTES = 32
 OTHER_TEACHER = "the logit cache belongs to another teacher or calibration"
 PROFILE_AGAIN = "run the profile stage again: moe-edge profile --fresh"
 Codec = RowCodec | SampledCodec
-
-
-def row_key(ids_S: ArrayLike) -> bytes:
-    """SHA-256 of the token ids as little-endian int32, 32 bytes."""
-    return hashlib.sha256(np.ascontiguousarray(ids_S, dtype="<i4").tobytes()).digest()
 
 
 def codec_of(layout: Mapping[str, Any]) -> Codec:
@@ -102,11 +97,10 @@ class LogitCache(Closing):
 
     def index(self, ids_S: ArrayLike) -> int:
         """Where the row of these tokens lies. Raises InputRejected when it is not here."""
-        key = row_key(ids_S)
-        if key not in self._index:
-            why = f"none of its {len(self)} rows has the digest {key.hex()[:16]}..."
-            raise InputRejected("the logit cache does not hold this row", where=str(self.path), why=why)
-        return self._index[key]
+        index = self._index.get(key := row_key(ids_S))
+        if index is None:
+            raise absent_row(self.path, len(self), key)
+        return index
 
     def record(self, index: int) -> Bytes:
         """The raw bytes of the row at `index`."""
@@ -127,6 +121,16 @@ class LogitCache(Closing):
 
     def close(self) -> None:
         self._file.close()
+
+
+def absent_row(path: Path, rows: int, key: bytes) -> InputRejected:
+    """The error for a row that a cache of so many rows does not hold."""
+    return InputRejected(
+        "the logit cache does not hold this row",
+        where=str(path),
+        why=f"none of its {rows} rows has the digest {key.hex()[:16]}...",
+        next_command="capture this text, or train on the rows of the cache",
+    )
 
 
 def refuse_difference(

@@ -31,12 +31,12 @@ from moe_edge.storage.logit_file import (
     OTHER_TEACHER,
     Codec,
     LogitCache,
+    absent_row,
     codec_of,
     refuse_difference,
-    row_key,
     write_rows,
 )
-from moe_edge.storage.rows import TokenRows
+from moe_edge.storage.rows import TokenRows, row_key
 from moe_edge.storage.sampled_codec import SampledRow
 
 SHARDS_SCHEMA = "moe-edge/logit-shards@1"
@@ -177,8 +177,7 @@ class ShardedLogits(Closing):
         """
         index = self._index.get(key := row_key(ids_S))
         if index is None:
-            why = f"none of its {len(self)} rows has the digest {key.hex()[:16]}..."
-            raise InputRejected("the logit cache does not hold this row", where=str(self.path), why=why)
+            raise absent_row(self.path, len(self), key)
         return self._shard(index // self.pins["shard_rows"]).row(ids_S)
 
     def _shard(self, number: int) -> LogitCache:
