@@ -66,24 +66,35 @@ class CaptureConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for settings that cannot be."""
         if self.draws and len(self.temperatures) != 1:
-            raise ConfigError("random draws belong to one temperature", where="--rs, --temperatures")
-        if not (0 <= self.draws <= MAX_DRAWS and self.k > 0 and self.shard_rows > 0 and self.temperatures):
-            why = f"draws lie in 0..{MAX_DRAWS}, k and shard rows are positive, and there is a temperature"
-            raise ConfigError("impossible settings of a capture", where=str(self), why=why)
-        if any(temperature <= 0 for temperature in self.temperatures) or self.dtype not in ("auto", *DTYPES):
-            raise ConfigError("impossible settings of a capture", where=str(self))
+            raise ConfigError(
+                "random draws belong to one temperature",
+                where="--rs, --temperatures",
+                why=f"{len(self.temperatures)} are given",
+                next_command="capture once for each of them, each with its own --out",
+            )
+        rules = {
+            f"draws lie in 0..{MAX_DRAWS}": 0 <= self.draws <= MAX_DRAWS,
+            "k and shard rows are positive": self.k > 0 and self.shard_rows > 0,
+            "temperatures are positive, and there is one": min(self.temperatures, default=0) > 0,
+            f"the dtype is auto, {' or '.join(DTYPES)}": self.dtype in ("auto", *DTYPES),
+        }
+        if broken := [rule for rule, kept in rules.items() if not kept]:
+            raise ConfigError("impossible settings of a capture", where=str(self), why="; ".join(broken))
 
 
 class RowEncoder(Protocol):
     """Turns logits into records."""
 
-    def record(self, ids_S: np.ndarray, logits_SV: Tensor) -> bytes: ...
+    def record(self, ids_S: np.ndarray, logits_SV: Tensor) -> bytes:
+        """What is kept of the logits of a row with these tokens."""
 
     def codec(self, records: Sequence[bytes]) -> Codec:
         """The codec of a shard with these records."""
 
 
 class TopKEncoder:
+    """Keeps the k best log-probabilities and the exact mass of everything else at each temperature."""
+
     def __init__(self, config: CaptureConfig, tokens: int, vocab: int) -> None:
         temperatures = tuple(sorted({1.0, *config.temperatures}))
         self._codec = RowCodec(tokens, min(config.k, vocab), vocab, temperatures)
@@ -97,6 +108,8 @@ class TopKEncoder:
 
 
 class SampledEncoder:
+    """Keeps random draws, seeded by the row's own tokens: the same row gives the same record in any order."""
+
     def __init__(self, config: CaptureConfig, tokens: int, vocab: int) -> None:
         self._config, self._shape = config, (tokens, config.draws, vocab, config.temperatures[0])
 
@@ -111,6 +124,7 @@ class SampledEncoder:
 
 
 def encoder_of(config: CaptureConfig, tokens: int, vocab: int) -> RowEncoder:
+    """The encoder for rows of `tokens` tokens of a true vocabulary."""
     return (SampledEncoder if config.draws else TopKEncoder)(config, tokens, vocab)
 
 

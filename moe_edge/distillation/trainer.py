@@ -135,7 +135,12 @@ class DistillationTrainer(Trainer):
         for name in self.weights:
             kind = LOSSES[name].kind
             if kind == "divergence" and self.signal is None and not live or kind == "term" and name not in given:
-                raise ConfigError(f"the loss '{name}' needs the teacher", where="DistillationTrainer")
+                raise ConfigError(
+                    f"the loss '{name}' needs the teacher",
+                    where="DistillationTrainer",
+                    why="no cached signal, no live teacher with logits and no term of this name is given",
+                    next_command="give signal=, teacher= or parts=, or alpha 0 to train on the text alone",
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group per multiplier; frozen parameters are in none."""

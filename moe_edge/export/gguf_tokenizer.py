@@ -25,7 +25,6 @@ PROBE_TEXT = (
     " ===== '''``` x=f(a[1:], b)  # YES we'VE\n   end "
 )
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_SPACE = "▁"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class Credit(BaseModel):
 
 
 class Source(Credit):
+    """A text file that calibration rows are made of."""
+
     share: float = Field(1.0, gt=0, description="part of the tokens, relative to the other sources' shares")
 
 

@@ -114,10 +114,12 @@ class LlamaCppRuntime(ClosingRuntime):
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text` by llama.cpp's own tokenizer."""
+        self._require_open()
         return tokenize(self._vocab, text, add_special, parse_special)
 
     def detokenize(self, ids: Sequence[int]) -> bytes:
         """UTF-8 of the tokens without special ones; a text cut inside a character ends with half of it."""
+        self._require_open()
         tokens = (lib.llama_token * len(ids))(*ids)
         count = lib.llama_detokenize(self._vocab, tokens, len(ids), None, 0, True, False)
         text = ctypes.create_string_buffer(max(-count, 1))
@@ -126,6 +128,7 @@ class LlamaCppRuntime(ClosingRuntime):
 
     def end_ids(self) -> frozenset[int]:
         """Every token that ends an answer, by the file's own metadata."""
+        self._require_open()
         return frozenset(token for token in range(self.vocab) if lib.llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
@@ -143,7 +146,13 @@ class LlamaCppRuntime(ClosingRuntime):
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
         return ids_S
 
+    def _require_open(self) -> None:
+        """Raises ConfigError after `close`: libllama would take the process with it."""
+        if self._context is None:
+            raise ConfigError("the runtime is closed", where=str(self.path))
+
     def _checked(self, ids_S: Sequence[int] | np.ndarray) -> np.ndarray:
+        self._require_open()
         return checked_tokens(ids_S, self._position, self.context_length, self.vocab, self.path)
 
     def _decode(self, tokens: np.ndarray, every_position: bool) -> None:

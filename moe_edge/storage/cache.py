@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    return Path(os.environ.get("MOE_EDGE_CACHE") or Path.home() / ".cache" / "moe-edge")
+    """The folder that all builds of this user share: $MOE_EDGE_CACHE, or ~/.cache/moe-edge."""
+    return Path(os.environ.get("MOE_EDGE_CACHE") or "~/.cache/moe-edge").expanduser()
 
 
 def _profile_home(key: str) -> Path:

@@ -48,10 +48,12 @@ Pins = Mapping[str, Any]  # plain data; `shard_rows` is how many rows a shard ha
 
 
 def shard_name(number: int) -> str:
+    """The file name of a shard."""
     return f"shard-{number:05d}.h5"
 
 
 def shard_count(pins: Pins, rows: int) -> int:
+    """How many shards so many rows make."""
     return int(-(-rows // pins["shard_rows"]))
 
 

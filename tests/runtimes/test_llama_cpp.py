@@ -111,6 +111,9 @@ def test_closing_twice_is_harmless(gguf):
     runtime.close()
     runtime.close()
     assert runtime._model is None
+    for ask in (lambda: runtime.prefill(ids(3)), lambda: runtime.step(1), lambda: runtime.tokenize("a")):
+        with pytest.raises(ConfigError, match="closed"):  # libllama would take the process with it
+            ask()
 
 
 def test_a_foreign_architecture_is_rejected_with_llama_cpps_words(tmp_path, capfd):

@@ -68,3 +68,9 @@ def test_a_file_of_another_build_is_never_written_into(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         link_or_copy(tmp_path / "second", tmp_path / "shared" / "file")
     assert (tmp_path / "first").read_bytes() == before
+
+
+def test_the_cache_may_be_named_from_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MOE_EDGE_CACHE", "~/shared")  # in a Dockerfile or a service no shell puts the folder there
+    assert cache.cache_root() == tmp_path / "shared"
