@@ -72,8 +72,19 @@ def load_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
         part.restore(own)
 
 
+def step_lines(state: TrainerState) -> list[dict[str, float]]:
+    """The log of the steps, without evaluations and the summary at the end."""
+    return [entry for entry in state.log_history if "total_loss" in entry]
+
+
+def history_of(checkpoint: Path) -> list[dict[str, float]]:
+    """The log of every step up to a checkpoint."""
+    return step_lines(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+
+
 class SaveByTheClock(TrainerCallback):
-    """Asks for a checkpoint every two minutes and after the last step; keeps only the newest.
+    """Asks for a checkpoint every two minutes and after the last step; keeps only the newest. For one process: the clocks
+    of several would not agree about the step.
 
     Args:
         interval_s: 0 saves after every step.
