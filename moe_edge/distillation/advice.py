@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_edge.distillation.checkpoints import step_lines
+
 log = logging.getLogger(__name__)
 FAR = 10.0  # times the other part
 
@@ -40,6 +42,6 @@ class BalanceAdvice(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        advice = balance_advice([entry for entry in state.log_history if "total_loss" in entry])
+        advice = balance_advice(step_lines(state))
         if advice is not None:
             log.info("distill: %s", advice)

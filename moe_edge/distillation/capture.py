@@ -23,6 +23,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.progress import track
 from moe_edge.distillation.readers import LogitReader, StreamedReader, WholeReader
 from moe_edge.distillation.signal import CachedSignal
+from moe_edge.distillation.teacher import own_dtype
 from moe_edge.families import family_of
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.families.streaming import fits_in_memory
@@ -31,7 +32,7 @@ from moe_edge.formulas.sampling import draw
 from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.logit_codec import RowCodec
-from moe_edge.storage.logit_file import Codec, row_key
+from moe_edge.storage.logit_file import Codec
 from moe_edge.storage.logit_shards import (
     SHARDS_SCHEMA,
     Pins,
@@ -40,7 +41,7 @@ from moe_edge.storage.logit_shards import (
     shard_span,
     write_shard,
 )
-from moe_edge.storage.rows import TokenRows
+from moe_edge.storage.rows import TokenRows, row_key
 from moe_edge.storage.sampled_codec import MAX_DRAWS, SampledCodec
 
 log = logging.getLogger(__name__)
@@ -65,24 +66,35 @@ class CaptureConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for settings that cannot be."""
         if self.draws and len(self.temperatures) != 1:
-            raise ConfigError("random draws belong to one temperature", where="--rs, --temperatures")
-        if not (0 <= self.draws <= MAX_DRAWS and self.k > 0 and self.shard_rows > 0 and self.temperatures):
-            why = f"draws lie in 0..{MAX_DRAWS}, k and shard rows are positive, and there is a temperature"
-            raise ConfigError("impossible settings of a capture", where=str(self), why=why)
-        if any(temperature <= 0 for temperature in self.temperatures) or self.dtype not in ("auto", *DTYPES):
-            raise ConfigError("impossible settings of a capture", where=str(self))
+            raise ConfigError(
+                "random draws belong to one temperature",
+                where="--rs, --temperatures",
+                why=f"{len(self.temperatures)} are given",
+                next_command="capture once for each of them, each with its own --out",
+            )
+        rules = {
+            f"draws lie in 0..{MAX_DRAWS}": 0 <= self.draws <= MAX_DRAWS,
+            "k and shard rows are positive": self.k > 0 and self.shard_rows > 0,
+            "temperatures are positive, and there is one": min(self.temperatures, default=0) > 0,
+            f"the dtype is auto, {' or '.join(DTYPES)}": self.dtype in ("auto", *DTYPES),
+        }
+        if broken := [rule for rule, kept in rules.items() if not kept]:
+            raise ConfigError("impossible settings of a capture", where=str(self), why="; ".join(broken))
 
 
 class RowEncoder(Protocol):
     """Turns logits into records."""
 
-    def record(self, ids_S: np.ndarray, logits_SV: Tensor) -> bytes: ...
+    def record(self, ids_S: np.ndarray, logits_SV: Tensor) -> bytes:
+        """What is kept of the logits of a row with these tokens."""
 
     def codec(self, records: Sequence[bytes]) -> Codec:
         """The codec of a shard with these records."""
 
 
 class TopKEncoder:
+    """Keeps the k best log-probabilities and the exact mass of everything else at each temperature."""
+
     def __init__(self, config: CaptureConfig, tokens: int, vocab: int) -> None:
         temperatures = tuple(sorted({1.0, *config.temperatures}))
         self._codec = RowCodec(tokens, min(config.k, vocab), vocab, temperatures)
@@ -96,6 +108,8 @@ class TopKEncoder:
 
 
 class SampledEncoder:
+    """Keeps random draws, seeded by the row's own tokens: the same row gives the same record in any order."""
+
     def __init__(self, config: CaptureConfig, tokens: int, vocab: int) -> None:
         self._config, self._shape = config, (tokens, config.draws, vocab, config.temperatures[0])
 
@@ -110,6 +124,7 @@ class SampledEncoder:
 
 
 def encoder_of(config: CaptureConfig, tokens: int, vocab: int) -> RowEncoder:
+    """The encoder for rows of `tokens` tokens of a true vocabulary."""
     return (SampledEncoder if config.draws else TopKEncoder)(config, tokens, vocab)
 
 
@@ -143,7 +158,8 @@ def pins_of(teacher: Path, rows: TokenRows, config: CaptureConfig, device: torch
 
 
 def resolved_dtype(dtype: str, device: torch.device) -> str:
-    return dtype if dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    """The name of the dtype that a teacher computes in on this device, where `dtype` may be `auto`."""
+    return dtype if dtype != "auto" else str(own_dtype(device)).removeprefix("torch.")
 
 
 def open_teacher(teacher: Path, pins: Pins, device: torch.device, scratch: Path, sharers: int = 1) -> LogitReader:
@@ -188,10 +204,9 @@ def captured_signal(
     pins = pins_of(teacher, rows, config, place)
     missing = begin_capture(out, pins, rows)
     if missing:
-        reader = open_teacher(teacher, pins, place, out)
         encoder = encoder_of(config, rows.ids_NS.shape[1], pins["vocab"])
-        capture_shards(reader, encoder, out, pins, rows.ids_NS, missing)
-        reader.close()
+        with open_teacher(teacher, pins, place, out) as reader:
+            capture_shards(reader, encoder, out, pins, rows.ids_NS, missing)
     if missing or not (out / "manifest.json").is_file():
         finish_capture(out, pins, {"tokens": rows.n_tokens})
     return CachedSignal(out, pins)

@@ -50,8 +50,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
         result = model.load_state_dict(load_weights_file(checkpoint / WEIGHTS), strict=False)
     except RuntimeError as error:
         raise MoeEdgeError(what, where=str(checkpoint), why=str(error).splitlines()[0]) from error
-    shared = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in result.missing_keys if name not in shared]
+    tied = getattr(model, "all_tied_weights_keys", {})  # of this model; the class names those of all configurations
+    missing = [name for name in result.missing_keys if name not in tied]
     if missing or result.unexpected_keys:
         why = f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
         raise MoeEdgeError(what, where=str(checkpoint), why=why)
@@ -72,8 +72,19 @@ def load_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
         part.restore(own)
 
 
+def step_lines(state: TrainerState) -> list[dict[str, float]]:
+    """The log of the steps, without evaluations and the summary at the end."""
+    return [entry for entry in state.log_history if "total_loss" in entry]
+
+
+def history_of(checkpoint: Path) -> list[dict[str, float]]:
+    """The log of every step up to a checkpoint."""
+    return step_lines(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+
+
 class SaveByTheClock(TrainerCallback):
-    """Asks for a checkpoint once a minute and after the last step; keeps only the newest.
+    """Asks for a checkpoint every two minutes and after the last step; keeps only the newest. For one process: the clocks
+    of several would not agree about the step.
 
     Args:
         interval_s: 0 saves after every step.

@@ -16,16 +16,15 @@ tokens of a row, T tokens, D model.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.alignment import aligned_layers
 from moe_edge.distillation.feature_terms import spread
-from moe_edge.distillation.terms import Needs, Scene, Term, TermContext
+from moe_edge.distillation.terms import HearsNothing, Needs, Scene, Term, TermContext, student_layers, unfit
 from moe_edge.families.expert_outputs import differentiable_outputs
 from moe_edge.families.listening import listening
 from moe_edge.families.taps import body, width
@@ -50,8 +49,8 @@ class LayerGroups:
     weight_J: Tensor  # sums to 1
 
 
-class ExpertCka:
-    """Every student expert should see the text as its group of teacher experts does.
+class ExpertCka(HearsNothing):
+    """Every student expert should see the text as its group of teacher experts does, run on the teacher's inputs.
 
     Raises:
         ConfigError: the student has no experts, another width, or none in a layer where the teacher has some.
@@ -63,10 +62,6 @@ class ExpertCka:
     def __init__(self, context: TermContext) -> None:
         self.layers = measured_groups(context)
         self.needs = Needs(routers=frozenset(layer.teacher.index for layer in self.layers))
-
-    def listening(self, student: nn.Module) -> AbstractContextManager[None]:
-        """Nothing to hear: the student's experts are run on the teacher's inputs."""
-        return nullcontext()
 
     def loss(self, scene: Scene) -> Tensor:
         """Mean over the layers of the weighted distances."""
@@ -102,10 +97,10 @@ class ExpertDiversity:
     needs = Needs()
 
     def __init__(self, context: TermContext) -> None:
-        views = _experts_of(context.student, self.name)
+        views = student_layers(self.name, context.student)
         self.views = [views[position] for position in aligned_layers(len(views))]
         if self.views[0].count < 2:
-            raise _refused(self.name, "the student has a single expert per layer")
+            raise unfit(self.name, "several experts to compare", "the student has a single expert per layer")
         self._heard: dict[int, Tensor] = {}
 
     @contextmanager
@@ -140,10 +135,10 @@ def measured_groups(context: TermContext) -> list[LayerGroups]:
     assert teacher is not None
     if context.ids_NS is None:
         raise ValueError("expert_cka needs rows of text to measure its groups on")
-    pairs = _aligned_pairs(context, _experts_of(student, ExpertCka.name), moe_layers(teacher))
+    pairs = _aligned_pairs(context, student_layers(ExpertCka.name, student), moe_layers(teacher))
     if width(student) != width(teacher):
-        why = f"student experts cannot read the teacher's inputs: {width(student)} wide, not {width(teacher)}"
-        raise _refused(ExpertCka.name, why)
+        why = f"its experts cannot read the teacher's inputs: {width(student)} wide, not {width(teacher)}"
+        raise unfit(ExpertCka.name, "a student as wide as the teacher", why)
     rows = max(1, GROUP_TOKENS // context.ids_NS.shape[1])
     heard = _expert_inputs(teacher, [theirs.index for _, theirs in pairs], context.ids_NS[:rows])
     return [_measure(context, ours, theirs, heard[theirs.index]) for ours, theirs in pairs]
@@ -158,7 +153,8 @@ def _aligned_pairs(
         (view, by_index[context.layer_map[view.index]]) for view in ours if context.layer_map[view.index] in by_index
     ]
     if not pairs:
-        raise _refused(ExpertCka.name, "no student layer with experts is mapped to a teacher layer with experts")
+        why = "no student layer with experts is mapped to a teacher layer with experts"
+        raise unfit(ExpertCka.name, "another layer_map", why)
     return [pairs[position] for position in aligned_layers(len(pairs))]
 
 
@@ -210,17 +206,6 @@ def _chosen_experts(context: TermContext, student: MoELayerView, teacher: MoELay
         raise ValueError("expert_share below 1 needs the table of expert-to-layer CKA")
     cka_E = context.expert_layer_cka[teacher.position, :, student.index].nan_to_num(nan=-torch.inf)
     return sorted(cka_E.argsort(descending=True, stable=True)[:count].tolist())
-
-
-def _experts_of(student: nn.Module, name: str) -> list[MoELayerView]:
-    try:
-        return moe_layers(student)
-    except InputRejected as error:
-        raise _refused(name, "the student is dense") from error
-
-
-def _refused(name: str, why: str) -> ConfigError:
-    return ConfigError(f"the loss '{name}' does not fit this student", where="distill.stages: losses", why=why)
 
 
 EXPERT_TERMS: dict[str, Callable[[TermContext], Term]] = {

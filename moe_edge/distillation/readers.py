@@ -8,15 +8,17 @@ Shape suffixes: N rows, B rows of a batch, S tokens of a row, D model width, V v
 
 import tempfile
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.distillation.live_signal import LiveSignal
+from moe_edge.contracts.closing import Closing
+from moe_edge.distillation.teacher import LiveTeacher, teacher_model
+from moe_edge.distillation.terms import Needs
 from moe_edge.families.streaming import StreamedModel
 from moe_edge.families.taps import head
 from moe_edge.storage.spill import ITEM_BYTES, Spill
@@ -26,19 +28,20 @@ SPILL_BYTES = 8 * 2**30  # of the residual stream on disk, while a streamed teac
 WARM_UP_TOKENS = 8
 
 
-class LogitReader(Protocol):
-    """A teacher that reads rows."""
+class LogitReader(Closing):
+    """A teacher that reads rows; a context manager."""
 
+    @abstractmethod
     def group_rows(self, row_tokens: int) -> int:
         """How many rows are best given to one call of `logits`; at least 1."""
 
+    @abstractmethod
     def logits(self, parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """The logits [S, V] of every row of all parts [N, S], in order, on the teacher's device."""
 
+    @abstractmethod
     def trial(self, ids_S: np.ndarray, rows: int) -> tuple[float, Tensor | None]:
         """(seconds that `rows` rows will take, from a measured forward of this one; its logits where they were made)."""
-
-    def close(self) -> None: ...
 
 
 def batches(parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
@@ -48,22 +51,19 @@ def batches(parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
             yield torch.from_numpy(np.ascontiguousarray(ids_NS[start : start + BATCH_ROWS])).long()
 
 
-class WholeReader:
+class WholeReader(LogitReader):
     """The whole teacher in memory."""
 
     def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device, vocab: int) -> None:
-        self._live = LiveSignal(teacher, device, dtype, vocab)
-        self._device = device
+        self._teacher = LiveTeacher(teacher_model(teacher, device, dtype), Needs())
+        self._device, self._vocab = device, vocab
 
     def group_rows(self, row_tokens: int) -> int:
         return 1
 
     def logits(self, parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
         for ids_BS in batches(parts):
-            ids_BS = ids_BS.to(self._device)
-            self._live.prepare(ids_BS)
-            for ids_S in ids_BS:
-                yield self._live.signal(ids_S).logits_SV
+            yield from self._teacher.logits(ids_BS.to(self._device), self._vocab)
 
     def trial(self, ids_S: np.ndarray, rows: int) -> tuple[float, Tensor | None]:
         list(self.logits([ids_S[None, :WARM_UP_TOKENS]]))
@@ -73,10 +73,10 @@ class WholeReader:
         return rows * (time.perf_counter() - started), logits_SV
 
     def close(self) -> None:
-        self._live.close()
+        self._teacher.forget()
 
 
-class StreamedReader:
+class StreamedReader(LogitReader):
     """One layer in memory at a time; the residual stream of a group of rows waits on disk."""
 
     def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device, vocab: int, scratch: Path) -> None:

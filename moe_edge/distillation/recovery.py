@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig
 from moe_edge.contracts.errors import ConfigError
@@ -26,8 +26,10 @@ from moe_edge.distillation.checkpoints import (
     SAVE_INTERVAL_S,
     SaveByTheClock,
     ShowProgress,
+    history_of,
     latest_checkpoint,
     load_weights,
+    step_lines,
     step_of,
 )
 from moe_edge.distillation.losses import of_kind
@@ -109,7 +111,7 @@ class Recovery:
             log.info("distill: resuming '%s' behind step %d of %d", schedule.name, step_of(last), schedule.steps)
         trainer = self.trainer(student, schedule, folder)
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
-        return [entry for entry in trainer.state.log_history if "total_loss" in entry]
+        return step_lines(trainer.state)
 
     def trainer(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> DistillationTrainer:
         """The Trainer of one stage."""
@@ -162,9 +164,3 @@ def training_arguments(
         jsd_beta=config.jsd_beta,
         skew=config.skew,
     )
-
-
-def history_of(checkpoint: Path) -> list[dict[str, float]]:
-    """The loss of every step up to a checkpoint."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return [entry for entry in state.log_history if "total_loss" in entry]

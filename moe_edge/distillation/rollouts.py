@@ -14,7 +14,7 @@ tokens that were written.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 
 from moe_edge.contracts.config import OnPolicyConfig
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.terms import HearsNothing
 from moe_edge.formulas.divergence import IGNORED_LABEL
 from moe_edge.formulas.repetition import repeated_suffix
 
@@ -40,7 +41,7 @@ class Row:
     labels_S: Tensor  # IGNORED_LABEL where nothing is to be learnt
 
 
-class Rollouts:
+class Rollouts(HearsNothing):
     """A BatchHook that replaces micro-batches by what the student writes, and the Observer that counts.
 
     A written micro-batch has input_ids, attention_mask, labels (ignored on prompts and padding, which is on the right) and the
@@ -79,10 +80,6 @@ class Rollouts:
                 result[index] = padded(new_rows, self._pad) | {"rollout": torch.tensor(1)}
         self._counts["rollout_seconds"] += time.monotonic() - started
         return result
-
-    def listening(self, student: nn.Module) -> AbstractContextManager[None]:
-        """Nothing to hear."""
-        return nullcontext()
 
     def read(self) -> dict[str, float]:
         """Tokens written, rows that came back empty, rows cut for repetition, seconds; since the last call."""

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
-from moe_edge.distillation.terms import Needs, Scene, Term, TermContext
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
+from moe_edge.distillation.terms import Needs, Scene, Term, TermContext, student_layers, unfit
 from moe_edge.families.listening import Sounds, listening
 from moe_edge.families.routing import is_sigmoid
-from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.families.views import moe_layers
 from moe_edge.formulas.router_loss import (
     are_probabilities,
     gate_logprobs,
@@ -120,21 +120,7 @@ def _check_teacher(kept: Mapping[int, list[int]], teacher: nn.Module) -> None:
 
 
 def _no_match(why: str) -> ConfigError:
-    what = "the loss 'routing_kl' needs a student whose experts are some of the teacher's"
-    return ConfigError(what, where="distill.stages: losses", why=why, next_command="set its weight to 0")
-
-
-def student_layers(name: str, student: nn.Module) -> list[MoELayerView]:
-    """The student's MoE layers.
-
-    Raises:
-        ConfigError: it has none, so that the loss `name` means nothing.
-    """
-    try:
-        return moe_layers(student)
-    except InputRejected as error:
-        what, why = f"the loss '{name}' needs a student with routers", "the student is dense"
-        raise ConfigError(what, where="distill.stages: losses", why=why, next_command="set its weight to 0") from error
+    return unfit("routing_kl", "a student whose experts are some of the teacher's", why)
 
 
 def require_logits(heard: Mapping[int, Tensor], sigmoid: Mapping[int, bool]) -> None:

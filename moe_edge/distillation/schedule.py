@@ -62,18 +62,18 @@ def schedule_stages(config: DistillConfig, rows: Sequence[int], row_tokens: int)
     schedules = []
     for stage in config.stages:
         steps = _steps(stage, config, len(rows), row_tokens)
-        taken = _repeated([next(order) for _ in range(steps * config.batch_rows)], stage, config.batch_rows)
+        taken = _taken(order, steps, stage, config.batch_rows)
         warmup = math.ceil(stage.warmup_share * steps)
         schedules.append(StageSchedule(stage.stage_name, taken, config.batch_rows, warmup, stage))
     return schedules
 
 
-def _repeated(rows: list[int], stage: StageConfig, batch_rows: int) -> list[int]:
-    """The same number of rows, each batch M times in a row where knowledge augmentation asks for M updates on it."""
+def _taken(order: Iterator[int], steps: int, stage: StageConfig, batch_rows: int) -> list[int]:
+    """The rows of a stage's steps from the endless order, each batch M times where knowledge augmentation asks for that."""
     routing = stage.teacher_routing
     times = routing.draws if routing.policy == "ka" and routing.mode == "paper" else 1
-    batches = [rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows)]
-    return [row for batch in batches for _ in range(times) for row in batch][: len(rows)]
+    batches = [[next(order) for _ in range(batch_rows)] for _ in range(math.ceil(steps / times))]
+    return [row for batch in batches for _ in range(times) for row in batch][: steps * batch_rows]
 
 
 def _endless(rows: Sequence[int], seed: int) -> Iterator[int]:

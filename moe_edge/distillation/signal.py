@@ -2,14 +2,15 @@
 
 Four forms with one interface. `pair` gives log-probabilities of teacher and student over the same outcomes, from which
 any divergence can be made; `forward_kl` gives KL(teacher || student). A `TeacherSignal` is the cache's top-k and exact
-tail, a `HeadSignal` an imported top-k without tail, a `DenseSignal` the whole distribution of a live teacher
-(live_signal.py), a `SampledSignal` a cache of random draws, which knows the forward KL only and refuses `pair`.
+tail, a `HeadSignal` an imported top-k without tail, a `SampledSignal` a cache of random draws, which knows the forward KL
+only and refuses `pair`; a `HiddenSignal` (teacher.py) is the whole distribution of a live teacher.
 
 A cached row is found by its tokens, so that no other text's targets can slip in.
 
 Shape suffixes: S tokens of a row, t tokens of a chunk, K kept ids, U unique draws, V vocabulary, C outcomes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.formulas.divergence import coarse_pair, dense_pair, forward_kl, head_pair, temperature_index
+from moe_edge.formulas.divergence import coarse_pair, forward_kl, head_pair, temperature_index
 from moe_edge.formulas.sampling import sampled_kl
 from moe_edge.storage.logit_shards import ShardedLogits
 from moe_edge.storage.logits import LogitCache
@@ -29,9 +31,10 @@ from moe_edge.storage.sampled_codec import SampledCodec, SampledRow
 
 
 class Signal(Protocol):
-    """The teacher on a run of tokens."""
+    """The teacher on some tokens of a row, or of several."""
 
-    def __getitem__(self, span: slice) -> Self: ...
+    def __getitem__(self, chosen: slice | Tensor) -> Self:
+        """On some of these tokens: a span of them, or a mask."""
 
     def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """(teacher, student): log-probabilities at `temperature` over the same C outcomes, [t, C] each.
@@ -49,19 +52,20 @@ class Signal(Protocol):
 
 
 @dataclass(frozen=True)
-class _Columns:
+class _Columns(ABC):
     """Tensors with one entry per token in their first axis."""
 
-    def __getitem__(self, span: slice) -> Self:
-        return type(self)(*(getattr(self, column.name)[span] for column in fields(self)))
+    def __getitem__(self, chosen: slice | Tensor) -> Self:
+        return type(self)(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
     @classmethod
     def joined(cls, signals: Sequence[Self]) -> Self:
         """The signals of several rows, one after the other."""
         return cls(*(torch.cat([getattr(signal, column.name) for signal in signals]) for column in fields(cls)))
 
+    @abstractmethod
     def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        raise ConfigError(f"{type(self).__name__} has no distribution to compare with")
+        """As `Signal.pair`."""
 
     def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
         return forward_kl(*self.pair(student_tV, temperature))
@@ -92,16 +96,6 @@ class HeadSignal(_Columns):
 
     def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return head_pair(student_tV, self.indices_SK, self.logprobs_SK, temperature)
-
-
-@dataclass(frozen=True)
-class DenseSignal(_Columns):
-    """The teacher's whole distribution."""
-
-    logits_SV: Tensor  # float32 or the teacher's dtype, cut to the true vocabulary
-
-    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return dense_pair(self.logits_SV, student_tV, temperature)
 
 
 @dataclass(frozen=True)
@@ -146,8 +140,8 @@ class SignalSource(Protocol):
     def signal(self, ids_S: Tensor, temperature: float) -> Any: ...
 
 
-class CachedSignal:
-    """The teacher's signal from a logit cache: one HDF5 file, or the folder of shards of a capture.
+class CachedSignal(Closing):
+    """The teacher's signal from a logit cache: one HDF5 file, or the folder of shards of a capture. A context manager.
 
     Args:
         path: the file or the folder.

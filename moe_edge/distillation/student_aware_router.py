@@ -16,7 +16,7 @@ Shape suffixes: B rows, S tokens of a row, T tokens, t tokens of a chunk, D mode
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from accelerate.utils import reduce
@@ -27,12 +27,13 @@ from moe_edge.contracts.config import StudentAwareRouterConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.router_drift import RouterSnapshot
 from moe_edge.distillation.teacher import LiveTeacher
+from moe_edge.distillation.terms import HearsNothing
 from moe_edge.families.listening import Sounds, listening
 from moe_edge.families.recompute import recomputed
 from moe_edge.families.routing import is_sigmoid, rerouted
 from moe_edge.families.taps import body, decoder_layers, head
 from moe_edge.families.views import moe_layers
-from moe_edge.formulas.divergence import IGNORED_LABEL, kl_dense
+from moe_edge.formulas.divergence import kl_dense, predicts_label
 from moe_edge.formulas.expert_sampling import every_expert
 from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.router_loss import gate_logprobs, importance_variation
@@ -40,7 +41,7 @@ from moe_edge.formulas.router_loss import gate_logprobs, importance_variation
 log = logging.getLogger(__name__)
 
 
-class StudentAwareRouter:
+class StudentAwareRouter(HearsNothing):
     """A BatchHook that trains the teacher's routers, Stateful, and an Observer of their loss and drift.
 
     Args:
@@ -80,11 +81,12 @@ class StudentAwareRouter:
         return batches
 
     def _router_step(self, batches: list[dict[str, Tensor]]) -> None:
-        chosen = [_labelled(batch) for batch in batches]
+        chosen = [predicts_label(batch["labels"]) for batch in batches]
         tokens = sum(int(chosen_BS.sum()) for chosen_BS in chosen)
         if not tokens:
             return
         inputs: dict[int, Tensor] = {}
+        self._seen = {name: value for name, value in self._seen.items() if name == "sar_restored"}
         with self._trainable() as parameters:
             gradients = [torch.zeros_like(master) for master in self._masters.values()]
             for batch, chosen_BS in zip(batches, chosen, strict=True):
@@ -179,11 +181,9 @@ class StudentAwareRouter:
     def _add(self, name: str, value: float) -> None:
         self._seen[name] = self._seen.get(name, 0.0) + value
 
-    def listening(self, student: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def read(self) -> dict[str, float]:
-        """sar_kl (nats per token), sar_importance, sar_drift_nats (worst layer), sar_restored, of the last router step."""
+        """sar_kl (nats per token), sar_importance, sar_drift_nats (worst layer) of the last router step since the last call,
+        and sar_restored, how often the routers were put back meanwhile."""
         seen, self._seen = self._seen, {}
         return seen
 
@@ -213,11 +213,3 @@ class StudentAwareRouter:
 
 def _all(_layer: int, gate_TE: Tensor, _preference_TE: Tensor) -> Tensor:
     return every_expert(gate_TE)
-
-
-def _labelled(batch: dict[str, Tensor]) -> Tensor:
-    """Positions whose next token is a label, bool [B, S]."""
-    labels_BS = batch["labels"]
-    chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
-    chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL
-    return chosen_BS

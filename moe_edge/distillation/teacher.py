@@ -1,13 +1,17 @@
-"""The teacher in memory, asked at most once per micro-batch for everything that losses want of it.
+"""The teacher in memory, asked at most once per micro-batch for everything that losses, or a capture, want of it.
 
-Its logits are never held whole: the head's input and the head are handed on, and each chunk of logits is made where it
-is judged. Where no loss wants logits, the layers above the deepest one that is wanted are dropped before it ever runs.
+In training its logits are never held whole: the head's input and the head are handed on, and each chunk of logits is made
+where it is judged. Where no loss wants logits, the layers above the deepest one that is wanted are dropped before it ever
+runs. A capture reads the logits row by row.
+
+Worth its memory where text changes (on-policy), where a divergence needs the whole vocabulary, or where the teacher is
+small; everything else is cheaper from the cache.
 
 Shape suffixes: B rows, S tokens of a row, T tokens, t tokens of a chunk, D model, V vocabulary, C categories.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +23,7 @@ from torch.nn import functional
 
 from moe_edge.distillation.terms import Heard, Needs
 from moe_edge.families.listening import listening
-from moe_edge.families.loading import load_model
-from moe_edge.families.students import use_fastest_experts
+from moe_edge.families.students import load_student, use_fastest_experts
 from moe_edge.families.taps import body, head
 from moe_edge.formulas.divergence import dense_pair, forward_kl
 
@@ -34,8 +37,8 @@ class HiddenSignal:
     hidden_TD: Tensor
     head_VD: Tensor  # cut to the true vocabulary
 
-    def __getitem__(self, span: slice) -> "HiddenSignal":
-        return HiddenSignal(self.hidden_TD[span], self.head_VD)
+    def __getitem__(self, chosen: slice | Tensor) -> "HiddenSignal":
+        return HiddenSignal(self.hidden_TD[chosen], self.head_VD)
 
     def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """As `signal.Signal.pair`; it holds for every temperature."""
@@ -97,11 +100,34 @@ class LiveTeacher:
         assert heard.hidden_BSD is not None
         return HiddenSignal(heard.hidden_BSD[chosen_BS], head(self.model).weight[:vocab])
 
+    @torch.no_grad()
+    def logits(self, ids_BS: Tensor, vocab: int | None = None) -> Iterator[Tensor]:
+        """The logits [S, V] of every row, one row held at a time; the rows run together.
 
-def teacher_model(path: Path, device: torch.device) -> nn.Module:
-    """The teacher of a folder where the student trains: float32 on a CPU, bfloat16 elsewhere; raises as `load_model`."""
-    on_cpu = device.type == "cpu"
-    model = load_model(path, dtype=torch.float32 if on_cpu else torch.bfloat16).to(device)
-    if on_cpu:
+        Args:
+            vocab: true vocabulary; the head's rows beyond it are padding. None: all are real.
+        """
+        hidden_BSD = self.hear(ids_BS).hidden_BSD
+        assert hidden_BSD is not None
+        for hidden_SD in hidden_BSD:
+            yield head(self.model)(hidden_SD)[:, :vocab]
+
+
+def own_dtype(device: torch.device) -> torch.dtype:
+    """What a teacher computes in unless it is told otherwise: float32 on a CPU, bfloat16 on an accelerator."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def teacher_model(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """The teacher of a folder on a device, with the fastest experts there.
+
+    Args:
+        dtype: of its weights; None: `own_dtype`.
+
+    Raises:
+        ConfigError, InputRejected: as `load_student`.
+    """
+    model = load_student(path, dtype or own_dtype(device)).to(device)  # type: ignore[arg-type]
+    if device.type == "cpu":
         use_fastest_experts(model)
     return model

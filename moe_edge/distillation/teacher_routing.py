@@ -11,7 +11,7 @@ Shape suffixes: T tokens, E experts, N experts in use per token.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.config import StageConfig, TeacherRoutingConfig
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.terms import HearsNothing
 from moe_edge.families.routing import rerouted
 from moe_edge.families.views import moe_layers
 from moe_edge.formulas.expert_sampling import augmented_experts, every_expert
 
 
-class AllExperts:
+class AllExperts(HearsNothing):
     """Every expert is active. `routing` is what LiveTeacher takes; it is a BatchHook and an Observer with nothing to do."""
 
     def __call__(self, batches: list[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
@@ -32,9 +33,6 @@ class AllExperts:
 
     def routing(self, teacher: nn.Module, draw: int) -> AbstractContextManager[nn.Module]:
         return rerouted(teacher, lambda _layer, gate_TE, _preference_TE: every_expert(gate_TE))
-
-    def listening(self, student: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def read(self) -> dict[str, float]:
         return {}

@@ -8,7 +8,7 @@ Shape suffixes: N rows, B rows of a micro-batch, S tokens of a row, T = B x S to
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,7 +16,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from moe_edge.contracts.config import StageConfig
+from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.layer_map import resolve_layer_map
+from moe_edge.families.views import MoELayerView, moe_layers
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ class Scene:
     ids_BS: Tensor
     valid_BS: Tensor  # bool; False on padding
     teacher: Heard
+
+
+class HearsNothing:
+    """What a term or an observer inherits that wants nothing of the student's forward pass."""
+
+    def listening(self, student: nn.Module) -> AbstractContextManager[None]:
+        """Nothing to hear."""
+        return nullcontext()
 
 
 class Term(Protocol):
@@ -114,3 +124,21 @@ class Observer(Protocol):
     def read(self) -> dict[str, float]:
         """{log name: value} since the last call."""
         ...
+
+
+def student_layers(name: str, student: nn.Module) -> list[MoELayerView]:
+    """The student's MoE layers.
+
+    Raises:
+        ConfigError: it has none, so that the loss `name` means nothing.
+    """
+    try:
+        return moe_layers(student)
+    except InputRejected as error:
+        raise unfit(name, "a student with routers and experts", "the student is dense") from error
+
+
+def unfit(name: str, needs: str, why: str) -> ConfigError:
+    """The error for a loss that a student cannot have."""
+    what = f"the loss '{name}' needs {needs}"
+    return ConfigError(what, where="distill.stages: losses", why=why, next_command="set its weight to 0")

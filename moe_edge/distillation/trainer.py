@@ -35,7 +35,7 @@ from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import BatchHook, Heard, Observer, Scene, Stateful, Term
 from moe_edge.families.listening import hidden_states
 from moe_edge.families.taps import head
-from moe_edge.formulas.divergence import IGNORED_LABEL
+from moe_edge.formulas.divergence import predicts_label
 
 Batch = dict[str, Tensor]
 
@@ -127,7 +127,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's tokens here
         self._token_losses = TokenLosses(self.weights, args.distillation_temperature, args.jsd_beta, args.skew)
         self._sums: dict[str, float] = {}
-        self._judged_step = -1
+        self._judged_step, self._summed_steps = -1, 0
 
     def _check_parts(self) -> None:
         live = self.teacher is not None and self.teacher.has_logits
@@ -135,7 +135,12 @@ class DistillationTrainer(Trainer):
         for name in self.weights:
             kind = LOSSES[name].kind
             if kind == "divergence" and self.signal is None and not live or kind == "term" and name not in given:
-                raise ConfigError(f"the loss '{name}' needs the teacher", where="DistillationTrainer")
+                raise ConfigError(
+                    f"the loss '{name}' needs the teacher",
+                    where="DistillationTrainer",
+                    why="no cached signal, no live teacher with logits and no term of this name is given",
+                    next_command="give signal=, teacher= or parts=, or alpha 0 to train on the text alone",
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group per multiplier; frozen parameters are in none."""
@@ -181,28 +186,40 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's part of the step's loss: token losses over the step's token count, and the terms."""
-        inner, terms = self.accelerator.unwrap_model(model), self._due()
+        inner, training = self.accelerator.unwrap_model(model), model.training
+        terms = self._due(training)
         with ExitStack() as stack:
-            for listener in (*terms, *self.parts.observers):
+            for listener in (*terms, *(self.parts.observers if training else ())):
                 stack.enter_context(listener.listening(inner))
             hidden_BSD = hidden_states(model, inner, inputs["input_ids"], inputs.get("attention_mask"))
-        labelled = int(inputs["labels"][:, 1:].ne(IGNORED_LABEL).sum())
-        tokens = int(num_items_in_batch) if num_items_in_batch is not None else labelled
-        loss, sums = self._token_loss(inner, hidden_BSD, inputs)
-        loss = loss * (self.accelerator.num_processes / tokens)  # the processes' gradients are averaged
-        for name, value in sums.items():
-            self._add(name, value / tokens)
+        chosen_BS = predicts_label(inputs["labels"])
+        labelled, processes = int(chosen_BS.sum()), self._processes(num_items_in_batch)
+        tokens = max(1, labelled if num_items_in_batch is None else int(num_items_in_batch))
+        loss, sums = self._token_loss(inner, hidden_BSD, inputs, chosen_BS)
+        loss = loss * (processes / tokens)
+        parts = {name: value * processes / tokens for name, value in sums.items()}
         for term, value in self._judged(terms, inputs):
-            share = 1.0 if term.sampled else labelled * self.accelerator.num_processes / tokens
-            self._add(term.name, float(value.detach()) * share / self.accelerator.num_processes)
+            share = 1.0 if term.sampled else labelled * processes / tokens
+            parts[term.name] = float(value.detach()) * share
             loss = loss + self.weights[term.name] * share * value
+        if training:
+            self._add(parts)
         return (loss, {"last_hidden_state": hidden_BSD}) if return_outputs else loss
 
-    def _due(self) -> list[Term]:
-        """The terms that judge this micro-batch: sampled ones only a step's first."""
+    def _processes(self, num_items_in_batch: Tensor | int | None) -> int:
+        """How many processes' tokens the count holds: gradients are averaged over processes, which it must make up for."""
+        together = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return self.accelerator.num_processes if together else 1
+
+    def _due(self, training: bool) -> list[Term]:
+        """The terms that judge this micro-batch: sampled ones only a step's first; an evaluation asks all of them."""
+        wanted = [term for term in self.parts.terms if term.name in self.weights]
+        if not training:
+            return wanted
         first = self._judged_step != self.state.global_step
         self._judged_step = self.state.global_step
-        return [term for term in self.parts.terms if term.name in self.weights and (first or not term.sampled)]
+        self._summed_steps += first
+        return [term for term in wanted if first or not term.sampled]
 
     def _judged(self, terms: Sequence[Term], inputs: Batch) -> Iterator[tuple[Term, Tensor]]:
         if not terms:
@@ -215,15 +232,14 @@ class DistillationTrainer(Trainer):
         for term in terms:
             yield term, term.loss(scene)
 
-    def _token_loss(self, model: nn.Module, hidden_BSD: Tensor, inputs: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _token_loss(
+        self, model: nn.Module, hidden_BSD: Tensor, inputs: Batch, chosen_BS: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
         """Position j is judged on token j + 1 and on the teacher's row j; the last position of a row has no label."""
         if not of_kind(self.weights, "labels", "divergence"):
             return 0.0 * hidden_BSD.float().sum(), {}  # a micro-batch that no term judges has a gradient, too: zero
-        labels_BS = inputs["labels"]
-        chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
-        chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL
         own_words = "rollout" in inputs  # text that the student wrote is no target
-        labels_T = None if own_words else labels_BS[:, 1:][chosen_BS[:, :-1]]
+        labels_T = None if own_words else inputs["labels"][:, 1:][chosen_BS[:, :-1]]
         weight_VD = head(model).weight[: self.vocab]
         return self._token_losses(hidden_BSD[chosen_BS], weight_VD, labels_T, self._signals(inputs, chosen_BS))
 
@@ -237,17 +253,19 @@ class DistillationTrainer(Trainer):
             return [self.teacher.signal(one, chosen_BS, self.vocab) for one in heard]
         assert self.signal is not None
         temperature = self.args.distillation_temperature
-        return [joined([self.signal.signal(ids_S, temperature)[:-1] for ids_S in ids_BS])]
+        pairs = zip(ids_BS, chosen_BS, strict=True)
+        return [joined([self.signal.signal(ids_S, temperature)[chosen_S] for ids_S, chosen_S in pairs])]
 
-    def _add(self, name: str, value: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value
+    def _add(self, parts: Mapping[str, float]) -> None:
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value / self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss, and what observers saw, to what the Trainer logs after every step."""
+        """Adds the parts of the loss, means over the steps since the last line, and what observers saw."""
         if "loss" in logs:
-            logs["total_loss"] = logs.pop("loss")
-            logs |= {f"{name}_loss": value for name, value in self._over_processes(self._sums).items()}
-            self._sums = {}
+            logs["total_loss"], steps = logs.pop("loss"), max(1, self._summed_steps)
+            logs |= {f"{name}_loss": value / steps for name, value in self._over_processes(self._sums).items()}
+            self._sums, self._summed_steps = {}, 0
             for observer in self.parts.observers:
                 logs |= observer.read()
         super().log(logs, start_time)
@@ -255,8 +273,9 @@ class DistillationTrainer(Trainer):
     def _over_processes(self, sums: Mapping[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
             return dict(sums)
-        values = torch.tensor([sums[name] for name in sorted(sums)], device=self.args.device)
-        return dict(zip(sorted(sums), self.accelerator.reduce(values, "sum").tolist(), strict=True))
+        names = sorted(self.weights)  # of all, because a process whose rows are rollouts has no cross-entropy
+        values = torch.tensor([sums.get(name, 0.0) for name in names], device=self.args.device)
+        return dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student from the main process, its weights gathered where they are sharded over processes."""

@@ -3,7 +3,8 @@
     python run.py [--threads N] [--gpu-layers N] [--prompt-tokens 128] [--new-tokens 64] [--runs 5] [--no-speed]
 
 Needs numpy and, for a GGUF bundle, llama-cpp-python, for an ONNX bundle onnxruntime-genai; nothing of moe-edge. Exit codes:
-0 sound, 4 a file is missing, changed or too much, 5 the runtime is not installed, 10 the quality is not the build host's.
+0 sound, 2 a wrong option, 4 a file is missing, changed or too much, 5 the runtime is not installed, 10 the quality is not
+the build host's.
 
 kl_nats is KL(teacher || this artifact), mean per token, over the teacher's best ids with everything else as one more
 outcome: a lower bound of the full KL. ttft_ms runs from token ids to the first chosen token; decode_tokens_per_s is
@@ -201,13 +202,25 @@ def peak_rss_mib() -> float | None:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
 def arguments() -> argparse.Namespace:
+    """The command line; argparse ends the process with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=0, help="0 = the bundle's setting, or all cores")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0 = the bundle's setting, or all cores")
     parser.add_argument("--gpu-layers", type=int, default=None, help="layers on the accelerator, -1 = all (GGUF)")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=128)
+    parser.add_argument("--new-tokens", type=at_least(2), default=64)
+    parser.add_argument("--runs", type=at_least(1), default=5)
     parser.add_argument("--no-speed", action="store_true", help="only check files and quality")
     return parser.parse_args()
 

@@ -16,7 +16,7 @@ from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.export.gguf_pretokenizers import pre_tokenizer_name
-from moe_edge.families.loading import load_tokenizer
+from moe_edge.families.loading import configured_ends, load_tokenizer
 from moe_edge.runtimes.llama_cpp import load_gguf, tokenize
 
 PROBE_TEXT = (
@@ -25,7 +25,6 @@ PROBE_TEXT = (
     " ===== '''``` x=f(a[1:], b)  # YES we'VE\n   end "
 )
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_SPACE = "▁"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ def _special_ids(tokenizer: Any, checkpoint: Path) -> dict[str, int]:
     llama.cpp takes token 11 where bos or eos is not written, so both always are: a tokenizer without bos repeats eos.
     """
     found = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
-    ends = [end for end in _configured_ends(checkpoint) if end < len(tokenizer)]
+    named = next(iter(configured_ends(checkpoint).values()), [])
+    ends = [end for end in named if end < len(tokenizer)]
     if found["eos"] is None and ends:
         found["eos"] = ends[0]
     if found["eos"] is None:
@@ -122,15 +122,6 @@ def _special_ids(tokenizer: Any, checkpoint: Path) -> dict[str, int]:
     found["bos"] = found["eos"] if found["bos"] is None else found["bos"]
     found["eot"] = next((end for end in ends if end != found["eos"]), None)
     return {kind: int(index) for kind, index in found.items() if index is not None}
-
-
-def _configured_ends(checkpoint: Path) -> list[int]:
-    for name in ("generation_config.json", "config.json"):
-        path = checkpoint / name
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if ends is not None:
-            return ends if isinstance(ends, list) else [ends]
-    return []
 
 
 def _merges(model: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from moe_edge.families import student_family
 from moe_edge.families.loading import stored_dtype
 from moe_edge.families.students import load_student
 from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.folders import written_beside
 
 logger = logging.getLogger(__name__)
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
@@ -76,10 +77,7 @@ def export_onnx(
     spec = student_family(headers.config).spec(headers.config)
     refuse_absent_layers(recipe.layer_bits, spec.layers)
     model = load_student(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
-    partial = out.with_name(out.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(prefix="moe-edge-onnx-") as work, torch.no_grad():
+    with written_beside(out) as partial, tempfile.TemporaryDirectory(prefix="moe-edge-onnx-") as work, torch.no_grad():
         builder = build_graph(model, spec, checkpoint, Path(work), provider)
         report = Packer(builder.model, recipe, Importance(imatrix, kept, spec.moe_layers)).run()
         nodes = Counter(node.op_type for node in builder.model.graph)
@@ -87,8 +85,6 @@ def export_onnx(
         _write_companions(builder, checkpoint, partial)
         if provider == "cuda":
             check_cuda_folder(partial)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.replace(out)
     return _summary(out, precision, block_size, report, nodes)
 
 

@@ -95,7 +95,8 @@ def _unpacked(path: Path) -> Iterator[Path]:
         try:
             with tarfile.open(path, "r:") as archive:
                 for number, member in enumerate(archive):
-                    if not member.isreg() or number >= MEMBER_LIMIT:
+                    plain = member.isreg() and not member.issparse()  # holes could be larger than any disk
+                    if not plain or number >= MEMBER_LIMIT:
                         why = (
                             f"{member.name[:80]!r} is not a regular file" if number < MEMBER_LIMIT else "too many files"
                         )

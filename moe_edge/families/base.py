@@ -15,6 +15,7 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import SCORED_BY, ModelSpec, MoESpec, TensorEntry
 from moe_edge.families.checks import (
     COMMON_REFUSALS,
+    DEEPEST,
     PLAIN_ROTARY,
     Refusal,
     check_spec,
@@ -216,9 +217,15 @@ class Family:
         return tensor_entries(self, self.spec(config), names, self.skipped(config))
 
     def skipped(self, config: Config) -> tuple[str, ...]:
-        """Prefixes of checkpoint tensors that are left out: other modalities, and layers that predict more tokens."""
+        """Prefixes of checkpoint tensors that are left out: other modalities, and layers that predict more tokens.
+
+        Raises:
+            InputRejected: the number of those layers is none.
+        """
         values = self.settled(config)
-        extra = int(values.get(self.mtp_key) or 0) if self.mtp_key else 0
+        extra = (values.get(self.mtp_key) or 0) if self.mtp_key else 0
+        if isinstance(extra, bool) or not isinstance(extra, int) or not 0 <= extra <= DEEPEST:
+            raise rejected(self.model_type, f"{self.mtp_key} is {extra!r}, expected a number of layers")
         first = values["num_hidden_layers"]
         return (*self.ignored, *(f"model.layers.{first + number}." for number in range(extra)))
 

@@ -42,7 +42,8 @@ def sorted_loop_experts(self: nn.Module, hidden_TD: Tensor, index_TK: Tensor, we
         outputs.append(functional.linear(self._apply_gate(functional.linear(piece, *gate_up)), *down))
     slot_weight_S = weight_TK.flatten().index_select(0, order_S)
     weighted_SD = torch.cat(outputs) * slot_weight_S.unsqueeze(-1)
-    return torch.zeros_like(hidden_TD).index_add(0, token_of_slot_S, weighted_SD)
+    added_SD = weighted_SD.to(hidden_TD.dtype)  # some routers hand out float32 weights in a bfloat16 model
+    return torch.zeros_like(hidden_TD).index_add(0, token_of_slot_S, added_SD)
 
 
 def all_at_once_experts(self: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 and 5, llama.cpp and vLLM all read the same way (they look for the expert count under different names).
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from moe_edge.storage.files import read_json, write_json_atomic
 SHARD_SIZE = "4GB"
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 GENERATION = "generation_config.json"
+_END_FILES = ((GENERATION,), ("config.json",), ("genai_config.json", "model"))  # (file, *keys inside)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 if not sys.stderr.isatty():
     disable_progress_bar()  # of transformers; a log file is no place for it
@@ -92,6 +94,25 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
         raise InputRejected("the tokenizer cannot be read", where=str(path), why=_first_line(error)) from error
+
+
+def configured_ends(folder: Path) -> dict[str, list[int]]:
+    """{configuration file: the ids that it says end a text}, in the order in which they count.
+
+    A missing or broken file names none: what must hold of it is checked where it matters.
+    """
+    ends = {}
+    for name, *keys in _END_FILES:
+        try:
+            found: Any = json.loads((folder / name).read_bytes())
+            for key in (*keys, "eos_token_id"):
+                found = found[key]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        ids = [end for end in (found if isinstance(found, list) else [found]) if isinstance(end, int)]
+        if ids:
+            ends[name] = ids
+    return ends
 
 
 def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:

@@ -11,6 +11,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_edge.families.streaming import replaced_forward
 from moe_edge.families.taps import decoder_layers
 
 
@@ -22,6 +23,5 @@ def recomputed(model: nn.Module) -> Iterator[nn.Module]:
     """
     with ExitStack() as undo:
         for layer in decoder_layers(model):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
-            undo.callback(delattr, layer, "forward")
+            undo.enter_context(replaced_forward(layer, partial(checkpoint, layer.forward, use_reentrant=False)))
         yield model

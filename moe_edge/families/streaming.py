@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families import family_of
 from moe_edge.families.loading import load_config, stored_dtype
@@ -71,8 +72,8 @@ def meta_model(headers: CheckpointHeaders, dtype: torch.dtype = torch.float32) -
     return model
 
 
-class StreamedModel:
-    """A model whose parts are in memory only while they are needed.
+class StreamedModel(Closing):
+    """A model whose parts are in memory only while they are needed; a context manager that closes its files.
 
     Args:
         path: a checkpoint folder.

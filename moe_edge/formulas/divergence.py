@@ -196,6 +196,13 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def predicts_label(labels_BS: Tensor) -> Tensor:
+    """Positions whose next token is a label, bool [B, S]: position j predicts token j + 1, a row's last one nothing."""
+    chosen_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+    chosen_BS[:, :-1] = labels_BS[:, 1:] != IGNORED_LABEL
+    return chosen_BS
+
+
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """-log q(label) in nats per token, [T] float32; 0 where the label is IGNORED_LABEL."""
     return functional.cross_entropy(logits_TV.float(), labels_T, reduction="none", ignore_index=IGNORED_LABEL)

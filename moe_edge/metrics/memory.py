@@ -6,7 +6,6 @@ cost, but from its start on. The harness uses both and never samples while it ta
 
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -75,9 +74,7 @@ class PeakRss:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
         self._look(with_uss=self._uss)

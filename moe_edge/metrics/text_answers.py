@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+from moe_edge.formulas.repetition import repeated_suffix
 from moe_edge.metrics.text_rows import clean_text
 
 # An answer is "repeated" when so long a tail consists of so many equal parts, or when so long an answer has so few
@@ -106,11 +107,6 @@ def looping_tail(tokens: Sequence[int]) -> tuple[int, int]:
 
     Of phrases with equally long tails the shortest counts; an incomplete first repetition counts to the tokens.
     """
-    best, repeats = 0, 0
-    for period in range(1, len(tokens) // 2 + 1):
-        same = 0
-        while same + period < len(tokens) and tokens[-1 - same] == tokens[-1 - same - period]:
-            same += 1
-        if same >= period and same + period > best:
-            best, repeats = same + period, (same + period) // period
-    return best, repeats
+    found = repeated_suffix(tokens)
+    tail = found.length + found.period
+    return (tail, tail // found.period) if found.length else (0, 0)

@@ -122,9 +122,12 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 
 def build_prompt(instruction: str, extra_input: str = "") -> str:
-    """The Alpaca template, with its Input block only where there is one; "" without an instruction."""
-    if not instruction.strip():
-        return ""
+    """`alpaca_prompt`; "" without an instruction."""
+    return alpaca_prompt(instruction, extra_input) if instruction.strip() else ""
+
+
+def alpaca_prompt(instruction: str, extra_input: str = "") -> str:
+    """The Alpaca template, with its Input block only where there is one (Taori et al., Stanford Alpaca, 2023)."""
     # replace, not format: an instruction may hold braces
     template = WITH_INPUT.replace("{input}", extra_input) if extra_input else WITHOUT_INPUT
     return template.replace("{instruction}", instruction, 1)

@@ -32,7 +32,6 @@ def calibration_rows(
         ConfigError: a file is missing, or the text does not fill one row.
         InputRejected: unreadable text, or a failing chat template.
     """
-    wanted = max(tokens // sequence_length, 1) * sequence_length
     generator = np.random.default_rng(seed)
     streams: dict[int, Iterator[list[int]]] = {}
     for index, source in enumerate(recipe.recipe.sources):
@@ -40,10 +39,7 @@ def calibration_rows(
         shuffled = [documents[position] for position in generator.permutation(len(documents))]
         streams[index] = _encoded(shuffled, tokenizer)
     shares = [source.share for source in recipe.recipe.sources]
-    rows = _packed(_mixed(streams, shares), wanted, sequence_length, tokens, recipe.name)
-    if rows.short:
-        log.warning("calibration text '%s' has only %d tokens, %d were asked for", recipe.name, rows.n_tokens, tokens)
-    return rows
+    return _told(_packed(_mixed(streams, shares), tokens, sequence_length, recipe.name), recipe.name)
 
 
 def document_rows(
@@ -55,11 +51,7 @@ def document_rows(
         ConfigError: the text does not fill one row.
         InputRejected: a failing chat template.
     """
-    wanted = max(tokens // sequence_length, 1) * sequence_length
-    rows = _packed(_encoded(documents, tokenizer), wanted, sequence_length, tokens, name)
-    if rows.short:
-        log.warning("the text '%s' has only %d tokens, %d were asked for", name, rows.n_tokens, tokens)
-    return rows
+    return _told(_packed(_encoded(documents, tokenizer), tokens, sequence_length, name), name)
 
 
 def heldout_rows(
@@ -79,8 +71,7 @@ def heldout_rows(
         InputRejected: unreadable text, or a failing chat template.
     """
     path = heldout_file(text)
-    wanted = max(tokens // sequence_length, 1) * sequence_length
-    rows = _packed(_encoded(read_documents(path), tokenizer), wanted, sequence_length, tokens, path.name)
+    rows = _packed(_encoded(read_documents(path), tokenizer), tokens, sequence_length, path.name)
     if calibration is not None:
         refuse_overlap(rows, calibration, path)
     return rows
@@ -135,7 +126,9 @@ def _mixed(streams: dict[int, Iterator[list[int]]], shares: list[float]) -> Iter
             yield ids
 
 
-def _packed(documents: Iterator[list[int]], wanted: int, sequence_length: int, asked: int, name: str) -> TokenRows:
+def _packed(documents: Iterator[list[int]], asked: int, sequence_length: int, name: str) -> TokenRows:
+    """Rows of the first `asked` tokens; no more documents are taken than those need."""
+    wanted = max(asked // sequence_length, 1) * sequence_length
     stream: list[int] = []
     for ids in documents:
         stream += ids
@@ -149,3 +142,10 @@ def _packed(documents: Iterator[list[int]], wanted: int, sequence_length: int, a
         )
     flat = np.asarray(stream[: rows * sequence_length], dtype=np.int32)
     return TokenRows(flat.reshape(rows, sequence_length), asked)
+
+
+def _told(rows: TokenRows, name: str) -> TokenRows:
+    """The rows, after a word to the log where there was less text than asked for."""
+    if rows.short:
+        log.warning("the text '%s' has only %d tokens, %d were asked for", name, rows.n_tokens, rows.asked_tokens)
+    return rows

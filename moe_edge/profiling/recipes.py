@@ -17,6 +17,7 @@ from moe_edge.contracts.config_io import read_yaml, validate_document
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.families.chat_template import render_chat
+from moe_edge.metrics.text_rows import alpaca_prompt
 
 DEFAULT = "default"
 PIECE_CHARACTERS = 2000  # plain text is shuffled in pieces of at least this length
@@ -24,13 +25,6 @@ _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
 Messages = list[dict[str, Any]]
 Document = str | Messages  # plain text, or a chat
-
-# Stanford Alpaca's prompt, for tokenizers without a chat template.
-ALPACA = (
-    "Below is an instruction that describes a task{paired}. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n{context}### Response:\n{output}"
-)
 
 
 class Credit(BaseModel):
@@ -43,6 +37,8 @@ class Credit(BaseModel):
 
 
 class Source(Credit):
+    """A text file that calibration rows are made of."""
+
     share: float = Field(1.0, gt=0, description="part of the tokens, relative to the other sources' shares")
 
 
@@ -167,7 +163,8 @@ def render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     """A document as text: a chat through the tokenizer's template, or as an Alpaca prompt when it has none.
 
     Raises:
-        InputRejected: the template fails; it runs in a sandbox with limits, so a hostile one ends here too.
+        InputRejected: a chat that is not text, where there is no template; or the template fails: it runs in a sandbox with
+            limits, so a hostile one ends here too.
     """
     if isinstance(document, str):
         return document
@@ -178,9 +175,11 @@ def render(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _alpaca(messages: Messages) -> str:
     """The first question and its answer; further turns follow as paragraphs."""
+    for turn in messages:
+        if not isinstance(turn["content"], str):
+            why = f"the turn of {turn['role']!r} is {type(turn['content']).__name__}, and the tokenizer has no chat template"
+            raise InputRejected("a chat holds what is not text", where="calibration text: messages, output", why=why)
     asked = [turn["content"] for turn in messages if turn["role"] != "assistant"]
     answered = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     instruction, _, context = "\n\n".join(asked).partition("\n\n")
-    paired = ", paired with an input that provides further context" if context else ""
-    context = f"### Input:\n{context}\n\n" if context else ""
-    return ALPACA.format(paired=paired, instruction=instruction, context=context, output="\n\n".join(answered))
+    return alpaca_prompt(instruction, context) + "\n\n".join(answered)

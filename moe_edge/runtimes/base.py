@@ -7,11 +7,13 @@ runtimes must come from the same calls. Legend: S sequence, V vocabulary in the 
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from moe_edge.contracts.closing import Closing
+from moe_edge.contracts.errors import ConfigError
 from moe_edge.runtimes.sampling import GREEDY, RowNoise, Sampling, pick
 
 
@@ -55,12 +57,10 @@ class Runtime(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
-class ClosingRuntime:
+class ClosingRuntime(Closing):
     """What the adapters inherit: the context manager, and batches that are answered one prompt after another."""
 
     def generate_batch(
@@ -72,13 +72,32 @@ class ClosingRuntime:
     def close(self) -> None:
         """Overridden by the adapter that owns something."""
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def checked_tokens(
+    ids_S: Sequence[int] | np.ndarray, used: int, context_length: int, vocab: int, where: Path | str = ""
+) -> np.ndarray:
+    """Token ids as int64 [S], once it is known that a runtime can take them: native code would not ask.
+
+    Args:
+        used: tokens that the context holds already.
+        where: the artifact, for the message.
+
+    Raises:
+        ConfigError: there are none, they do not fit into the context, or one is outside the vocabulary.
+    """
+    given_S = np.ascontiguousarray(ids_S, dtype=np.int64)
+    if not given_S.size or used + given_S.size > context_length:
+        more = f"{given_S.size} more" if given_S.size else "no tokens to read"
+        raise ConfigError(
+            "the tokens do not fit into the context",
+            where=str(where),
+            why=f"{used} tokens in the context and {more}, limit {context_length}",
+            next_command="give at least one token, and shorten the text or set target.context_length",
+        )
+    outside = given_S[(given_S < 0) | (given_S >= vocab)]
+    if outside.size:
+        raise ConfigError(f"token id {outside[0]} is outside the vocabulary of {vocab}", where=str(where))
+    return given_S
 
 
 def generate(

@@ -22,7 +22,6 @@ from moe_edge.contracts.quantization import GGML_TYPES, NEEDS_IMATRIX
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS
 
 ROWS_PER_TASK = 64  # quantized by one thread at a time
-_FLOATS = ctypes.POINTER(ctypes.c_float)
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 

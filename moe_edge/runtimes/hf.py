@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.families.routing_gap import watched_gaps
 from moe_edge.families.students import is_mixture, load_student, use_fastest_experts
-from moe_edge.runtimes.base import ClosingRuntime, Prompt
+from moe_edge.runtimes.base import ClosingRuntime, Prompt, checked_tokens
 from moe_edge.runtimes.hf_batch import generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling
 
@@ -34,8 +34,8 @@ class HfRuntime(ClosingRuntime):
     name = "hf"
 
     def __init__(self, path: Path, threads: int, context_length: int) -> None:
-        self.context_length = context_length
-        self._model: torch.nn.Module | None = load_student(Path(path))
+        self.path, self.context_length = Path(path), context_length
+        self._model: torch.nn.Module | None = load_student(self.path)
         self.vocab: int = self._model.config.vocab_size
         self._cache: DynamicCache | None = None
         self._old_threads = torch.get_num_threads()
@@ -72,12 +72,11 @@ class HfRuntime(ClosingRuntime):
         """The continuations of all prompts side by side, from here on with the fastest experts kernel.
 
         Raises:
-            ConfigError: a prompt is empty, or does not fit into the context with its answer.
+            ConfigError: a prompt is empty, does not fit into the context with its answer, or holds an unknown token.
         """
-        model, longest = self._open_model(), max(len(prompt.ids) for prompt in prompts)
-        if longest + max_new_tokens > self.context_length or not all(len(prompt.ids) for prompt in prompts):
-            why = f"{longest} tokens of prompt and {max_new_tokens} new ones, limit {self.context_length}"
-            raise ConfigError("the tokens do not fit into the context", why=why)
+        model = self._open_model()
+        for prompt in prompts:
+            checked_tokens(prompt.ids, max_new_tokens, self.context_length, self.vocab, self.path)
         use_fastest_experts(model)
         return generate_side_by_side(model, prompts, max_new_tokens, stop_ids, sampling)
 
@@ -96,10 +95,7 @@ class HfRuntime(ClosingRuntime):
     def _forward(self, ids_S: np.ndarray, cache: DynamicCache | None, *, last_only: bool) -> np.ndarray:
         model = self._open_model()
         used = cache.get_seq_length() if cache is not None else 0
-        if used + len(ids_S) > self.context_length or not len(ids_S):
-            why = f"{used} tokens in the context and {len(ids_S)} more, limit {self.context_length}"
-            raise ConfigError("the tokens do not fit into the context", why=why)
-        ids_1S = torch.from_numpy(np.ascontiguousarray(ids_S, dtype=np.int64))[None]
+        ids_1S = torch.from_numpy(checked_tokens(ids_S, used, self.context_length, self.vocab, self.path))[None]
         kept = 1 if last_only else 0
         out = model(input_ids=ids_1S, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept)
         logits: np.ndarray = out.logits[0].numpy()

@@ -41,7 +41,7 @@ def generate_side_by_side(
     Raises:
         InputRejected: the logits of one row hold NaN or infinity.
     """
-    if max_new_tokens < 1:
+    if max_new_tokens < 1 or not prompts:
         return [[] for _ in prompts]
     width = max(len(prompt.ids) for prompt in prompts)
     ids_BS = np.zeros((len(prompts), width), dtype=np.int64)

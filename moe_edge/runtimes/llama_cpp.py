@@ -13,7 +13,7 @@ import numpy as np
 from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
-from moe_edge.runtimes.base import ClosingRuntime
+from moe_edge.runtimes.base import ClosingRuntime, checked_tokens
 from moe_edge.runtimes.gguf_header import check_gguf_header, parts_of
 from moe_edge.runtimes.llama_log import last_errors, quiet_llama
 
@@ -92,7 +92,7 @@ class LlamaCppRuntime(ClosingRuntime):
     def logits(self, ids_S: np.ndarray) -> np.ndarray:
         """Logits [S, V] float32 of every position, from an empty context."""
         out_SV = np.empty((len(ids_S), self.vocab), dtype=np.float32)
-        self._reset(ids_S)
+        ids_S = self._reset(ids_S)
         for start in range(0, len(ids_S), LOGITS_BATCH_TOKENS):
             chunk = ids_S[start : start + LOGITS_BATCH_TOKENS]
             self._decode(chunk, every_position=True)
@@ -102,23 +102,24 @@ class LlamaCppRuntime(ClosingRuntime):
 
     def prefill(self, ids_S: np.ndarray) -> np.ndarray:
         """Empty the context, read the prompt, return the last position's logits [V] float32."""
-        self._reset(ids_S)
+        ids_S = self._reset(ids_S)
         for start in range(0, len(ids_S), PREFILL_BATCH_TOKENS):
             self._decode(ids_S[start : start + PREFILL_BATCH_TOKENS], every_position=False)
         return self._row(-1)
 
     def step(self, token: int) -> np.ndarray:
         """Append one token to the context and return its logits [V] float32."""
-        self._check_room(1)
-        self._decode([token], every_position=False)
+        self._decode(self._checked([token]), every_position=False)
         return self._row(-1)
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text` by llama.cpp's own tokenizer."""
+        self._require_open()
         return tokenize(self._vocab, text, add_special, parse_special)
 
     def detokenize(self, ids: Sequence[int]) -> bytes:
         """UTF-8 of the tokens without special ones; a text cut inside a character ends with half of it."""
+        self._require_open()
         tokens = (lib.llama_token * len(ids))(*ids)
         count = lib.llama_detokenize(self._vocab, tokens, len(ids), None, 0, True, False)
         text = ctypes.create_string_buffer(max(-count, 1))
@@ -127,6 +128,7 @@ class LlamaCppRuntime(ClosingRuntime):
 
     def end_ids(self) -> frozenset[int]:
         """Every token that ends an answer, by the file's own metadata."""
+        self._require_open()
         return frozenset(token for token in range(self.vocab) if lib.llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
@@ -137,28 +139,27 @@ class LlamaCppRuntime(ClosingRuntime):
             lib.llama_model_free(self._model)
         self._context = self._model = None
 
-    def _reset(self, ids_S: np.ndarray) -> None:
-        if len(ids_S) == 0:
-            raise ConfigError("an empty prompt has no logits", where=str(self.path))
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+    def _reset(self, ids_S: np.ndarray) -> np.ndarray:
+        """Empty the context for these tokens."""
         self._position = 0
-        self._check_room(len(ids_S))
+        ids_S = self._checked(ids_S)
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        return ids_S
 
-    def _check_room(self, tokens: int) -> None:
-        if self._position + tokens > self.context_length:
-            raise ConfigError(
-                f"{self._position + tokens} tokens do not fit into a context of {self.context_length}",
-                where=str(self.path),
-                next_command="open it with a longer context (target.context_length)",
-            )
+    def _require_open(self) -> None:
+        """Raises ConfigError after `close`: libllama would take the process with it."""
+        if self._context is None:
+            raise ConfigError("the runtime is closed", where=str(self.path))
 
-    def _decode(self, tokens: np.ndarray | list[int], every_position: bool) -> None:
+    def _checked(self, ids_S: Sequence[int] | np.ndarray) -> np.ndarray:
+        self._require_open()
+        return checked_tokens(ids_S, self._position, self.context_length, self.vocab, self.path)
+
+    def _decode(self, tokens: np.ndarray, every_position: bool) -> None:
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
             for row, token in enumerate(tokens):
-                if not 0 <= token < self.vocab:
-                    raise ConfigError(f"token id {token} is outside the vocabulary of {self.vocab}")
                 batch.token[row], batch.pos[row] = int(token), self._position + row
                 batch.n_seq_id[row], batch.seq_id[row][0] = 1, 0
                 batch.logits[row] = every_position or row == len(tokens) - 1

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.runtimes.base import ClosingRuntime
+from moe_edge.runtimes.base import ClosingRuntime, checked_tokens
 from moe_edge.runtimes.onnx_header import MAX_DIMENSION, OnnxHeader, inspect_onnx
 
 PROVIDERS = ["CPUExecutionProvider"]
@@ -48,7 +48,8 @@ class OrtRuntime(ClosingRuntime):
     name = "ort"
 
     def __init__(self, path: Path, threads: int, context_length: int) -> None:
-        header = inspect_onnx(Path(path))
+        self.path = Path(path)
+        header = inspect_onnx(self.path)
         self.vocab = header.vocab
         self.context_length = min(context_length, header.context_length)
         self._session: onnxruntime.InferenceSession | None = _open(header, threads)
@@ -118,14 +119,8 @@ class OrtRuntime(ClosingRuntime):
         return self._session
 
     def _checked(self, ids_S: np.ndarray, used: int) -> np.ndarray:
-        """Ids as [1, S] int64. Raises ConfigError when they do not fit or are no tokens of the vocabulary."""
-        ids_1S = np.ascontiguousarray(ids_S, dtype=np.int64).reshape(1, -1)
-        if not ids_1S.size or used + ids_1S.size > self.context_length:
-            why = f"{used} tokens in the context and {ids_1S.size} more, limit {self.context_length}"
-            raise ConfigError("the tokens do not fit into the context", why=why)
-        if ids_1S.min() < 0 or ids_1S.max() >= self.vocab:
-            raise ConfigError(f"a token id lies outside the vocabulary of {self.vocab}")
-        return ids_1S
+        """Ids as [1, S] int64; raises as `checked_tokens`."""
+        return checked_tokens(ids_S, used, self.context_length, self.vocab, self.path).reshape(1, -1)
 
 
 def _open(header: OnnxHeader, threads: int) -> onnxruntime.InferenceSession:

@@ -5,17 +5,14 @@ tokenizer itself puts before a text (a BOS where there is one) and read special 
 transformers does. Ends differ on purpose: a folder names its own, llama.cpp adds those it knows by name (<|endoftext|>).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.families.loading import load_tokenizer
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.families.loading import configured_ends, load_tokenizer
 from moe_edge.runtimes.base import Runtime
-from moe_edge.storage.checkpoint import VOCABULARIES
-
-_END_FILES = (("generation_config.json",), ("config.json",), ("genai_config.json", "model"))  # (file, *keys inside)
+from moe_edge.storage.checkpoint import require_tokenizer_files
 
 
 class TextCodec(Protocol):
@@ -36,11 +33,9 @@ class HfCodec:
     """The fast tokenizer of a checkpoint or ONNX folder."""
 
     def __init__(self, folder: Path) -> None:
-        if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
-            why = "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
-            raise InputRejected("the tokenizer is missing", where=str(folder), why=why)  # transformers would invent one
+        require_tokenizer_files(folder)  # transformers would invent one
         self._tokenizer = load_tokenizer(folder)
-        known = {self._tokenizer.eos_token_id} | set(_configured_ends(folder))
+        known = {self._tokenizer.eos_token_id}.union(*configured_ends(folder).values())
         self.stop_ids = frozenset(token for token in known if token is not None)
 
     def encode(self, text: str) -> list[int]:
@@ -87,18 +82,3 @@ def open_codec(kind: str, path: Path, runtime: Runtime) -> TextCodec:
         raise ConfigError(f"no tokenizer is known for the runtime '{kind}'", why=f"known: {', '.join(CODECS)}")
     codec: TextCodec = CODECS[kind](path, runtime)
     return codec
-
-
-def _configured_ends(folder: Path) -> list[int]:
-    """Every eos_token_id of the folder's configuration files; a missing or broken file names none."""
-    ends: list[int] = []
-    for name, *keys in _END_FILES:
-        try:
-            found: Any = json.loads((folder / name).read_bytes())
-            for key in keys:
-                found = found[key]
-            found = found.get("eos_token_id")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-        ends += found if isinstance(found, list) else [found]
-    return [end for end in ends if isinstance(end, int)]

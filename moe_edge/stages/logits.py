@@ -43,9 +43,9 @@ def estimate(request: CaptureRequest, scratch: Path) -> CaptureCost:
     """What the capture would cost, from one forward of its first row."""
     rows, device = request.rows(), _device()
     pins = pins_of(request.teacher, rows, request.config, device)
-    reader = open_teacher(request.teacher, pins, device, scratch)
     encoder = encoder_of(request.config, pins["sequence_length"], pins["vocab"])
-    return capture_cost(reader, encoder, request.teacher, pins, rows.ids_NS[0])
+    with open_teacher(request.teacher, pins, device, scratch) as reader:
+        return capture_cost(reader, encoder, request.teacher, pins, rows.ids_NS[0])
 
 
 def capture(request: CaptureRequest, out: Path) -> dict[str, Any]:
@@ -59,13 +59,12 @@ def capture(request: CaptureRequest, out: Path) -> dict[str, Any]:
     pins = pins_of(request.teacher, rows, request.config, device)
     missing = ranks.share(begin_capture(out, pins, rows) if ranks.leads else [])
     if missing:
-        reader = open_teacher(request.teacher, pins, device, out, ranks.local_world)
         encoder = encoder_of(request.config, pins["sequence_length"], pins["vocab"])
-        if ranks.leads:
-            cost = capture_cost(reader, encoder, request.teacher, pins, rows.ids_NS[0], ranks.world)
-            log.info("%s", cost.text())
-        capture_shards(reader, encoder, out, pins, rows.ids_NS, missing[ranks.rank :: ranks.world])
-        reader.close()
+        with open_teacher(request.teacher, pins, device, out, ranks.local_world) as reader:
+            if ranks.leads:
+                cost = capture_cost(reader, encoder, request.teacher, pins, rows.ids_NS[0], ranks.world)
+                log.info("%s", cost.text())
+            capture_shards(reader, encoder, out, pins, rows.ids_NS, missing[ranks.rank :: ranks.world])
     ranks.wait()
     if not ranks.leads:
         return {}

@@ -4,7 +4,6 @@ Shape suffixes: N rows, S tokens of a row.
 """
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def export_plain_logits(folder: Path, out: Path) -> dict[str, Any]:
         InputRejected: no cache, a damaged one, or one of random draws.
     """
     cache, ids_NS = _open(folder)
-    with closing(cache):
+    with cache:
         if not isinstance(codec := cache.codec, RowCodec):
             raise InputRejected("random draws have no plain layout", where=str(folder), why="expected a top-k")
 

@@ -10,7 +10,7 @@ Shape suffixes: N rows, S tokens of a row, V vocabulary.
 
 import hashlib
 import shutil
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def _pass(job: Job) -> PassSums:
             model = load_model(job.context.teacher, DTYPES[job.dtype])
             model.to(job.device)  # type: ignore[arg-type]  # transformers hides nn.Module.to
             return run_pass(model, work, **settings)
-        with closing(StreamedModel(job.context.teacher, DTYPES[job.dtype], job.device, compact=True)) as teacher:
+        with StreamedModel(job.context.teacher, DTYPES[job.dtype], job.device, compact=True) as teacher:
             return run_layerwise(teacher, work, **settings)
 
 

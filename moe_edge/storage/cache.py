@@ -8,7 +8,10 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from moe_edge.contracts.manifest import Manifest, read_manifest
 from moe_edge.storage.folders import changed_files, mirror
@@ -17,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    return Path(os.environ.get("MOE_EDGE_CACHE") or Path.home() / ".cache" / "moe-edge")
+    """The folder that all builds of this user share: $MOE_EDGE_CACHE, or ~/.cache/moe-edge."""
+    return Path(os.environ.get("MOE_EDGE_CACHE") or "~/.cache/moe-edge").expanduser()
 
 
 def _profile_home(key: str) -> Path:
@@ -25,7 +29,10 @@ def _profile_home(key: str) -> Path:
 
 
 def reuse_profile(folder: Path, key: str) -> None:
-    """Bring the profile with this key from the cache into `folder`, unless the folder already has it."""
+    """Bring the profile with this key from the cache into `folder`, unless the folder already has it.
+
+    The cache is a convenience: what fails there, because it is read-only or another process empties it, costs the reuse.
+    """
     here, home = read_manifest(folder), _profile_home(key)
     kept = read_manifest(home)
     if (here is not None and here.key == key) or kept is None:
@@ -33,16 +40,23 @@ def reuse_profile(folder: Path, key: str) -> None:
     if changed := changed_files(home, kept.files):
         log.warning("the cached profile is damaged and is ignored: %s", ", ".join(changed))
         return
-    mirror(home, folder)
-    os.utime(home)
+    try:
+        mirror(home, folder)
+    except OSError as error:
+        log.warning("the profile was not taken from the cache: %s", error)
+        return
+    with suppress(OSError):  # another user's cache; then the garbage collection knows less
+        os.utime(home)
     log.info("profile: taken from the cache")
 
 
 def publish_profile(folder: Path, key: str) -> None:
-    """Put a finished profile into the cache; a full cache disk costs the reuse, not the build."""
+    """Put a finished profile into the cache; a full disk, or another build that does the same, costs nothing else."""
+    home = _profile_home(key)
     try:
-        _profile_home(key).parent.mkdir(parents=True, exist_ok=True)
-        mirror(folder, _profile_home(key))
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(home.with_name(home.name + ".lock"), timeout=0):
+            mirror(folder, home)
     except OSError as error:
         log.warning("the profile was not put into the cache: %s", error)
 

@@ -135,10 +135,15 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorIn
     return tensors
 
 
-def _check_tokenizer(folder: Path) -> None:
+def require_tokenizer_files(folder: Path) -> None:
+    """Raises InputRejected when the folder has no vocabulary."""
     if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
         why = "expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         raise InputRejected("the tokenizer is missing", where=str(folder), why=why)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    require_tokenizer_files(folder)
     for path in tokenizer_files(folder):
         refuse_lfs_pointer(path)
         if path.suffix == ".json":

@@ -40,12 +40,20 @@ def changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
 
 
 def link_or_copy(source: Path, destination: Path) -> None:
-    """A hard link for large files on the same disk, else a copy with the same modification time."""
+    """A hard link for large files on the same disk, else a copy with the same modification time.
+
+    Raises:
+        FileExistsError: `destination` is there; it may be a link to someone's file, which a copy would write into.
+    """
+    if destination.exists():
+        raise FileExistsError(f"{destination} is there already")
     destination.parent.mkdir(parents=True, exist_ok=True)
     if source.stat().st_size >= LINK_FROM_BYTES:
         try:
             os.link(source, destination)
             return
+        except FileExistsError:
+            raise
         except OSError:
             pass  # another disk, or one without hard links
     shutil.copy2(source, destination)

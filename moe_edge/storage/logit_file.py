@@ -14,19 +14,19 @@ another text can not silently yield another row's targets. Reading a row is one 
 Shape suffixes: N rows, S tokens of a row, R bytes of a record.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.logit_codec import Bytes, RowCodec, TeacherRow
+from moe_edge.storage.rows import row_key
 from moe_edge.storage.sampled_codec import SampledCodec, SampledRow
 
 LOGITS_SCHEMA = "moe-edge/logits@1"
@@ -36,17 +36,12 @@ PROFILE_AGAIN = "run the profile stage again: moe-edge profile --fresh"
 Codec = RowCodec | SampledCodec
 
 
-def row_key(ids_S: ArrayLike) -> bytes:
-    """SHA-256 of the token ids as little-endian int32, 32 bytes."""
-    return hashlib.sha256(np.ascontiguousarray(ids_S, dtype="<i4").tobytes()).digest()
-
-
 def codec_of(layout: Mapping[str, Any]) -> Codec:
     """The codec that a layout names. Raises KeyError, TypeError or ValueError when it names none."""
     return SampledCodec.of_layout(layout) if "draws" in layout else RowCodec.of_layout(layout)
 
 
-class LogitCache:
+class LogitCache(Closing):
     """A finished cache, opened for reading; a context manager.
 
     Args:
@@ -102,11 +97,10 @@ class LogitCache:
 
     def index(self, ids_S: ArrayLike) -> int:
         """Where the row of these tokens lies. Raises InputRejected when it is not here."""
-        key = row_key(ids_S)
-        if key not in self._index:
-            why = f"none of its {len(self)} rows has the digest {key.hex()[:16]}..."
-            raise InputRejected("the logit cache does not hold this row", where=str(self.path), why=why)
-        return self._index[key]
+        index = self._index.get(key := row_key(ids_S))
+        if index is None:
+            raise absent_row(self.path, len(self), key)
+        return index
 
     def record(self, index: int) -> Bytes:
         """The raw bytes of the row at `index`."""
@@ -128,13 +122,15 @@ class LogitCache:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def absent_row(path: Path, rows: int, key: bytes) -> InputRejected:
+    """The error for a row that a cache of so many rows does not hold."""
+    return InputRejected(
+        "the logit cache does not hold this row",
+        where=str(path),
+        why=f"none of its {rows} rows has the digest {key.hex()[:16]}...",
+        next_command="capture this text, or train on the rows of the cache",
+    )
 
 
 def refuse_difference(

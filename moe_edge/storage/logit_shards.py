@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, canonical_sha256, content_digest, read_manifest
 from moe_edge.storage.files import read_json, sha256_file, write_json_atomic, write_text_atomic
@@ -30,12 +31,12 @@ from moe_edge.storage.logit_file import (
     OTHER_TEACHER,
     Codec,
     LogitCache,
+    absent_row,
     codec_of,
     refuse_difference,
-    row_key,
     write_rows,
 )
-from moe_edge.storage.rows import TokenRows
+from moe_edge.storage.rows import TokenRows, row_key
 from moe_edge.storage.sampled_codec import SampledRow
 
 SHARDS_SCHEMA = "moe-edge/logit-shards@1"
@@ -47,10 +48,12 @@ Pins = Mapping[str, Any]  # plain data; `shard_rows` is how many rows a shard ha
 
 
 def shard_name(number: int) -> str:
+    """The file name of a shard."""
     return f"shard-{number:05d}.h5"
 
 
 def shard_count(pins: Pins, rows: int) -> int:
+    """How many shards so many rows make."""
     return int(-(-rows // pins["shard_rows"]))
 
 
@@ -131,8 +134,8 @@ def finish_capture(folder: Path, pins: Pins, summary: Mapping[str, Any]) -> Mani
     return manifest
 
 
-class ShardedLogits:
-    """A finished folder, opened for reading; rows are found by their tokens.
+class ShardedLogits(Closing):
+    """A finished folder, opened for reading; a context manager. Rows are found by their tokens.
 
     Args:
         expected: pins that must match, for example {"teacher": digest}.
@@ -176,8 +179,7 @@ class ShardedLogits:
         """
         index = self._index.get(key := row_key(ids_S))
         if index is None:
-            why = f"none of its {len(self)} rows has the digest {key.hex()[:16]}..."
-            raise InputRejected("the logit cache does not hold this row", where=str(self.path), why=why)
+            raise absent_row(self.path, len(self), key)
         return self._shard(index // self.pins["shard_rows"]).row(ids_S)
 
     def _shard(self, number: int) -> LogitCache:

@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -25,9 +24,9 @@ from moe_edge.storage.logit_file import (
     OTHER_TEACHER,
     LogitCache,
     refuse_difference,
-    row_key,
     write_rows,
 )
+from moe_edge.storage.rows import row_key
 
 __all__ = ["LogitCache", "LogitCacheWriter", "TeacherRow", "row_key"]
 
@@ -133,9 +132,7 @@ class LogitCacheWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.close()
         elif self._journal is not None:
@@ -171,15 +168,17 @@ class LogitCacheWriter:
         self._journal.seek(whole)
 
     def _reopen(self) -> None:
-        """Put the rows of a finished cache back into a journal, so that more can follow."""
+        """Put the rows of a finished cache back into a journal, so that more can follow; a kill leaves the cache."""
         with LogitCache(self.path, self.identity) as cache:
-            self._start(cache.codec.sequence_length)
-            assert self._codec is not None and self._journal is not None
-            refuse_difference(OTHER_TEACHER, self.path, cache.codec.layout(), self._codec.layout())
-            for index, key in enumerate(cache.keys):
-                self._journal.write(key + cache.record(index).tobytes())
-            self._journal.flush()
-            self._keys = set(cache.keys)
+            codec = RowCodec(cache.codec.sequence_length, self.k, self.vocab, self.temperatures)
+            refuse_difference(OTHER_TEACHER, self.path, cache.codec.layout(), codec.layout())
+            beside = self.journal_path.with_name(self.journal_path.name + ".tmp")
+            with beside.open("wb") as journal:
+                journal.write(self._header(codec))
+                for index, key in enumerate(cache.keys):
+                    journal.write(key + cache.record(index).tobytes())
+        os.replace(beside, self.journal_path)
+        self._resume()
 
 
 def _records(journal: BinaryIO, codec: RowCodec, head_read: bool = False) -> Iterator[tuple[bytes, bytes]]:

@@ -15,12 +15,12 @@ Shape suffixes: N rows, S tokens of a row, K kept ids, H temperatures.
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.logit_codec import Floats, Ints, RowCodec, TeacherRow
 
@@ -51,7 +51,7 @@ def write_plain(path: Path, codec: RowCodec, rows: Iterable[tuple[np.ndarray, Te
     os.replace(beside, path)
 
 
-class PlainLogits:
+class PlainLogits(Closing):
     """A file in the plain layout, opened for reading; a context manager.
 
     Raises:
@@ -123,10 +123,5 @@ class PlainLogits:
         sorted_SK = [np.take_along_axis(column, order_SK, -1) for column in (values_SK, indices_SK)]
         return sorted_SK[0], sorted_SK[1], tail_SH.astype(np.float32)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()

@@ -1,7 +1,6 @@
 """rows.safetensors: the token rows that a stage ran on, kept so that later stages read exactly the same tokens.
 
-Rows are packed to full length (no padding). A row's digest is the SHA-256 of its ids as little-endian int32, the
-key under which the logit cache stores it.
+Rows are packed to full length (no padding).
 
 Shape suffixes: N rows, S tokens of a row.
 """
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.tensor_dict import load_tensors, save_tensors
@@ -64,10 +64,15 @@ class TokenRows:
         return rows
 
 
-def row_digest(ids_S: np.ndarray) -> str:
-    """SHA-256 (hex) of one row's ids as little-endian int32."""
-    return hashlib.sha256(_bytes(ids_S)).hexdigest()
+def row_key(ids_S: ArrayLike) -> bytes:
+    """SHA-256 of the token ids as little-endian int32, 32 bytes: under it the logit cache stores the row."""
+    return hashlib.sha256(_bytes(ids_S)).digest()
 
 
-def _bytes(ids: np.ndarray) -> bytes:
+def row_digest(ids_S: ArrayLike) -> str:
+    """`row_key` in hexadecimal."""
+    return row_key(ids_S).hex()
+
+
+def _bytes(ids: ArrayLike) -> bytes:
     return np.ascontiguousarray(ids, dtype="<i4").tobytes()

@@ -8,17 +8,17 @@ mapped pages count as memory of the process.
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_edge.contracts.closing import Closing
+
 ITEM_BYTES = 4
 
 
-class Spill:
+class Spill(Closing):
     """Rows of one shape; a context manager.
 
     Args:
@@ -48,14 +48,6 @@ class Spill:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def complete(path: Path, rows: int, shape: Sequence[int]) -> bool:

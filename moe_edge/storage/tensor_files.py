@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from io import BufferedReader
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
+from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.checkpoint import INDEX, SINGLE, CheckpointHeaders
 from moe_edge.storage.files import write_json_atomic
@@ -36,7 +35,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-class PieceReader:
+class PieceReader(Closing):
     """Reads rows of a checked folder's tensors; a context manager that closes the files.
 
     A "row" is everything under one index of the first axis; a tensor without axes is one row.
@@ -46,14 +45,6 @@ class PieceReader:
         self.headers = headers
         self._open: dict[str, BufferedReader] = {}
         self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._stack.close()

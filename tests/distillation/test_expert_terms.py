@@ -94,7 +94,7 @@ def test_students_that_it_does_not_fit() -> None:
     networks = [Ffn(torch.randn(8, 32), torch.randn(8, 32), torch.randn(32, 8)) for _ in range(3)]
     dense = build_dense(tiny_teacher(), networks)
     for name in EXPERT_TERMS:
-        with pytest.raises(ConfigError, match=r"does not fit this student[\s\S]*dense"):
+        with pytest.raises(ConfigError, match=r"needs a student with routers and experts[\s\S]*dense"):
             EXPERT_TERMS[name](context(dense, teacher))
     narrow = tiny_model("qwen3_moe", experts=4, layers=3, hidden=16, width=16, vocab=VOCAB)
     with pytest.raises(ConfigError, match="16 wide, not 32"):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
+from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig, TeacherRoutingConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.schedule import micro_rows, multipliers_of, rate_factor, schedule_stages, split_rows
 
@@ -39,6 +39,17 @@ def test_steps_epochs_and_seeds() -> None:
     assert [s.rows for s in again] == [a.rows, b.rows]
     other = schedule_stages(config(*stages, batch_rows=2, seed=1), range(9), 64)
     assert other[0].rows + other[1].rows != a.rows + b.rows
+
+
+def test_updates_that_repeat_a_batch_leave_no_row_out() -> None:
+    """Algorithm 1 of knowledge augmentation trains M times on a batch; the next stage begins where the last one stopped."""
+    routing = TeacherRoutingConfig(policy="ka", mode="paper", draws=2)
+    stages = (StageConfig(stage_name="a", steps=5, teacher_routing=routing), StageConfig(stage_name="b", steps=2))
+    a, b = schedule_stages(config(*stages, batch_rows=2), range(10), 64)
+    batches = [a.rows[start : start + 2] for start in range(0, 10, 2)]
+    assert a.steps == 5 and batches[0] == batches[1] and batches[2] == batches[3] and batches[4] not in batches[:4]
+    distinct = batches[0] + batches[2] + batches[4]
+    assert sorted(distinct + b.rows) == list(range(10)), "no row twice before every row once"
 
 
 def test_a_length_must_be_given_once() -> None:

@@ -124,6 +124,19 @@ def test_recomputing_the_teachers_layers_changes_no_bit_and_keeps_less(family: s
     assert kept[1] < 0.7 * kept[0]
 
 
+def test_the_numbers_are_those_of_the_last_router_step_however_seldom_they_are_read() -> None:
+    read = []
+    for reads in (2, 1):
+        sar = router(tiny_teacher(), tiny_student(), max_drift_nats=1e-12)
+        sar(batches(), 0)
+        if reads == 2:
+            sar.read()
+        sar(batches(), 1)
+        read.append(sar.read())
+    assert read[0].pop("sar_restored") == 1.0 and read[1].pop("sar_restored") == 2.0  # how often since the last call
+    assert read[0] == read[1] and read[0]["sar_kl"] > 0
+
+
 def test_every_says_how_often() -> None:
     sar = router(tiny_teacher(), every=3)
     steps = []

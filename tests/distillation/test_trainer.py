@@ -1,16 +1,27 @@
 """The Trainer: its gradient is the blend's, what is frozen, and that alpha 0 is plain fine-tuning."""
 
+import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.config import StageConfig
+from moe_edge.contracts.errors import ConfigError, MoeEdgeError
+from moe_edge.distillation.checkpoints import WEIGHTS, load_weights
+from moe_edge.distillation.feature_terms import FEATURE_TERMS
 from moe_edge.distillation.signal import CachedSignal
-from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
-from moe_edge.formulas.divergence import kl_dense
-from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cache
+from moe_edge.distillation.teacher import LiveTeacher
+from moe_edge.distillation.telemetry import RoutingTelemetry
+from moe_edge.distillation.terms import Needs, TermContext
+from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
+from moe_edge.formulas.divergence import IGNORED_LABEL, kl_dense
+from moe_edge.storage.tensor_dict import load_weights_file, save_tensors
+from tests.distillation.parts import TOKENS, rows, tiny_student, tiny_teacher, write_cache
 
 
 def arguments(folder: Path, **values: Any) -> DistillationTrainingArguments:
@@ -117,3 +128,116 @@ def test_padded_vocabulary_is_cut(tmp_path: Path) -> None:
     )
     moved = one_step(trainer)["lm_head.weight"]
     assert moved[:90].any() and not moved[90:].any()
+
+
+class Masked(RowDataset):
+    """Rows whose first `hidden` tokens are no targets, as the prompt of an instruction is not."""
+
+    def __init__(self, ids_NS: np.ndarray, hidden: int) -> None:
+        super().__init__(ids_NS)
+        self._hidden = hidden
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        labels_S = row["labels"].clone()
+        labels_S[: self._hidden] = IGNORED_LABEL
+        return row | {"labels": labels_S}
+
+
+def test_a_cached_teacher_is_asked_only_where_a_label_is(tmp_path: Path) -> None:
+    write_cache(tmp_path / "l.h5", tiny_teacher(), rows())
+    signal, hidden = CachedSignal(tmp_path / "l.h5", {}), 5
+    settings = arguments(tmp_path, distillation_alpha=1.0)
+    trainer = DistillationTrainer(tiny_student(), settings, Masked(rows()[:4], hidden), signal=signal)
+    trainer.train()
+    expected = []
+    for ids_S in torch.from_numpy(rows()[:4]).long():
+        with torch.no_grad():
+            student_SV = tiny_student()(ids_S[None]).logits[0]
+        kl_S = signal.signal(ids_S, 2.0).forward_kl(student_SV, 2.0)
+        expected.append(kl_S[hidden - 1 : -1])  # position j is judged on token j + 1
+    assert trainer.state.log_history[0]["kl_loss"] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-4)
+
+
+def test_losses_are_logged_as_means_over_the_steps_between_two_lines(tmp_path: Path) -> None:
+    write_cache(tmp_path / "l.h5", tiny_teacher(), rows())
+    logs = {}
+    for every in (1, 3):
+        settings = arguments(tmp_path, logging_steps=every)
+        signal = CachedSignal(tmp_path / "l.h5", {})
+        trainer = DistillationTrainer(tiny_student(), settings, RowDataset(rows()), signal=signal)
+        trainer.train()
+        logs[every] = [entry for entry in trainer.state.log_history if "total_loss" in entry]
+    assert [len(entries) for entries in logs.values()] == [6, 2]
+    for name in ("total_loss", "ce_loss", "kl_loss"):
+        means = [fmean(entry[name] for entry in logs[1][start : start + 3]) for start in (0, 3)]
+        assert [entry[name] for entry in logs[3]] == pytest.approx(means, rel=1e-4), name
+
+
+def test_an_evaluation_between_two_steps_changes_nothing(tmp_path: Path) -> None:
+    found = []
+    for strategy in ("no", "steps"):
+        student, teacher = tiny_student(), tiny_teacher()
+        context = TermContext(student, teacher, StageConfig(stage_name="s"))
+        parts = Parts([FEATURE_TERMS["mse"](context)], observers=[RoutingTelemetry(student)])
+        live = LiveTeacher(teacher, parts.terms[0].needs)
+        settings = arguments(
+            tmp_path, loss_weights={"ce": 1.0, "kl": 1.0, "mse": 1.0}, eval_strategy=strategy, eval_steps=1
+        )
+        trainer = DistillationTrainer(
+            student, settings, RowDataset(rows()[:16]), teacher=live, parts=parts, eval_dataset=RowDataset(rows()[16:])
+        )
+        trainer.train()
+        lines = [entry for entry in trainer.state.log_history if "total_loss" in entry]
+        found.append([{name: value for name, value in line.items() if name != "epoch"} for line in lines])
+        judged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert len(judged) == (4 if strategy == "steps" else 0) and all(map(math.isfinite, judged))
+    assert found[0] == found[1]
+
+
+def test_a_step_without_a_single_label_adds_nothing(tmp_path: Path) -> None:
+    settings = arguments(tmp_path, distillation_alpha=0.0)
+    moved = one_step(DistillationTrainer(tiny_student(), settings, Masked(rows()[:4], TOKENS)))
+    assert not any(change.any() for change in moved.values())
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_processes_tokens_are_counted_as_the_trainer_counts_them(tmp_path: Path, together: bool) -> None:
+    """Gradients are averaged over processes: a count of all of them is made up for, a process's own is not."""
+    settings = arguments(tmp_path, distillation_alpha=0.0, average_tokens_across_devices=together)
+    trainer = DistillationTrainer(tiny_student(), settings, RowDataset(rows()))
+    ids_BS = torch.from_numpy(rows()[:2]).long()
+    batch, own = {"input_ids": ids_BS, "labels": ids_BS}, 2 * (TOKENS - 1)
+    alone = float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=own))
+    with mock.patch.object(type(trainer.accelerator), "num_processes", 3):
+        seen = 3 * own if together else own
+        assert float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=seen)) == pytest.approx(alone)
+
+
+def test_processes_sum_the_same_losses(tmp_path: Path) -> None:
+    """A process whose micro-batches are all written by its student has no cross-entropy; the others do."""
+    trainer = DistillationTrainer(tiny_student(), arguments(tmp_path), RowDataset(rows()), teacher=live_teacher())
+    sent = []
+    with (
+        mock.patch.object(type(trainer.accelerator), "num_processes", 2),
+        mock.patch.object(trainer.accelerator, "reduce", lambda values, how: sent.append(len(values)) or values),
+    ):
+        trainer._over_processes({"kl": 1.0})
+        trainer._over_processes({"kl": 1.0, "ce": 2.0})
+    assert sent[0] == sent[1]
+
+
+def live_teacher() -> LiveTeacher:
+    return LiveTeacher(tiny_teacher(), Needs())
+
+
+def test_a_checkpoint_without_an_untied_head_is_refused(tmp_path: Path) -> None:
+    student = tiny_student(tied=False)
+    trainer = DistillationTrainer(student, arguments(tmp_path, distillation_alpha=0.0), RowDataset(rows()))
+    trainer.save_model(str(tmp_path / "whole"))
+    load_weights(student, tmp_path / "whole")
+    tensors = load_weights_file(tmp_path / "whole" / WEIGHTS)
+    del tensors["lm_head.weight"]
+    save_tensors(tmp_path / "whole" / WEIGHTS, tensors, {})
+    with pytest.raises(MoeEdgeError, match=r"lm_head\.weight"):
+        load_weights(student, tmp_path / "whole")

@@ -89,6 +89,15 @@ def test_the_runner_scores_and_measures_alone(bundle, tmp_path):
     assert not [path for path in (tmp_path / "device" / "copy").rglob("*") if "__pycache__" in path.parts]
 
 
+@pytest.mark.parametrize(
+    "options", [("--runs", "0"), ("--new-tokens", "1"), ("--prompt-tokens", "0"), ("--threads", "-1"), ("--runs", "x")]
+)
+def test_the_runner_says_what_it_cannot_measure(made, tmp_path, options):
+    write_bundle(contents(made, "gguf"), tmp_path / "b")
+    code, message = run(tmp_path / "b", *options)
+    assert code == 2 and options[0] in message and "Traceback" not in message
+
+
 def test_the_runner_notices_another_model(made, tmp_path):
     """Golden answers of a teacher that says something else: the files are sound, the quality is not."""
     other = json.loads(json.dumps(dict(golden.golden_of(made[3], "gguf"))))
@@ -251,6 +260,12 @@ def member(name: str, **fields):
     return made
 
 
+# A file of one byte behind 2^40 - 1 bytes of nothing, in GNU tar's format 1.0.
+SPARSE = {
+    "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a/huge", "GNU.sparse.realsize": str(1 << 40),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -260,8 +275,9 @@ def member(name: str, **fields):
         [(member("a/hard", type=tarfile.LNKTYPE, linkname="../../x"), b"")],
         [(member("a/fifo", type=tarfile.FIFOTYPE), b"")],
         [(member("a/x"), b"x"), (member("b/y"), b"y")],
+        [(member("a/huge", pax_headers=SPARSE), b"1\n1099511627775\n1\n".ljust(512, b"\0") + b"x")],
     ],
-    ids=["parent", "absolute", "symlink", "hard link", "fifo", "two folders"],
+    ids=["parent", "absolute", "symlink", "hard link", "fifo", "two folders", "a terabyte of holes"],
 )  # fmt: skip
 def test_hostile_tars_are_refused_and_write_nothing_outside(tmp_path, rows):
     (tmp_path / "in").mkdir()

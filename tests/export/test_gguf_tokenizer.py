@@ -170,3 +170,13 @@ def test_the_structure_decides_the_name():
             named(wrong)
     with pytest.raises(InputRejected, match="ignore_merges=True"):
         named(plain, ignore_merges=True)
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": "x"}', '{"eos_token_id": ["x", null]}', "[]", "{"])
+def test_a_broken_generation_config_names_no_end(tmp_path, text):
+    plain = byte_level([pre_tokenizers.Split(Regex(known._QWEN2), "isolated")])
+    plain.eos_token = None
+    checkpoint, _ = exported(tmp_path, plain)
+    (checkpoint / "generation_config.json").write_text(text)
+    vocabulary = gguf_vocabulary(checkpoint, 420, None)
+    assert vocabulary.special_ids["eos"] == 2 and "eot" not in vocabulary.special_ids  # of config.json

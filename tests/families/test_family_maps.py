@@ -293,6 +293,13 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
         load_model(edited(folder, tmp_path / "none", extra))
 
 
+@pytest.mark.parametrize("count", [10**12, -1, "many", True, 1.5])
+def test_an_absurd_number_of_such_layers_is_refused_at_once(tmp_path: Path, count: object) -> None:
+    folder = tiny_checkpoint(tmp_path, "deepseek_v3", experts=EXPERTS, layers=LAYERS)
+    with pytest.raises(InputRejected, match="num_nextn_predict_layers"):
+        load_model(edited(folder, tmp_path / "mtp", {}, num_nextn_predict_layers=count))
+
+
 def test_the_language_model_of_a_model_that_sees(tmp_path: Path) -> None:
     text = tiny_config("qwen3_5_moe", EXPERTS, 2, LAYERS, 64, WIDTH, 256, False)
     vision = {

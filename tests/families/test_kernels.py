@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_edge.families.kernels import ALL_AT_ONCE, DENSE_SHARE, SORTED_LOOP, fastest_kernel
+from moe_edge.families.views import moe_layers
 from tests.tiny import ALL_FAMILIES, tiny_model
 
 
@@ -22,6 +23,24 @@ def test_a_kernel_equals_the_stock_loop(family: str, kernel: str) -> None:
     model = tiny_model(family).float()
     for ours, stock in zip(run(model, kernel), run(model, "eager"), strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [SORTED_LOOP, ALL_AT_ONCE])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_half_precision_with_float32_gates(family: str, kernel: str) -> None:
+    """Many routers hand out float32 weights in a bfloat16 model, as a capture with --dtype bfloat16 has on a CPU."""
+    model = tiny_model(family).to(torch.bfloat16)
+    experts = moe_layers(model)[0].experts
+    hidden_TD = torch.randn(9, model.config.hidden_size, generator=torch.manual_seed(0)).bfloat16()
+    index_TK = torch.arange(18).view(9, 2) % experts.num_experts
+    weight_TK = torch.rand(9, 2, generator=torch.manual_seed(1))
+    found = []
+    for name in (kernel, "eager"):
+        model.set_experts_implementation(name)
+        with torch.no_grad():
+            found.append(experts(hidden_TD, index_TK, weight_TK))
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], found[1], rtol=0.03, atol=0.03 * float(found[1].abs().max()))
 
 
 def test_dense_products_are_for_routers_that_use_most_experts() -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from moe_edge.metrics.text_answers import Answer, Status, distinct_ngrams, failed, judge_answer, looping_tail
@@ -51,6 +52,20 @@ def test_a_failed_row_keeps_its_reason() -> None:
 )  # fmt: skip
 def test_looping_tail(tokens: list[int], tail: tuple[int, int]) -> None:
     assert looping_tail(tokens) == tail
+
+
+def test_looping_tail_against_a_slow_search() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(2000):
+        tokens = generator.integers(0, 3, generator.integers(0, 14)).tolist()
+        best, repeats = 0, 0
+        for period in range(1, len(tokens) // 2 + 1):
+            same = 0
+            while same + period < len(tokens) and tokens[-1 - same] == tokens[-1 - same - period]:
+                same += 1
+            if same >= period and same + period > best:
+                best, repeats = same + period, (same + period) // period
+        assert looping_tail(tokens) == (best, repeats), tokens
 
 
 def test_distinct_ngrams() -> None:

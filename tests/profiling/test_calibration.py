@@ -145,3 +145,12 @@ def test_data_root_finds_what_is_shipped() -> None:
     assert (data_root("calibration") / "default.yaml").is_file()
     with pytest.raises(EnvironmentProblem, match="nothing"):
         data_root("nothing")
+
+
+@pytest.mark.parametrize("content", [None, ["Blue.", "Red."], [{"type": "text", "text": "Blue."}]])
+def test_an_answer_that_is_no_text_is_refused_where_there_is_no_template(tmp_path: Path, content: object) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    path = _write(tmp_path / "rows.jsonl", [CHAT | {"output": content}])
+    with pytest.raises(InputRejected, match="not text"):
+        calibration_rows(load_recipe(str(path)), tokenizer, 64, 8, 0)

@@ -9,8 +9,9 @@ import torch
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.families.loading import load_model
 from moe_edge.runtimes import open_runtime
-from moe_edge.runtimes.base import Runtime, generate
+from moe_edge.runtimes.base import Prompt, Runtime, generate
 from moe_edge.runtimes.hf import HfRuntime
+from moe_edge.runtimes.sampling import GREEDY
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids
 
 IDS = tiny_ids(tokens=20, rows=1)[0].numpy()
@@ -84,3 +85,21 @@ def test_what_is_no_checkpoint_is_rejected(tmp_path: Path) -> None:
         HfRuntime(tmp_path, threads=1, context_length=8)
     with pytest.raises(ConfigError, match="does not exist"):
         HfRuntime(tmp_path / "none", threads=1, context_length=8)
+
+
+@pytest.mark.parametrize("token", [-1, 256])
+def test_a_token_outside_the_vocabulary_is_a_usage_error(tmp_path: Path, token: int) -> None:
+    with HfRuntime(tiny_checkpoint(tmp_path, "olmoe", with_tokenizer=False), threads=1, context_length=64) as runtime:
+        for ask in (runtime.logits, runtime.prefill):
+            with pytest.raises(ConfigError, match=f"token id {token} is outside the vocabulary of 256"):
+                ask(np.array([1, token]))
+        runtime.prefill(IDS[:3])
+        with pytest.raises(ConfigError, match="outside the vocabulary"):
+            runtime.step(token)
+        with pytest.raises(ConfigError, match="outside the vocabulary"):
+            runtime.generate_batch([Prompt([1, token])], 4, (), GREEDY)
+
+
+def test_no_prompt_has_no_answer(tmp_path: Path) -> None:
+    with HfRuntime(tiny_checkpoint(tmp_path, "olmoe", with_tokenizer=False), threads=1, context_length=64) as runtime:
+        assert runtime.generate_batch([], 4, (), GREEDY) == []

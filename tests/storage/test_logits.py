@@ -142,6 +142,31 @@ def test_a_finished_cache_can_be_continued(tmp_path: Path) -> None:
     assert (tmp_path / "logits.h5").read_bytes() == (tmp_path / "straight.h5").read_bytes()
 
 
+def test_a_refused_continuation_leaves_the_finished_cache_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path / "logits.h5", range(3))
+    with pytest.raises(InputRejected, match="k: found 32, expected 8"):
+        LogitCacheWriter(tmp_path / "logits.h5", VOCAB, 8, TEMPERATURES, IDENTITY)
+    assert [path.name for path in tmp_path.iterdir()] == ["logits.h5"]
+    assert len(LogitCacheWriter(tmp_path / "logits.h5", VOCAB, K, TEMPERATURES, IDENTITY)) == 3
+
+
+def test_a_kill_while_a_finished_cache_is_taken_up_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "logits.h5", range(3))
+    record = LogitCache.record
+
+    def killed(cache: LogitCache, index: int) -> np.ndarray:
+        if index == 2:
+            raise KeyboardInterrupt
+        return record(cache, index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LogitCache, "record", killed)
+        LogitCacheWriter(tmp_path / "logits.h5", VOCAB, K, TEMPERATURES, IDENTITY)
+    assert len(LogitCacheWriter(tmp_path / "logits.h5", VOCAB, K, TEMPERATURES, IDENTITY)) == 3
+
+
 def test_a_journal_cut_in_its_first_line_is_begun_anew(tmp_path: Path) -> None:
     killed_journal(tmp_path / "logits.h5").write_bytes(b'{"identity": {"tea')
     write(tmp_path / "logits.h5", range(1))

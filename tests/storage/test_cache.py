@@ -1,0 +1,76 @@
+"""Profiles shared between builds: what another process does at the same time costs the reuse, never the build."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, content_digest, read_manifest
+from moe_edge.storage import cache
+from moe_edge.storage.folders import LINK_FROM_BYTES, hash_folder, link_or_copy
+
+KEY = "sha256:" + "0" * 64
+
+
+@pytest.fixture
+def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "profile"
+    folder.mkdir()
+    (folder / "statistics").write_bytes(b"7" * (LINK_FROM_BYTES + 1))
+    files = hash_folder(folder)
+    manifest = Manifest(stage="profile", key=KEY, digest=content_digest(files), files=files)
+    (folder / MANIFEST_NAME).write_text(manifest.to_json())
+    cache.publish_profile(folder, KEY)
+    return folder
+
+
+def test_a_published_profile_comes_back(profile: Path, tmp_path: Path) -> None:
+    cache.reuse_profile(tmp_path / "other", KEY)
+    assert (tmp_path / "other" / "statistics").read_bytes() == (profile / "statistics").read_bytes()
+    assert [manifest.key for _, manifest in cache.cached_profiles()] == [KEY]
+
+
+def test_a_cache_that_may_only_be_read_serves_too(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch = os.utime
+
+    def refused(path: Path, **times: object) -> None:
+        if not times:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        touch(path, **times)
+
+    monkeypatch.setattr(os, "utime", refused)
+    cache.reuse_profile(tmp_path / "other", KEY)
+    assert read_manifest(tmp_path / "other") is not None
+
+
+def test_a_profile_that_is_deleted_meanwhile_is_done_without(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def collected(home: Path, folder: Path) -> None:
+        shutil.rmtree(home)
+        raise FileNotFoundError(2, "No such file", str(home / "statistics"))
+
+    monkeypatch.setattr(cache, "mirror", collected)
+    cache.reuse_profile(tmp_path / "other", KEY)
+    assert not (tmp_path / "other").exists() and "not taken from the cache" in caplog.text
+
+
+def test_a_file_of_another_build_is_never_written_into(tmp_path: Path) -> None:
+    """Two builds that fill one folder at once: the second one's copy would go through the first one's hard link."""
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(name.encode() * LINK_FROM_BYTES)
+    link_or_copy(tmp_path / "first", tmp_path / "shared" / "file")
+    before = (tmp_path / "first").read_bytes()
+    with pytest.raises(FileExistsError):
+        link_or_copy(tmp_path / "second", tmp_path / "shared" / "file")
+    assert (tmp_path / "first").read_bytes() == before
+
+
+def test_the_cache_may_be_named_from_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MOE_EDGE_CACHE", "~/shared")  # in a Dockerfile or a service no shell puts the folder there
+    assert cache.cache_root() == tmp_path / "shared"
