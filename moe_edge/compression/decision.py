@@ -110,7 +110,10 @@ def _compared(best: _Way, rival: _Way) -> str:
 
 def _bits_note(best: _Way, sensitivity: Sensitivity) -> str:
     how = f"measured on {sensitivity.tokens} tokens" if sensitivity.source == "measured" else "from priors"
-    mix = ", ".join(f"{key} {kind}" for key, kind in best.option.packing.mix)
+    packing = best.option.packing
+    mix = (
+        ", ".join(f"{key} {kind}" for key, kind in packing.mix) or f"{packing.name} as it is, no mix is clearly better"
+    )
     return f"Bits by least KL per byte ({how}): {mix}; expected to cost {best.quantization_nats:.3f} nats."
 
 

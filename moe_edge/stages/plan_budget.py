@@ -78,7 +78,18 @@ def sensitivity_of(
 ) -> Sensitivity | None:
     """Measured on the teacher; None where that is switched off or the teacher does not fit in memory: priors then."""
     tokens = config.plan.sensitivity_tokens
-    return measure_sensitivity(model, first_rows(ids_NS, tokens), imatrix) if tokens and model is not None else None
+    if not tokens or model is None:
+        return None
+    return measure_sensitivity(model, first_rows(ids_NS, tokens), imatrix, codebooks=codebooks_suit(config))
+
+
+def codebooks_suit(config: BuildConfig) -> bool:
+    """May the experts get codebook types: is their importance the student's, and does nobody demand a speed of a CPU?
+
+    A CPU decodes them at about half the speed of other types of the same bytes, which the roofline does not know.
+    """
+    on_cpu = config.target.runtime.gpu_layers == 0
+    return config.plan.action in ("drop", "merge") and not (on_cpu and config.target.budget.decode_tokens_per_s)
 
 
 def counts_of(feasible: Feasible) -> list[int]:
