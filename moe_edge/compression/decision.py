@@ -65,10 +65,11 @@ def decide(feasible: Feasible, curve: Curve, sensitivity: Sensitivity | None = N
     """
     space, total = feasible.space, feasible.model.spec.moe.experts
     known = sensitivity or prior_sensitivity(feasible.model)
-    ways = []
+    ways: list[_Way] = []
     for experts in feasible.demand.counts:
         masked = curve.kl_nats(experts)
-        if masked < inf and (found := allocate(space, experts, known)) is not None:
+        least = min((way.nats for way in ways if way.option.experts != total), default=inf)
+        if masked < least and (found := allocate(space, experts, known)) is not None:  # bits cost at least nothing
             ways.append(_Way(found[0], found[1], masked))
     if not ways:
         return feasible, quantization_of(feasible, known)

@@ -73,20 +73,25 @@ def allocate(space: Space, experts: int, sensitivity: Sensitivity) -> tuple[Opti
     A recipe wins over a mix that is not better by a clear margin. Both precisions of the KV cache are tried where the
     target allows them.
     """
-    costs = _costs(space, experts)
+    costs, solved = _costs(space, experts), set()
     found = []
     for precision in kv_precisions(space.model, space.target, "gguf"):
-        best = _best(space, experts, costs, sensitivity, Cache(space.context_length, precision))
+        cache = Cache(space.context_length, precision)
+        caps = _caps(space, experts, costs, cache)
+        if caps in solved:  # a smaller cache leaves no more to the weights
+            continue
+        solved.add(caps)
+        best = _best(space, experts, costs, sensitivity, cache, *caps)
         if best is not None:
             found.append((best[0], best[1] + (KV_Q8_NATS if precision == "q8_0" else 0.0)))
     return min(found, key=lambda pair: pair[1], default=None)
 
 
 def _best(
-    space: Space, experts: int, costs: _Costs, sensitivity: Sensitivity, cache: Cache
+    space: Space, experts: int, costs: _Costs, sensitivity: Sensitivity, cache: Cache, file_cap: float, read_cap: float
 ) -> tuple[Option, float] | None:
     """The best recipe that fits, where the best mix is not clearly better, or the mix."""
-    layers, (file_cap, read_cap) = space.model.spec.layers, _caps(space, experts, costs, cache)
+    layers = space.model.spec.layers
     mix = cheapest(costs.file, costs.read, sensitivity, file_cap, read_cap)
     least = inf if mix is None else sum(sensitivity.of(cell, kind) for cell, kind in mix.items())
     near = [
@@ -153,7 +158,8 @@ def cheapest(
     bytes_RC = np.array([[table[cell][kind] for cell, kind in choices] for table in (file, read)], dtype=float)
     of_cell_NC = np.array([[float(cell == other) for cell, _ in choices] for other in file])
     caps = [(row_C, cap) for row_C, cap in zip(bytes_RC, (file_cap, read_cap), strict=True) if isfinite(cap)]
-    if any(cap <= 0 for _, cap in caps):
+    fewest = [np.where(of_cell_NC > 0, row_C, inf).min(axis=1).sum() for row_C, _ in caps]
+    if any(cap <= 0 or least > cap for least, (_, cap) in zip(fewest, caps, strict=True)):
         return None
     solved = milp(
         SOLVER_NATS * nats / (nats.max() or 1.0),
