@@ -20,6 +20,7 @@ from moe_edge.compression.notes import notes_of
 from moe_edge.compression.options import Option
 from moe_edge.compression.spend import allocate
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.quantization import CODEBOOK_LEVELS
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,10 @@ def _bits_note(best: _Way, sensitivity: Sensitivity) -> str:
     mix = (
         ", ".join(f"{key} {kind}" for key, kind in packing.mix) or f"{packing.name} as it is, no mix is clearly better"
     )
-    return f"Bits by least KL per byte ({how}): {mix}; expected to cost {best.quantization_nats:.3f} nats."
+    slow = ", ".join(kind for kind in CODEBOOK_LEVELS if kind in {kind for _, kind in packing.mix})
+    told = f" A CPU decodes {slow} slower than other types; a budget of decode_tokens_per_s rules them out there."
+    cost = f"expected to cost {best.quantization_nats:.3f} nats."
+    return f"Bits by least KL per byte ({how}): {mix}; {cost}{told if slow else ''}"
 
 
 def quantization_of(feasible: Feasible, sensitivity: Sensitivity | None = None) -> Quantization:
