@@ -13,6 +13,7 @@ Units: bytes, nats per token.
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from moe_edge.compression.actions import check_action
 from moe_edge.compression.bits import prior_sensitivity
@@ -228,9 +229,12 @@ def mixes_are_allowed(demand: Demand, config: BuildConfig) -> bool:
 def _mixed(space: Space, demand: Demand) -> Option | None:
     """Where no recipe fits, a mix of types may: it can store all classes in the fewest bits. The least prior KL."""
     sensitivity, total = prior_sensitivity(space.model), space.model.spec.moe.experts
-    found = [(allocate(space, count, sensitivity), prior_dropped_nats(count, total)) for count in demand.counts]
-    fitting = [(mix[0], mix[1] + dropped) for mix, dropped in found if mix is not None]
-    return min(fitting, key=lambda pair: pair[1], default=(None, 0.0))[0]
+    best: tuple[Option | None, float] = (None, inf)
+    for count in demand.counts:
+        dropped = prior_dropped_nats(count, total)
+        if dropped < best[1] and (mix := allocate(space, count, sensitivity)) is not None:
+            best = min(best, (mix[0], mix[1] + dropped), key=lambda pair: pair[1])
+    return best[0]
 
 
 def prior_dropped_nats(experts: int, total: int) -> float:

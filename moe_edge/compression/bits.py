@@ -44,9 +44,13 @@ PRIOR_NATS = {"attention": 0.8, "expert_gate_up": 0.35, "expert_down": 0.25, "sh
 class Sensitivity:
     """What storing a cell as a type costs, all else in full precision."""
 
-    nats: Mapping[Cell, Mapping[str, float]]  # cell -> level of LEVELS (before fallbacks) -> KL
+    nats: Mapping[Cell, Mapping[str, float]]  # cell -> every level that may be chosen (before fallbacks) -> KL
     source: Literal["measured", "prior"]
     tokens: int = 0  # on which it was measured
+
+    def levels(self, cell: Cell) -> tuple[str, ...]:
+        """What may be chosen for a cell; the levels that every model can have where nothing is known of it."""
+        return tuple(self.nats.get(cell, LEVELS))
 
     def of(self, cell: Cell, kind: str) -> float:
         """KL of one cell as `kind`, any ggml type; 0 for absent cells."""

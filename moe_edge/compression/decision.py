@@ -20,6 +20,7 @@ from moe_edge.compression.notes import notes_of
 from moe_edge.compression.options import Option
 from moe_edge.compression.spend import allocate
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.quantization import CODEBOOK_LEVELS
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ def decide(feasible: Feasible, curve: Curve, sensitivity: Sensitivity | None = N
     """
     space, total = feasible.space, feasible.model.spec.moe.experts
     known = sensitivity or prior_sensitivity(feasible.model)
-    ways = []
+    ways: list[_Way] = []
     for experts in feasible.demand.counts:
         masked = curve.kl_nats(experts)
-        if masked < inf and (found := allocate(space, experts, known)) is not None:
+        least = min((way.nats for way in ways if way.option.experts != total), default=inf)
+        if masked < least and (found := allocate(space, experts, known)) is not None:  # bits cost at least nothing
             ways.append(_Way(found[0], found[1], masked))
     if not ways:
         return feasible, quantization_of(feasible, known)
@@ -110,8 +112,14 @@ def _compared(best: _Way, rival: _Way) -> str:
 
 def _bits_note(best: _Way, sensitivity: Sensitivity) -> str:
     how = f"measured on {sensitivity.tokens} tokens" if sensitivity.source == "measured" else "from priors"
-    mix = ", ".join(f"{key} {kind}" for key, kind in best.option.packing.mix)
-    return f"Bits by least KL per byte ({how}): {mix}; expected to cost {best.quantization_nats:.3f} nats."
+    packing = best.option.packing
+    mix = (
+        ", ".join(f"{key} {kind}" for key, kind in packing.mix) or f"{packing.name} as it is, no mix is clearly better"
+    )
+    slow = ", ".join(kind for kind in CODEBOOK_LEVELS if kind in {kind for _, kind in packing.mix})
+    told = f" A CPU decodes {slow} slower than other types; a budget of decode_tokens_per_s rules them out there."
+    cost = f"expected to cost {best.quantization_nats:.3f} nats."
+    return f"Bits by least KL per byte ({how}): {mix}; {cost}{told if slow else ''}"
 
 
 def quantization_of(feasible: Feasible, sensitivity: Sensitivity | None = None) -> Quantization:

@@ -22,13 +22,16 @@ from transformers import PreTrainedModel
 from moe_edge.compression.bits import NOISE, Sensitivity, along_noise
 from moe_edge.compression.masking import row_kl
 from moe_edge.contracts.progress import track
-from moe_edge.contracts.quantization import LEVELS, layer_thirds, type_for_row
+from moe_edge.contracts.quantization import CODEBOOK_CLASSES, CODEBOOK_LEVELS, LEVELS, layer_thirds, type_for_row
 from moe_edge.families.taps import decoder_layers
 from moe_edge.families.weights import WeightRows, weight_rows
 from moe_edge.formulas.importance import mean_squares
 from moe_edge.runtimes.ggml_quants import dequantize_rows, quantize_rows
 
 MEASURED_LEVELS = ("Q2_K", "Q4_K", "Q6_K")  # the others follow by their noise
+# Q2_K costs up to twice what its noise says beside a codebook type, Q3_K a third more: where both may be chosen, neither
+# can be told from the other (measured on the demo teacher).
+MEASURED_CODEBOOK_LEVELS = ("IQ2_S", "Q3_K", "Q4_K", "Q6_K")
 TOGETHER = "Q4_K"  # at which all classes are also quantized at once
 DENSE_COUNT, EXPERT_COUNT = "dense_count", "expert_count"
 
@@ -99,7 +102,11 @@ class _Probe:
 
 
 def measure_sensitivity(
-    model: PreTrainedModel, ids_NS: Tensor, imatrix: Mapping[str, Tensor] | None = None, threads: int | None = None
+    model: PreTrainedModel,
+    ids_NS: Tensor,
+    imatrix: Mapping[str, Tensor] | None = None,
+    threads: int | None = None,
+    codebooks: bool = True,
 ) -> Sensitivity:
     """KL of every class and third at every level; the model is as before on return.
 
@@ -110,13 +117,19 @@ def measure_sensitivity(
         ids_NS: token ids.
         imatrix: `Statistics.imatrix` of this model; None = unweighted.
         threads: of the quantizer; None = all cores. Results do not depend on it.
+        codebooks: may codebook types be chosen where the imatrix says what they need?
     """
     probe = _Probe(model, ids_NS, imatrix, threads or os.cpu_count() or 1)
     thirds = layer_thirds(len(decoder_layers(model)))
     by_class: dict[str, list[WeightRows]] = {}
     for matrix in weight_rows(model):
         by_class.setdefault(matrix.bit_class, []).append(matrix)
-    jobs = [(name, level) for name, matrices in by_class.items() for level in _distinct(matrices)]
+    with_codebooks = {name for name in CODEBOOK_CLASSES if codebooks and _is_known(by_class.get(name, ()), imatrix)}
+    jobs = [
+        (name, level)
+        for name, matrices in by_class.items()
+        for level in _distinct(matrices, MEASURED_CODEBOOK_LEVELS if name in with_codebooks else MEASURED_LEVELS)
+    ]
     totals: dict[str, dict[str, float]] = {name: {} for name in by_class}
     shares: dict[str, list[float]] = {}
     together: dict[str, list[Stored]] = {}
@@ -130,11 +143,12 @@ def measure_sensitivity(
         if level == TOGETHER:
             together[name] = stored
     overlap = probe.overlap(by_class, together, totals)
-    nats = {
-        (name, third): {level: share * overlap * value for level, value in _filled(by_class[name], levels).items()}
-        for name, levels in totals.items()
-        for third, share in enumerate(shares[name])
-    }
+    nats = {}
+    for name, measured in totals.items():
+        offered = (*CODEBOOK_LEVELS, *LEVELS) if name in with_codebooks else LEVELS
+        filled = _filled(by_class[name], measured, offered)
+        for third, share in enumerate(shares[name]):
+            nats[name, third] = {level: share * overlap * value for level, value in filled.items()}
     return Sensitivity(nats, "measured", ids_NS.numel())
 
 
@@ -143,17 +157,22 @@ def _real(matrices: Sequence[WeightRows], level: str) -> tuple[str, ...]:
     return tuple(type_for_row(level, matrix.rows.shape[-1]) for matrix in matrices)
 
 
-def _distinct(matrices: Sequence[WeightRows]) -> list[str]:
+def _is_known(matrices: Sequence[WeightRows], imatrix: Mapping[str, Tensor] | None) -> bool:
+    """Is there a matrix, and the importance of every matrix's columns?"""
+    return bool(matrices) and all(importance_of(matrix, imatrix) is not None for matrix in matrices)
+
+
+def _distinct(matrices: Sequence[WeightRows], levels: Sequence[str]) -> list[str]:
     """The measured levels that differ in their real types, coarsest first; TOGETHER is always one of them."""
     found: dict[tuple[str, ...], str] = {}
-    for level in MEASURED_LEVELS:
+    for level in levels:
         real = _real(matrices, level)
         if real not in found or level == TOGETHER:
             found[real] = level
     return list(found.values())
 
 
-def _filled(matrices: Sequence[WeightRows], measured: Mapping[str, float]) -> dict[str, float]:
+def _filled(matrices: Sequence[WeightRows], measured: Mapping[str, float], levels: Sequence[str]) -> dict[str, float]:
     """All levels from the measured ones, by the noise of the types that the rows really get."""
     sizes = [matrix.rows.numel() for matrix in matrices]
 
@@ -162,7 +181,7 @@ def _filled(matrices: Sequence[WeightRows], measured: Mapping[str, float]) -> di
         return sum(size * NOISE[kind] for size, kind in kinds) / sum(sizes)
 
     known = {noise(level): nats for level, nats in measured.items()}
-    return {level: along_noise(known, noise(level)) for level in LEVELS}
+    return {level: along_noise(known, noise(level)) for level in levels}
 
 
 def _stack(rows: Tensor) -> Tensor:

@@ -88,6 +88,10 @@ BIT_CLASSES: dict[str, tuple[TensorClass, ...]] = {
 }
 BIT_CLASS_OF: dict[TensorClass, str] = {member: name for name, members in BIT_CLASSES.items() for member in members}
 LEVELS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")  # what a plan chooses among, fewest bits first
+# And these for the routed experts, whose importance is known wherever there is a profile: they fill the gaps at 2 to 4 bits.
+# IQ3_S is not among them: it takes the bytes of Q3_K and on the demo teacher cost no less KL (measured).
+CODEBOOK_LEVELS = ("IQ2_S", "IQ3_XXS", "IQ4_XS")
+CODEBOOK_CLASSES = ("expert_gate_up", "expert_down")
 Mix = Mapping[str, str]  # "class" or "class@first-last" (decoder layers, inclusive) -> ggml type; the first match wins
 _MIX_KEY = re.compile(r"(?P<name>[a-z_]+)(@(?P<first>\d+)-(?P<last>\d+))?")
 

@@ -94,6 +94,13 @@ class Artifact(BaseModel):
     path: str = Field(description="relative to the run's folder")
     bytes: int
     bits_per_weight: float | None = None
+    bytes_by_class: dict[str, int] = Field(
+        default={}, description="tensor class -> bytes of its weights; empty = the export did not tell"
+    )
+    bits_per_weight_by_class: dict[str, float] = Field(default={}, description="of the same classes, scales included")
+    fallbacks: dict[str, int] = Field(
+        default={}, description="'Q4_K -> Q5_0' -> tensors whose rows are no multiple of the first type's block"
+    )
     quality: Quality
     speed: Speed
     memory: Memory

@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, canonical_sha256, content_digest
 from moe_edge.export import device_runner
+from moe_edge.runtimes.gguf_header import parts_of
 from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.folders import files_of, hash_folder, link_or_copy, written_beside
 
@@ -32,7 +33,7 @@ class Contents:
     format: str  # gguf | onnx
     name: str  # of the model, for people
     quantization: str
-    artifact: Path  # the GGUF file, or the ONNX folder
+    artifact: Path  # the GGUF file (the first part of a split one), or the ONNX folder
     tokenizer: Sequence[Path]
     golden: Mapping[str, Any]  # golden.golden_of
     target: str
@@ -44,6 +45,13 @@ class Contents:
     def model(self) -> str:
         """The artifact's place in the bundle: a file, or a folder."""
         return f"{MODEL}/{self.artifact.name}" if self.artifact.is_file() else MODEL
+
+    @property
+    def files(self) -> dict[Path, Path]:
+        """Every file of the artifact -> its place below the bundle's model folder."""
+        if self.artifact.is_file():
+            return {part: Path(part.name) for part in parts_of(self.artifact)}
+        return {path: path.relative_to(self.artifact) for path in files_of(self.artifact)}
 
 
 def write_bundle(contents: Contents, folder: Path) -> Manifest:
@@ -57,9 +65,8 @@ def write_bundle(contents: Contents, folder: Path) -> Manifest:
 
 
 def _fill(contents: Contents, folder: Path) -> None:
-    artifact = contents.artifact
-    for path in [artifact] if artifact.is_file() else files_of(artifact):
-        link_or_copy(path, folder / MODEL / (path.name if artifact.is_file() else path.relative_to(artifact)))
+    for path, place in contents.files.items():
+        link_or_copy(path, folder / MODEL / place)
     for path in contents.tokenizer:
         link_or_copy(path, folder / "tokenizer" / path.name)
     write_text_atomic(folder / GOLDEN, json.dumps(contents.golden, sort_keys=True, separators=(",", ":")) + "\n")
@@ -120,6 +127,7 @@ def _gguf_lines(contents: Contents) -> list[str]:
     common = f"-m {model}{threads} -ngl {runtime['gpu_layers']}"
     bench_cache = " -fa 1 -ctk q8_0 -ctv q8_0" if cache else ""
     folder = "/data/local/tmp/moe-edge"
+    files = " ".join(shlex.quote(f"{MODEL}/{place}") for place in contents.files.values())
     return [
         "The same file with llama.cpp's programs: a chat, a server, its benchmark, its perplexity.",
         _block([
@@ -131,7 +139,7 @@ def _gguf_lines(contents: Contents) -> list[str]:
         "On Android, with llama.cpp built for it (`llama-bench` beside this file):",
         _block([
             f"adb shell mkdir -p {folder}",
-            f"adb push {model} llama-bench {folder}/",
+            f"adb push {files} llama-bench {folder}/",
             f"adb shell 'cd {folder} && LD_LIBRARY_PATH=. ./llama-bench -m {contents.artifact.name}{threads} -p 128 -n 64'",
         ]),
     ]  # fmt: skip

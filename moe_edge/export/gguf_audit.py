@@ -2,8 +2,8 @@
 
 What: `audit`. Expected are the tensors of the checkpoint's neutral map under the recipe, worked out from headers alone and
 without the writer's or the quantizer's help, so that a layer that was skipped or an expert tensor that stayed float16
-fails the export with its name. It also returns what a report says of a file: bits per weight of every tensor class, and
-how many tensors got a larger type than the recipe names because their rows are no multiple of its block.
+fails the export with its name. It also returns what a report says of a file: bytes and bits per weight of every tensor
+class, and how many tensors got a larger type than the recipe names because their rows are no multiple of its block.
 """
 
 from collections import Counter
@@ -55,7 +55,8 @@ def audit(parts: Sequence[Path], checkpoint: Path, recipe: str, mix: Mix | None 
     """Compare a file, whole or in parts, with what it must be.
 
     Returns:
-        {"bits_per_weight_by_class": {class: bits}, "fallbacks": {"Q4_K -> Q5_0": tensors}}
+        {"bytes_by_class": {class: bytes}, "bits_per_weight_by_class": {class: bits},
+        "fallbacks": {"Q4_K -> Q5_0": tensors}}
 
     Raises:
         MoeEdgeError: a tensor is missing, unknown, or stored in another type, shape or number of bytes.
@@ -74,7 +75,7 @@ def audit(parts: Sequence[Path], checkpoint: Path, recipe: str, mix: Mix | None 
             next_command="delete the export folder and export again; if it stays, report a bug with this message",
         )
     fallbacks = Counter(f"{item.named} -> {item.kind}" for item in wanted.values() if item.named != item.kind)
-    return {"bits_per_weight_by_class": _bits_by_class(wanted, actual), "fallbacks": dict(sorted(fallbacks.items()))}
+    return _by_class(wanted, actual) | {"fallbacks": dict(sorted(fallbacks.items()))}
 
 
 def _difference(wanted: Expected, actual: GgufTensor) -> str | None:
@@ -95,10 +96,15 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def _bits_by_class(wanted: dict[str, Expected], actual: dict[str, GgufTensor]) -> dict[str, float]:
+def _by_class(wanted: dict[str, Expected], actual: dict[str, GgufTensor]) -> dict[str, Any]:
+    """Bytes and bits per weight of every tensor class."""
     stored: Counter[TensorClass] = Counter()
     weights: Counter[TensorClass] = Counter()
     for name, item in wanted.items():
         stored[item.tensor_class] += actual[name].bytes
         weights[item.tensor_class] += prod(item.shape)
-    return {name: round(8 * stored[name] / weights[name], 3) for name in sorted(stored)}
+    classes = sorted(stored)
+    return {
+        "bytes_by_class": {name: stored[name] for name in classes},
+        "bits_per_weight_by_class": {name: round(8 * stored[name] / weights[name], 3) for name in classes},
+    }

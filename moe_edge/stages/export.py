@@ -36,10 +36,11 @@ from moe_edge.stages.export_gguf import export_gguf
 from moe_edge.stages.export_job import Job, Reopened
 from moe_edge.stages.export_parity import judge_exports
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
-from moe_edge.storage.files import write_json_atomic
+from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
+ONNX_CLASSES = "onnx_classes.json"  # bytes and bits per weight by tensor class
 FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
 
 
@@ -173,9 +174,10 @@ def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
             "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
         )
     path = job.out / "onnx"
-    _once(path, lambda path: write(path, job.precision, layer_bits=options.layer_bits))
+    _once(path, lambda path: _told(job, write(path, job.precision, layer_bits=options.layer_bits)))
     label = f"{job.precision}-mix" if options.layer_bits else job.precision
-    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, label))
+    told = read_json(job.out / ONNX_CLASSES) if (job.out / ONNX_CLASSES).is_file() else {}
+    artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, label) | told)
     reopened.append(Reopened(f"onnx {label} delivered", "ort", path, artifacts[-1]["path"]))
     if options.provider == "cuda":
         precision = "fp16" if job.precision == "fp32" else job.precision
@@ -184,6 +186,15 @@ def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
             "artifacts/onnx/cuda is experimental: a float16 graph for ONNX Runtime's CUDA provider, quantized alike. Its "
             "structure was checked; it was not run, and no number of this report is about it."
         )
+
+
+def _told(job: Job, summary: dict[str, Any]) -> None:
+    """Keep what the exporter says of the tensor classes, for an export that is killed after it and goes on."""
+    classes = {
+        "bytes_by_class": summary["bytes_by_class"],
+        "bits_per_weight_by_class": summary["bits_per_weight"],
+    }
+    write_json_atomic(job.out / ONNX_CLASSES, classes)
 
 
 def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopen
     imatrix = imatrix_arrays(job.statistics.imatrix, job.spec, job.kept) if job.statistics else None
     threads = threads_for(job.config.target.runtime.threads)
     for recipe in job.recipes:
-        mix = job.mix if recipe == job.recipes[0] else {}
+        mix = _mix_of(job, recipe)
         label = f"{recipe}-mix" if mix else recipe
         path = job.out / "gguf" / f"{job.name}-{label}.gguf"
         parts = _finished_parts(path)
@@ -57,10 +57,15 @@ def export_gguf(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reopen
         reopened.append(Reopened(f"gguf {label} delivered", "llama_cpp", parts[0], artifacts[-1]["path"]))
 
 
+def _mix_of(job: Job, recipe: str) -> dict[str, str]:
+    """The plan's own types are those of the main file."""
+    return job.mix if recipe == job.recipes[0] else {}
+
+
 def _refuse_early(job: Job) -> None:
     """What headers alone show: a type that needs an importance matrix, a tensor that fits into no part."""
     limit = job.config.export.gguf.split_bytes
-    files = {recipe: expected_tensors(job.model, recipe) for recipe in job.recipes}
+    files = {recipe: expected_tensors(job.model, recipe, _mix_of(job, recipe)) for recipe in job.recipes}
     for recipe, tensors in files.items():
         name, size = max(((n, tensor_bytes(t.kind, t.shape)) for n, t in tensors.items()), key=lambda pair: pair[1])
         if limit is not None and size > limit:

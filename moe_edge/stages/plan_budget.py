@@ -78,7 +78,19 @@ def sensitivity_of(
 ) -> Sensitivity | None:
     """Measured on the teacher; None where that is switched off or the teacher does not fit in memory: priors then."""
     tokens = config.plan.sensitivity_tokens
-    return measure_sensitivity(model, first_rows(ids_NS, tokens), imatrix) if tokens and model is not None else None
+    if not tokens or model is None:
+        return None
+    return measure_sensitivity(model, first_rows(ids_NS, tokens), imatrix, codebooks=codebooks_suit(config))
+
+
+def codebooks_suit(config: BuildConfig) -> bool:
+    """May the experts get codebook types: is their importance the student's, and does nobody demand a speed of a CPU?
+
+    The roofline does not know that a CPU is slower with them: experts in IQ2_S decoded at half the speed of Q2_K, in
+    IQ3_XXS and IQ4_XS at three quarters of Q3_K and Q4_K (one x86 core, 100 M parameters).
+    """
+    on_cpu = config.target.runtime.gpu_layers == 0
+    return config.plan.action in ("drop", "merge") and not (on_cpu and config.target.budget.decode_tokens_per_s)
 
 
 def counts_of(feasible: Feasible) -> list[int]:

@@ -21,12 +21,14 @@ NOT_VALIDATED: dict[str, Any] = {
     "artifacts": [],
     "gates": [],
 }
+CLASS_FIELDS = ("bytes_by_class", "bits_per_weight_by_class", "fallbacks")
 DEFINITIONS = {
     **quality.DEFINITIONS,
     **speed.DEFINITIONS,
     "peak_rss_mib": "largest resident memory of the fresh process that ran the model: interpreter, runtime, weights "
     "(also memory-mapped ones), KV cache, buffers",
     "bits_per_weight": "8 x bytes of the weight files / parameters of that model",
+    "bits_per_weight_by_class": "8 x bytes of a class's tensors / their weights: scales count, file headers do not",
 }
 
 
@@ -63,7 +65,11 @@ def build_report(
     """The checked report; arguments as in write_report."""
     measured = summaries.get("validate", NOT_VALIDATED)
     teacher, student = _models(config, summaries["compress"])
-    artifacts = [_with_bits(Artifact(**row), student) for row in measured["artifacts"]]
+    exported = {row["path"]: row for row in summaries.get("export", {}).get("artifacts", [])}
+    artifacts = [
+        _with_classes(_with_bits(Artifact(**row), student), exported.get(row["path"], {}))
+        for row in measured["artifacts"]
+    ]
     baseline, plan = measured.get("baseline"), _plan(run_dir)
     return ReportV1(
         schema=REPORT_SCHEMA,
@@ -102,6 +108,12 @@ def _with_bits(artifact: Artifact, model: ModelInfo) -> Artifact:
     if artifact.bits_per_weight is not None or not model.params_total:
         return artifact
     return artifact.model_copy(update={"bits_per_weight": round(8 * artifact.bytes / model.params_total, 3)})
+
+
+def _with_classes(artifact: Artifact, exported: Mapping[str, Any]) -> Artifact:
+    """What the export knows of a file's tensor classes; nothing where it told nothing."""
+    told = {name: exported[name] for name in CLASS_FIELDS if name in exported}
+    return Artifact.model_validate(artifact.model_dump() | told)
 
 
 def finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ __all__ = ["inert", "number", "render", "table"]
 def render(report: ReportV1) -> str:
     """The whole page."""
     sections = (
-        _head, _results, _gates, plan_section, routing_section, _distillation, _parity, _stages, _machine, _definitions,
+        _head, _results, _gates, _storage, plan_section, routing_section, _distillation, _parity, _stages, _machine, _definitions,
         _notes, _next,
     )  # fmt: skip
     return "\n\n".join(text for text in (section(report) for section in sections) if text) + "\n"
@@ -107,6 +107,27 @@ def _gates(report: ReportV1) -> str:
         for gate in report.gates
     ]  # fmt: skip
     return "## Gates\n\n" + (table(("artifact", "gate", "limit", "value", ""), rows) if rows else "None is configured.")
+
+
+def _storage(report: ReportV1) -> str:
+    """Where the bytes of every quantized file are, and which tensors got another type than the recipe names."""
+    parts = [part for artifact in report.artifacts if (part := _classes(report, artifact))]
+    return "\n\n".join(["## Bits per tensor class", *parts]) if parts else ""
+
+
+def _classes(report: ReportV1, artifact: Artifact) -> str:
+    total = sum(artifact.bytes_by_class.values())
+    if not total:
+        return ""
+    rows = [
+        (name, format_bytes(size), f"{size / total:.1%}", number(artifact.bits_per_weight_by_class.get(name)))
+        for name, size in sorted(artifact.bytes_by_class.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    text = table((_label(report, artifact), "size", "share", "bits/weight"), rows)
+    told = ", ".join(
+        f"{inert(types)} in {tensors} tensor{'s' * (tensors > 1)}" for types, tensors in artifact.fallbacks.items()
+    )
+    return f"{text}\n\nRows that are no multiple of the type's block got another type: {told}." if told else text
 
 
 def _distillation(report: ReportV1) -> str:

@@ -12,8 +12,8 @@ Families of lines:
 - "onnx": int8 and int4.
 
 KL (nats per token), top-1 agreement and perplexity are against the model in transformers on the default held-out text;
-decode tokens/s and peak memory come from a fresh process each. One JSON line each on stdout, the last one says where the
-chosen points lie against llama.cpp's; DIR/export.jsonl keeps the lines and DIR/export.png draws them.
+decode tokens/s and peak memory come from a fresh process each. One JSON line each on stdout, then a table, then a line that
+says where the chosen points lie against llama.cpp's; DIR/export.jsonl keeps the lines, DIR/export.svg draws the points.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from moe_edge.compression.bits import Sensitivity
-from moe_edge.compression.estimate import file_bytes
+from moe_edge.compression.estimate import Packing, file_bytes
 from moe_edge.compression.headers import model_headers
 from moe_edge.compression.options import Limits, space_of
 from moe_edge.compression.sensitivity import measure_sensitivity
@@ -50,6 +50,7 @@ from moe_edge.metrics.reference import judge_runtime, spill_logits
 from moe_edge.profiling.calibration import calibration_rows, heldout_rows
 from moe_edge.profiling.recipes import load_recipe
 from moe_edge.runtimes import open_runtime
+from moe_edge.stages.markdown import number, table
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.statistics import Statistics
 
@@ -147,10 +148,12 @@ def chosen_lines(bench: Bench, full: Path, uniform: list[dict[str, Any]]) -> Ite
     headers = model_headers(inspect_checkpoint(bench.model))
     space = space_of(headers, resolve_config(read_target("cpu")).target, bench.spec.moe.top_k)
     known, imatrix = measured(bench), bench.imatrix
+    # The planner allows for a longer header than this one: a file of its budget would be smaller than llama.cpp's by that.
+    allowed = file_bytes(headers, bench.spec.moe.experts, Packing("gguf", "F16")) - full.stat().st_size
     for line in uniform:
         if line["imatrix"] != (imatrix is not None):
             continue
-        at = replace(space, limits=Limits(line["bytes"], None, None))
+        at = replace(space, limits=Limits(line["bytes"] + allowed, None, None))
         found = allocate(at, bench.spec.moe.experts, known)
         if found is None:
             print(json.dumps({"family": "chosen", "name": f"<= {line['name']}", "failure": "nothing fits"}), flush=True)
@@ -159,7 +162,12 @@ def chosen_lines(bench: Bench, full: Path, uniform: list[dict[str, Any]]) -> Ite
         path = bench.work / "x.gguf"
         quantize_gguf(full, path, option.packing.name, imatrix, bench.options.threads, dict(option.packing.mix))
         expected = file_bytes(headers, bench.spec.moe.experts, option.packing)
-        fields = {"mix": dict(option.packing.mix), "predicted_kl_nats": predicted, "predicted_bytes": expected}
+        if path.stat().st_size > line["bytes"]:
+            raise SystemExit(
+                f"the mix took {path.stat().st_size} bytes, more than the {line['bytes']} of {line['name']}"
+            )
+        fields = {"label": option.packing.label, "mix": dict(option.packing.mix)}
+        fields |= {"predicted_kl_nats": predicted, "predicted_bytes": expected - allowed}
         yield judged(
             bench, "llama_cpp", path, family="chosen", name=f"<= {line['name']}", imatrix=imatrix is not None, **fields
         )
@@ -189,6 +197,20 @@ def at_each_budget(lines: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def as_table(lines: list[dict[str, Any]]) -> str:
+    """What was measured, smallest file first in each family."""
+    header = ("family", "file", "imatrix", "MiB", "KL, nats", "top-1", "perplexity", "decode tok/s", "peak MiB")
+    rows = [
+        (
+            line["family"], line["name"], "yes" if line["imatrix"] else "no", number(line["bytes"] / 2**20),
+            number(line["kl_nats"]), number(line["top1_agreement"]), number(line["perplexity"]),
+            number(line.get("decode_tokens_per_s")), number(line.get("peak_rss_mib")),
+        )
+        for line in sorted(lines, key=lambda line: (line["family"], line["imatrix"], line["bytes"]))
+    ]  # fmt: skip
+    return table(header, rows)
+
+
 def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """KL against bytes, both logarithmic."""
     import matplotlib
@@ -216,7 +238,8 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.grid(True, which="both", alpha=0.2)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -239,10 +262,10 @@ def main() -> None:
         lines += chosen_lines(bench, work / "f16.gguf", [line for line in lines if line["family"] == "llama.cpp"])
         lines += onnx_lines(bench) if options.onnx else ()
     summary = at_each_budget(lines)
-    print(json.dumps(summary), flush=True)
+    print(f"{as_table(lines)}\n{json.dumps(summary)}", flush=True)
     (options.out / "export.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, summary]))
-    draw(lines, options.out / "export.png", f"{options.model.name}: {rows_NS.size} held-out tokens")
-    print(f"drawn: {options.out / 'export.png'}", file=sys.stderr)
+    draw(lines, options.out / "export.svg", f"{options.model.name}: {rows_NS.size} held-out tokens")
+    print(f"drawn: {options.out / 'export.svg'}", file=sys.stderr)
 
 
 def arguments() -> argparse.Namespace:

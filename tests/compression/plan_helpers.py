@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from moe_edge.compression.bits import Sensitivity, prior_sensitivity
 from moe_edge.compression.headers import ModelHeaders, model_headers
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import resolve_config
+from moe_edge.contracts.quantization import CODEBOOK_CLASSES, CODEBOOK_LEVELS
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from tests.tiny import tiny_checkpoint
@@ -28,3 +30,13 @@ def headers(folder: Path, family: str = "qwen3_moe", **sizes: Any) -> Checkpoint
 
 def model(folder: Path, family: str = "qwen3_moe", **sizes: Any) -> ModelHeaders:
     return model_headers(headers(folder, family, **sizes))
+
+
+def with_codebooks(model: ModelHeaders) -> Sensitivity:
+    """The prior, with the codebook types for the experts by their noise."""
+    prior = prior_sensitivity(model)
+    offered = {cell: CODEBOOK_LEVELS if cell[0] in CODEBOOK_CLASSES else () for cell in prior.nats}
+    nats = {
+        cell: {kind: prior.of(cell, kind) for kind in offered[cell]} | dict(table) for cell, table in prior.nats.items()
+    }
+    return Sensitivity(nats, "measured", 8)

@@ -7,7 +7,8 @@ from moe_edge.compression.bits import Sensitivity, prior_sensitivity
 from moe_edge.compression.curve import Curve, CurvePoint
 from moe_edge.compression.decision import bits_are_free, decide, decide_by_priors, quantization_of
 from moe_edge.compression.estimate import Packing, file_bytes
-from tests.compression.plan_helpers import NO_SHARE, config, headers
+from moe_edge.contracts.quantization import CODEBOOK_LEVELS
+from tests.compression.plan_helpers import NO_SHARE, config, headers, with_codebooks
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,14 @@ def test_where_bits_matter_experts_give_way(tight):
     assert settled.choice.experts < 8 and settled.rival.experts == 8 and settled.choice.fits
     assert quantization.source == "measured" and any("measured on 77 tokens" in note for note in settled.notes)
     assert any("Decoding still reads" in note for note in settled.notes)
+
+
+def test_codebook_types_are_chosen_where_they_are_measured_and_said_to_be_slow(tight):
+    for known, slow in ((prior_sensitivity(tight.model), False), (with_codebooks(tight.model), True)):
+        settled, quantization = decide(tight, curve(0.5), known)
+        assert bool(set(CODEBOOK_LEVELS) & set(dict(settled.choice.packing.mix).values())) == slow
+        assert any("A CPU decodes" in note for note in settled.notes) == slow
+        assert settled.choice.packing.label in quantization.nats
 
 
 def test_only_counts_of_the_curve_are_considered(tight):

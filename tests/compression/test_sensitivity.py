@@ -6,7 +6,7 @@ import torch
 from moe_edge.compression import sensitivity
 from moe_edge.compression.masking import row_kl
 from moe_edge.compression.sensitivity import importance_of, measure_sensitivity
-from moe_edge.contracts.quantization import LEVELS, type_for_row
+from moe_edge.contracts.quantization import CODEBOOK_LEVELS, LEVELS, type_for_row
 from moe_edge.families import FAMILIES
 from moe_edge.families.weights import WeightRows, weight_rows
 from moe_edge.runtimes.ggml_quants import round_trip
@@ -69,6 +69,45 @@ def test_every_family_can_be_measured(family):
     known = measure_sensitivity(tiny_model(family, vocab=128), tiny_ids(8, 1, vocab=128))
     experts = sum(table["Q2_K"] for (name, _), table in known.nats.items() if name == "expert_down")
     assert experts > 0 and all(table["Q8_0"] >= 0 for table in known.nats.values())
+
+
+def sums(layers, experts, width, hidden):
+    """The profile's sums of a model in which every column is as important as its neighbours."""
+    return {
+        "expert_in": torch.ones(layers, experts, hidden), "expert_down": torch.ones(layers, experts, width),
+        "expert_count": torch.ones(layers, experts), "dense_count": torch.tensor(1.0),
+    }  # fmt: skip
+
+
+def test_codebooks_are_offered_to_experts_whose_importance_is_known():
+    model, ids = tiny_model("qwen3_moe", layers=1, top_k=1, **(SIZES | {"experts": 1})), tiny_ids(8, 1)
+    imatrix = sums(1, 1, 256, 256)
+    known = measure_sensitivity(model, ids, imatrix)
+    for name in ("expert_gate_up", "expert_down"):
+        assert set(known.levels((name, 0))) == {*LEVELS, *CODEBOOK_LEVELS}
+        table = known.nats[name, 0]
+        assert table["IQ2_S"] > table["IQ3_XXS"] > table["IQ4_XS"] > table["Q5_K"] > 0
+    assert set(known.levels(("attention", 0))) == set(LEVELS)
+    del imatrix["expert_down"]
+    partly = measure_sensitivity(model, ids, imatrix)
+    assert "IQ2_S" in partly.levels(("expert_gate_up", 0)) and "IQ2_S" not in partly.levels(("expert_down", 0))
+    for without in (measure_sensitivity(model, ids), measure_sensitivity(model, ids, imatrix, codebooks=False)):
+        assert all(set(table) == set(LEVELS) for table in without.nats.values())
+
+
+def test_what_is_measured_with_a_codebook_is_that_codebook(monkeypatch):
+    sizes = SIZES | {"experts": 2, "layers": 1}
+    model, student, ids = tiny_model("qwen3_moe", **sizes), tiny_model("qwen3_moe", **sizes), tiny_ids()
+    monkeypatch.setattr(sensitivity._Probe, "overlap", lambda *_args: 1.0)
+    known = measure_sensitivity(model, ids, sums(1, 2, 256, 256))
+    ones = torch.ones(256).numpy()
+    for matrix in weight_rows(student):
+        if matrix.bit_class == "expert_gate_up":
+            for rows in matrix.rows:
+                rows.copy_(torch.from_numpy(round_trip("IQ2_S", rows.numpy(), ones)))
+    with torch.no_grad():
+        expected = float(row_kl(model(ids).logits, student(ids).logits).mean())
+    assert known.nats["expert_gate_up", 0]["IQ2_S"] == pytest.approx(expected, rel=1e-4) and expected > 0
 
 
 def test_rows_without_blocks_cost_nothing():

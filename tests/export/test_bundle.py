@@ -16,6 +16,7 @@ from moe_edge.contracts.manifest import read_manifest
 from moe_edge.export import golden
 from moe_edge.export.bundle import Contents, write_bundle
 from moe_edge.export.gguf import write_gguf
+from moe_edge.export.gguf_split import split_gguf
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.verification import faults
 from moe_edge.runtimes import open_runtime
@@ -162,6 +163,24 @@ def test_folder_and_tar_are_the_same_wherever_and_whenever(bundle, made, tmp_pat
     names = [member.name for member in members]
     assert names == sorted(names) and f"{bundle.name}/manifest.json" in names
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.isreg()) for m in members} == {(0, 0, 0, "", "", True)}
+
+
+def test_a_split_file_travels_with_all_its_parts(made, tmp_path):
+    whole = tmp_path / "exported" / "m.gguf"
+    whole.parent.mkdir()
+    shutil.copy(made[2]["gguf"], whole)
+    parts = split_gguf(whole, 200_000)
+    write_bundle(contents(made, "gguf", artifact=parts[0]), tmp_path / "b")
+    assert len(parts) > 1 and sorted(p.name for p in (tmp_path / "b/model").iterdir()) == [p.name for p in parts]
+    assert faults(tmp_path / "b") == [] and faults(tmp_path / "b.tar") == []
+    code, result = run(tmp_path / "b", "--no-speed")
+    assert code == 0 and result["quality"]["kl_nats"] < 1e-4
+    assert (
+        f"adb push {' '.join(f'model/{part.name}' for part in parts)} llama-bench"
+        in (tmp_path / "b/README.md").read_text()
+    )
+    (tmp_path / "b/model" / parts[-1].name).unlink()
+    assert faults(tmp_path / "b") == [f"model/{parts[-1].name}: missing"]
 
 
 def test_large_files_are_not_doubled(made, tmp_path):

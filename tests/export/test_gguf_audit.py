@@ -48,6 +48,8 @@ def test_bits_of_every_class_are_the_recipes(tmp_path):
             bits_per_weight(RECIPES["Q4_K_M"][name]), abs=1e-3
         )
     assert told["fallbacks"] == {}
+    assert sum(told["bytes_by_class"].values()) == sum(t.bytes for t in check_gguf_header(path).tensors.values())
+    assert told["bytes_by_class"]["expert_down"] == 2 * 6 * 256 * 256 // 256 * 176, "Q5_K in 2 layers of 6 experts"
 
 
 def test_fallbacks_are_counted(tmp_path):

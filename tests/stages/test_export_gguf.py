@@ -132,6 +132,13 @@ def test_types_that_need_a_profile_are_refused_before_the_first_byte(tmp_path):
     with pytest.raises(ConfigError, match="parts of 100.0 KiB are too small"):
         stage.export_model(job(model, tmp_path / "out", "export.gguf.split_bytes=100KiB", "export.gguf.types=[Q8_0]"))
     assert not (tmp_path / "out").exists()
-    job_ = job(model, tmp_path / "out", "export.gguf.types=[IQ2_XS]", statistics=profiled(model, tmp_path))
+    mix = {"expert_down": "IQ2_S"}  # a plan's own types, in a recipe that needs nothing
+    with pytest.raises(ConfigError, match="Q8_0 needs an importance matrix"):
+        stage.export_model(replace(job(model, tmp_path / "out", "export.gguf.types=[Q8_0]"), mix=mix))
+    known = profiled(model, tmp_path)
+    mixed = replace(job(model, tmp_path / "mix", "export.gguf.types=[Q8_0]", statistics=known), mix=mix)
+    (row,) = stage.export_model(mixed)["artifacts"]
+    assert (row["quantization"], row["bits_per_weight_by_class"]["expert_down"]) == ("Q8_0-mix", 2.562)
+    job_ = job(model, tmp_path / "out", "export.gguf.types=[IQ2_XS]", statistics=known)
     (row,) = stage.export_model(job_)["artifacts"]
     assert row["bits_per_weight_by_class"]["expert_up"] == 2.312

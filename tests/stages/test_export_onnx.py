@@ -39,6 +39,10 @@ def test_bits_per_layer_and_cuda_reach_the_files(tmp_path):
     assert [row["quantization"] for row in result["artifacts"]] == ["int4-mix"]
     assert [row["artifact"] for row in result["parity"]] == ["onnx fp32", "onnx int4-mix delivered"]
     assert result["parity"][0]["passed"] and "experimental" in result["notes"][0]
+    row = result["artifacts"][0]
+    assert row["bytes_by_class"].keys() == row["bits_per_weight_by_class"].keys() >= {"expert", "attention"}
+    assert 0 < sum(row["bytes_by_class"].values()) < row["bytes"] and row["bits_per_weight_by_class"]["expert"] > 6
+    assert stage.export_model(job(model, out, ONNX, *settings))["artifacts"] == [row], "a second run tells the same"
     for folder in (out / "onnx", out / "onnx" / "cuda"):
         names = initializers(folder).keys()
         assert {"model.layers.0.moe.down.weight_Q4", "model.layers.1.moe.down.weight_Q8"} <= names

@@ -12,7 +12,14 @@ from moe_edge.compression.masking import masked_kl
 from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.families.loading import load_model
 from moe_edge.stages import plan_budget
-from moe_edge.stages.plan_budget import check_safe, first_rows, limit_nats, measure_budget, write_curve
+from moe_edge.stages.plan_budget import (
+    check_safe,
+    codebooks_suit,
+    first_rows,
+    limit_nats,
+    measure_budget,
+    write_curve,
+)
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.compression.plan_helpers import NO_SHARE, config
 from tests.tiny import tiny_checkpoint, tiny_ids
@@ -50,6 +57,13 @@ def test_a_relative_budget_gets_a_curve_and_keeps_its_recipe(teacher, monkeypatc
     assert [point.experts for point in measured.curve.points] == [8, 7, 6, 5, 4, 3]
     assert measured.curve.points[0].kl_nats < 1e-9 < measured.curve.points[-1].kl_nats
     assert measured.curve.n_tokens == 24 and measured.curve.criterion == "first"
+
+
+def test_codebooks_are_not_for_a_cpu_of_which_a_speed_is_demanded_nor_for_students_with_other_columns():
+    speed = "target.budget.decode_tokens_per_s=5"
+    assert codebooks_suit(config()) and codebooks_suit(config("plan.action=merge"))
+    assert not codebooks_suit(config(speed)) and codebooks_suit(config(speed, "target.runtime.gpu_layers=-1"))
+    assert not codebooks_suit(config("plan.action=dense")) and not codebooks_suit(config("plan.action=shared-core"))
 
 
 def test_free_bits_are_decided_with_measured_numbers(teacher):

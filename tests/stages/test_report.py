@@ -230,6 +230,23 @@ def test_the_page_says_everything_and_the_verdict_first(tmp_path: Path) -> None:
         assert text in page, text
 
 
+def test_every_quantized_file_shows_where_its_bytes_are(tmp_path: Path) -> None:
+    summaries = _summaries()
+    classes = {
+        "bytes_by_class": {"attention_q": 1 << 20, "expert_down": 3 << 20},
+        "bits_per_weight_by_class": {"attention_q": 6.5625, "expert_down": 5.5},
+    }
+    told = classes | {"fallbacks": {"Q5_K -> Q5_1": 2, "Q6_K -> F16 <b>": 1}}
+    summaries["export"]["artifacts"] = [{"path": "artifacts/gguf/x"} | told, {"path": "artifacts/onnx/x"} | classes]
+    data, page = _write(tmp_path, summaries)
+    gguf, onnx, student = data["artifacts"]
+    assert {name: gguf[name] for name in told} == told and onnx["fallbacks"] == {} == student["bytes_by_class"]
+    assert page.count("| expert_down | 3.0 MiB | 75.0% | 5.50 |\n| attention_q | 1.0 MiB | 25.0% | 6.56 |") == 2
+    assert page.count("got another type: Q5_K -> Q5_1 in 2 tensors, Q6_K -> F16 &lt;b> in 1 tensor.") == 1
+    assert page.index("| GGUF Q4_K_M | size |") < page.index("| ONNX int4 | size |")
+    assert "## Bits per tensor class" not in _write(tmp_path, _summaries())[1], "an older export told nothing"
+
+
 def test_predictions_stand_beside_what_was_achieved(tmp_path: Path) -> None:
     _plan(tmp_path / "plan")
     data, page = _write(tmp_path, _summaries())

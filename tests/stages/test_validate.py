@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from moe_edge.contracts.errors import DeviceProblem, InputRejected
 from moe_edge.contracts.report import Artifact
 from moe_edge.contracts.targets_io import load_target
 from moe_edge.devices.transport import Completed
+from moe_edge.export.gguf import write_gguf
+from moe_edge.export.gguf_split import split_gguf
 from moe_edge.stages import validate, validate_cells
 from moe_edge.stages.validate_cells import Session
 from tests.tiny import tiny_checkpoint
@@ -288,6 +291,25 @@ def test_real_checkpoints_that_differ_fail_the_gate(tmp_path: Path) -> None:
     summary = validate.measure_and_gate(session, candidates[0], None, candidates[1:])
     assert summary["artifacts"][0]["quality"]["kl_nats"] > 0.01
     assert summary["verdict"] == "fail"
+
+
+def test_a_split_file_is_judged_and_hashed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
+    write_gguf(teacher, tmp_path / "m.gguf", name="m")
+    size = (tmp_path / "m.gguf").stat().st_size
+    parts = split_gguf(tmp_path / "m.gguf", 200_000)
+    monkeypatch.setattr(validate, "open_transport", lambda address: InstantTransport())
+    summary = validate.validate_artifact(parts[0], teacher, _real_text(tmp_path))
+    artifact = Artifact(**summary["artifacts"][0])
+    assert len(parts) > 1 and artifact.quality.kl_nats < 1e-4 and artifact.path == parts[0].name
+    assert size <= artifact.bytes == sum(part.stat().st_size for part in parts)
+    candidate = validate.plain_candidate(parts[0])
+    before, raw = candidate.digest, bytearray(parts[-1].read_bytes())
+    parts[-1].write_bytes(bytes([*raw[:-1], raw[-1] ^ 1]))
+    assert candidate.digest != before, "another last part is another model"
+    for wrong in (validate.bench_artifact, partial(validate.validate_artifact, teacher=teacher)):
+        with pytest.raises(InputRejected, match="not the first part"):
+            wrong(parts[-1], config=_real_text(tmp_path))
 
 
 def test_bench_raises_instead_of_returning_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
