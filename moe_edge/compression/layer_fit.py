@@ -58,6 +58,13 @@ class LayerFit:
         gate_N = self.slots[expert][1]
         return gate_N.unsqueeze(1) * down_project(self.view, self.activations(expert), expert).float()
 
+    def target(self) -> Tensor:
+        """What the block should put out, [T, D] float32."""
+        target_TD = self.residual_TD.clone()
+        for expert, (token_N, _) in self.slots.items():
+            target_TD[token_N] += self.contribution(expert)
+        return target_TD
+
     def output(self, target_TD: Tensor) -> Tensor:
         """The student's routed output, given the target, in the target's dtype."""
         return (target_TD.float() - self.residual_TD).to(target_TD.dtype)

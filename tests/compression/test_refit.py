@@ -1,47 +1,50 @@
-"""The refit is the layer's joint least-squares solution, keeps the books, and never harms the judging tokens."""
+"""The refit is the layer's joint weighted ridge regression, keeps the books, and asks tokens that it was not fitted on."""
 
 import pytest
 import torch
 
 from moe_edge.compression import refit as module
 from moe_edge.compression.layer_fit import LayerFit, squared_error
-from moe_edge.compression.refit import RIDGES, refit
+from moe_edge.compression.refit import RIDGES, refit, token_weights
 from moe_edge.families.expert_weights import read_expert
-from tests.compression.test_layer_fit import fit_of, recomputed, sum_of
+from tests.compression.test_layer_fit import fit_of, recomputed
 from tests.tiny import FAMILY_NAMES
 
 
-def judged_error(fit: LayerFit) -> float:
-    return squared_error(fit.residual_TD[fit.boundary :])
+def judged_error(fit: LayerFit, weight_T: torch.Tensor) -> float:
+    return squared_error((weight_T.unsqueeze(1) * fit.residual_TD)[fit.boundary :])
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_refit_keeps_the_books_and_lowers_the_error(family):
     fit = fit_of(family)
-    target_TD, before, missed = fit.residual_TD + sum_of(fit), judged_error(fit), fit.missed
+    target_TD, weight_T = fit.target(), token_weights(fit.target())
+    before, missed = judged_error(fit, weight_T), fit.missed
     assert refit(fit) in RIDGES
-    assert fit.missed < missed and judged_error(fit) < before
+    assert fit.missed < missed and judged_error(fit, weight_T) < before
     assert torch.allclose(fit.residual_TD, recomputed(fit, target_TD), atol=1e-4)
 
 
-def test_it_is_the_joint_solution_of_a_dense_reference(monkeypatch):
-    """All experts side by side in one matrix, solved over its columns in float64."""
-    monkeypatch.setattr(module, "RIDGES", (0.05,))
+def test_it_is_the_weighted_joint_solution_of_a_dense_reference(monkeypatch):
+    """All experts side by side in one matrix, weighted, damped by each column's energy, solved in float64."""
+    monkeypatch.setattr(module, "RIDGES", (0.5,))
     fit = fit_of()
-    blocks = [
-        (token_N, gate_N.unsqueeze(1) * fit.activations(expert)) for expert, (token_N, gate_N) in fit.slots.items()
-    ]
-    before = [read_expert(fit.view, expert).down_DF.double() for expert in fit.slots]
+    weight_T1 = token_weights(fit.target()).double().unsqueeze(1)
     columns = []
-    for token_N, gated_NF in blocks:
-        column_TF = torch.zeros(len(fit.residual_TD), gated_NF.shape[1], dtype=torch.float64)
-        column_TF[token_N] = gated_NF.double()
-        columns.append(column_TF)
+    for expert, (token_N, gate_N) in fit.slots.items():
+        gated_NF = (gate_N.unsqueeze(1) * fit.activations(expert)).double()
+        columns.append(torch.zeros(len(fit.residual_TD), gated_NF.shape[1], dtype=torch.float64))
+        columns[-1][token_N] = gated_NF * weight_T1[token_N]
     side_by_side = torch.cat(columns, dim=1)
+    counts = torch.cat([torch.full((len(read_expert(fit.view, expert).down_DF.T),), float(len(token_N)))
+                        for expert, (token_N, _) in fit.slots.items()]).double()  # fmt: skip
     gram = side_by_side.T @ side_by_side
-    strength = 0.05 * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=torch.float64)
-    expected = torch.linalg.solve(gram + strength, side_by_side.T @ fit.residual_TD.double()).T
-    assert refit(fit) == 0.05
+    mean_square = gram.diagonal() / counts
+    strength = 0.5 * counts.sum() / len(counts) * mean_square.diag()
+    missed_TD = fit.residual_TD.double() * weight_T1
+    expected = torch.linalg.solve(gram + strength, side_by_side.T @ missed_TD).T
+    before = [read_expert(fit.view, expert).down_DF.double() for expert in fit.slots]
+    assert refit(fit) == 0.5
     found = [
         read_expert(fit.view, expert).down_DF.double() - old for expert, old in zip(fit.slots, before, strict=True)
     ]
@@ -56,7 +59,15 @@ def test_all_at_once_misses_less_than_one_by_one():
     assert together.missed < alone.missed
 
 
-def test_nothing_changes_where_no_token_judges_or_none_gains():
+def test_loud_tokens_weigh_no_more_than_the_median():
+    target_TD = torch.ones(5, 4) * torch.tensor([0.5, 1.0, 1.0, 3.0, 1000.0]).unsqueeze(1)
+    weight_T = token_weights(target_TD)
+    assert weight_T[:3].tolist() == [1.0, 1.0, 1.0]
+    assert torch.allclose((weight_T.unsqueeze(1) * target_TD)[3:], torch.ones(2, 4))
+    assert token_weights(torch.zeros(3, 4)).isfinite().all()
+
+
+def test_nothing_changes_where_no_token_judges_or_none_is_fitted():
     for boundary in (None, 0):
         fit = fit_of()
         fit.boundary = len(fit.residual_TD) if boundary is None else boundary
