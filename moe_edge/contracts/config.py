@@ -76,7 +76,7 @@ class PlanConfig(BaseModel):
     )
     sequential: bool = Field(False, description="fit each layer on the output of the compressed layers below it")
     action_tokens: int = Field(
-        8192, gt=0, description="calibration tokens on which merges, wrappers and refits are fitted"
+        16384, gt=0, description="calibration tokens on which merges, wrappers and refits are fitted"
     )
     experts: int | float | Literal["auto"] = Field("auto", description="auto | experts kept per layer | fraction kept")
     top_k: int | Literal["keep", "auto"] = Field(

@@ -94,7 +94,7 @@ class Plan(BaseModel):
     sequential: bool = Field(
         False, description="fit each layer on what the already compressed layers below it put out, not the teacher's"
     )
-    action_tokens: int = Field(8192, gt=0, description="calibration tokens on which an action is fitted")
+    action_tokens: int = Field(16384, gt=0, description="calibration tokens on which an action is fitted")
     quantization: str = Field(description="name of the main GGUF recipe, e.g. Q4_K_M")
     quantization_by_class: dict[str, str] = Field(
         {},
