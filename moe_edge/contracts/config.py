@@ -6,7 +6,7 @@ turning validation errors into messages with lines and suggestions is in contrac
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from moe_edge.contracts.onnx_bits import bits_key
 from moe_edge.contracts.target import Target
@@ -180,7 +180,9 @@ class StageConfig(BaseModel):
     share: float | None = Field(None, gt=0, le=1, description="share of distill.tokens")
     steps: int | None = Field(None, gt=0)
     num_epochs: float | None = Field(None, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="auto: 5e-4 at a hidden size of 256 and inversely proportional to it"
+    )
     warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the stage's steps with rising learning rate")
     parameter_lr_multipliers: list[LrMultiplier] = [LrMultiplier(pattern=".*", lr_multiplier=1.0)]
 
@@ -202,7 +204,7 @@ class DistillConfig(BaseModel):
         "`moe-edge logits capture`",
     )
     tokens: int = Field(65536, gt=0, description="tokens over all stages")
-    alpha: float = Field(0.9, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")
+    alpha: float = Field(0.98, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")
     temperature: float = Field(1, gt=0)
     batch_rows: int = Field(4, ge=1, description="rows per optimizer step")
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
@@ -213,7 +215,7 @@ class DistillConfig(BaseModel):
     tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")
     stages: list[StageConfig] = [
         StageConfig(stage_name="experts", share=0.5, parameter_lr_multipliers=_EXPERTS_FIRST),
-        StageConfig(stage_name="all", share=0.5, learning_rate=5e-4),
+        StageConfig(stage_name="all", share=0.5),
     ]
     seed: int = 0
 

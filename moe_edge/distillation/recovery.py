@@ -33,7 +33,7 @@ from moe_edge.distillation.checkpoints import (
     step_of,
 )
 from moe_edge.distillation.losses import of_kind
-from moe_edge.distillation.schedule import StageSchedule, micro_rows, multipliers_of
+from moe_edge.distillation.schedule import StageSchedule, full_rate, micro_rows, multipliers_of
 from moe_edge.distillation.signal import SignalSource
 from moe_edge.distillation.stage_parts import PartsBuilder, stage_blend, stage_weights, wants_live_logits
 from moe_edge.distillation.tensorboard import require_tensorboard, tensorboard_callback
@@ -119,7 +119,7 @@ class Recovery:
         parts, teacher = builder.build(student, schedule.config)
         return DistillationTrainer(
             model=student,
-            args=training_arguments(self.config, schedule, folder, self.ids_NS.shape[1]),
+            args=training_arguments(self.config, schedule, folder, self.ids_NS.shape[1], student.config.hidden_size),
             train_dataset=RowDataset(self.ids_NS, schedule.rows),
             lr_multipliers=schedule.config.parameter_lr_multipliers,
             signal=self.signal,
@@ -138,7 +138,7 @@ class Recovery:
 
 
 def training_arguments(
-    config: DistillConfig, schedule: StageSchedule, folder: Path, row_tokens: int
+    config: DistillConfig, schedule: StageSchedule, folder: Path, row_tokens: int, hidden_size: int
 ) -> DistillationTrainingArguments:
     """The Trainer's settings of one stage: one pass over its rows, warm-up, cosine to zero, float32 on a CPU."""
     rows = micro_rows(config.batch_rows, row_tokens)
@@ -149,7 +149,7 @@ def training_arguments(
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=config.batch_rows // rows,
         num_train_epochs=1,
-        learning_rate=schedule.config.learning_rate,
+        learning_rate=full_rate(schedule.config, hidden_size),
         warmup_steps=schedule.warmup_steps,
         weight_decay=0.0,
         logging_steps=1,

@@ -18,6 +18,7 @@ from moe_edge.contracts.errors import ConfigError
 
 log = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.05
+AUTO_RATE, AUTO_WIDTH = 5e-4, 256  # won on the demo teacher, whose width that is
 MICRO_BATCH_TOKENS = 1024  # a micro-batch is two rows where they are short, else one
 
 
@@ -99,6 +100,15 @@ def _steps(stage: StageConfig, config: DistillConfig, rows: int, row_tokens: int
 def micro_rows(batch_rows: int, row_tokens: int) -> int:
     """Rows per forward pass: two where they fit and divide the batch, else one."""
     return 2 if batch_rows % 2 == 0 and 2 * row_tokens <= MICRO_BATCH_TOKENS else 1
+
+
+def full_rate(stage: StageConfig, hidden_size: int) -> float:
+    """A stage's learning rate; `auto` is AUTO_RATE at a width of AUTO_WIDTH and falls with the width.
+
+    Under Adam every weight moves by about the rate, and a hidden unit sums as many weights as the model is wide: the 1/width
+    rule of muP (Yang et al. 2022, arXiv:2203.03466, table 3).
+    """
+    return AUTO_RATE * AUTO_WIDTH / hidden_size if stage.learning_rate == "auto" else stage.learning_rate
 
 
 def rate_factor(step: int, steps: int, warmup_steps: int) -> float:

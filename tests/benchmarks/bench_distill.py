@@ -168,7 +168,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=61440, help="training tokens of every row")
     parser.add_argument("--experts", type=float, default=0.5, help="share of the experts that is kept")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--rate", default="auto", help="learning rate")
     parser.add_argument("--heldout-tokens", type=int, default=4096)
     parser.add_argument("--evaluate", nargs="*", default=[], metavar="FILE[,LIMIT]", help="instruction sets")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="further settings of the build")

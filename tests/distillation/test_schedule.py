@@ -6,7 +6,14 @@ import pytest
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig, TeacherRoutingConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.schedule import micro_rows, multipliers_of, rate_factor, schedule_stages, split_rows
+from moe_edge.distillation.schedule import (
+    full_rate,
+    micro_rows,
+    multipliers_of,
+    rate_factor,
+    schedule_stages,
+    split_rows,
+)
 
 NAMES = ["embed.weight", "layers.0.mlp.experts.down_proj", "layers.0.mlp.gate.weight", "norm.weight"]
 
@@ -99,3 +106,8 @@ def test_dead_patterns_are_errors(patterns: list[str], message: str) -> None:
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ConfigError, match="every parameter is frozen"):
         multipliers_of(NAMES, [LrMultiplier(pattern=".*", lr_multiplier=0)])
+
+
+@pytest.mark.parametrize(("asked", "width", "rate"), (("auto", 256, 5e-4), ("auto", 1024, 1.25e-4), (3e-3, 1024, 3e-3)))
+def test_the_automatic_rate_falls_with_the_width(asked, width, rate):
+    assert full_rate(StageConfig(stage_name="all", share=1.0, learning_rate=asked), width) == pytest.approx(rate)
