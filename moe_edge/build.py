@@ -17,7 +17,7 @@ from moe_edge import pipeline
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.contracts.manifest import Manifest, read_manifest
+from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.storage.checkpoint import CheckpointHeaders, checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.delivery import deliver, write_run_manifest
@@ -213,6 +213,8 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
     model, _ = inspect_teacher(config, students=True)
     digest = checkpoint_digest(model)
     out = output_folder(request, config)
+    if (out / "export" / MANIFEST_NAME).exists():
+        raise ConfigError("the folder holds a build", where=str(out), next_command="--out with another folder")
     types = config.target.quantization
     cached = cached_profile_of(digest)
     statistics = Statistics.load(cached[0] / "statistics.safetensors") if cached else None
@@ -221,6 +223,7 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
             "no profile of this model is cached: quantizing without an imatrix ('moe-edge profile MODEL' makes one)"
         )
     with pipeline.locked(out):
+        pipeline.begin(out / "export", pipeline.plain_export_key(config, digest, cached and cached[1].digest))
         job = plan_job(
             config, model, out / "export", main=types.gguf[0], precision=types.onnx, statistics=statistics, kept=None,
             provenance={"base_digest": digest, "method": "plain export"},

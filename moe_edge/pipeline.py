@@ -74,10 +74,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=2),
     Stage(
         "plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",),
-        ("matplotlib", "llama-cpp-python"),
+        ("matplotlib", "llama-cpp-python"), schema=2,
     ),
-    Stage("compress", (), ("profile", "plan")),
-    Stage("distill", ("distill", "calibration.seed"), ("profile", "plan", "compress"), ("accelerate",)),
+    Stage("compress", (), ("profile", "plan"), schema=2),
+    Stage("distill", ("distill", "calibration.seed"), ("profile", "plan", "compress"), ("accelerate",), schema=2),
     Stage(
         "export", ("export", "target.formats", "target.quantization", "target.runtime", "target.context_length"),
         ("profile", "plan", "compress", "distill"), _RUNTIMES,
@@ -132,6 +132,13 @@ def versions_of(stage: Stage) -> dict[str, str]:
     return {"moe-edge": __version__} | {
         name: installed_version(name) for name in ("torch", "transformers", *stage.packages)
     }
+
+
+def plain_export_key(config: BuildConfig, model_digest: str, profile_digest: str | None) -> str:
+    """The key of an export without a build: another model, configuration or profile must not find the files of this one."""
+    stage = next(stage for stage in STAGES if stage.name == "export")
+    inputs = {"model": model_digest, "profile": profile_digest or ""}
+    return stage_key("plain export", stage.schema, stage.config_for_key(config), inputs, versions_of(stage))
 
 
 @contextmanager
@@ -229,7 +236,7 @@ def run_stage(build: Build, stage: Stage, force: bool = False) -> None:
             build.done[stage.name], build.cached[stage.name] = manifest, True
             ranks.share(False)
             return
-    _begin(folder, key, force)
+    begin(folder, key, force)
     ranks.share(True)
     log.info("%s: running", stage.name)
     manifest = _execute(build, stage, key)
@@ -262,7 +269,7 @@ def _reusable(folder: Path, key: str) -> Manifest | None:
     return manifest
 
 
-def _begin(folder: Path, key: str, force: bool) -> None:
+def begin(folder: Path, key: str, force: bool = False) -> None:
     """An empty folder, or the unfinished one of an earlier run with the same key."""
     begun = folder / BEGUN
     finished = (folder / MANIFEST_NAME).exists()

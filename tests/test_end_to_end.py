@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.contracts.plan import Plan
+from moe_edge.families.loading import load_model
 from moe_edge.pipeline import STAGE_NAMES
 from tests.tiny import tiny_checkpoint
 
@@ -203,13 +205,41 @@ def kill_in(stage: str, teacher: Path, run: Path, cache: Path) -> None:
     process.wait()
 
 
+def plain_export(model: Path, out: Path, cache: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_edge", "export", str(model), "--target", "cpu", "--set", "export.formats=[gguf]", "--out",
+         str(out), "--json"],
+        capture_output=True, text=True, env=os.environ | {"MOE_EDGE_CACHE": str(cache)},
+    )  # fmt: skip
+
+
+def test_plain_exports_into_one_folder_are_of_the_model_that_was_given(finished, tmp_path):
+    """The second checkpoint has the first one's name and size; its files must be its own."""
+    top, teacher, _ = finished
+    model = tmp_path / "model"
+    shutil.copytree(teacher, model)
+    out = tmp_path / "out"
+    first = plain_export(model, out, top / "cache")
+    before = artifact_digests(out)
+    changed = load_model(model)
+    with torch.no_grad():
+        changed.model.norm.weight.mul_(torch.linspace(0.5, 2.0, len(changed.model.norm.weight)))
+    changed.save_pretrained(model)
+    second = plain_export(model, out, top / "cache")
+    assert (first.returncode, second.returncode) == (0, 0), second.stderr[-3000:]
+    files = [name for name in before if name.endswith(".gguf")]
+    assert files and all(artifact_digests(out)[name] != before[name] for name in files)
+
+
+def test_a_plain_export_does_not_write_into_a_build(finished):
+    top, teacher, _ = finished
+    done = plain_export(teacher, top / "run", top / "cache")
+    assert done.returncode == 2 and "holds a build" in done.stderr
+
+
 def test_plain_export_of_a_checkpoint(finished, tmp_path):
     top, teacher, _ = finished
-    done = subprocess.run(
-        [sys.executable, "-m", "moe_edge", "export", str(teacher), "--target", "cpu", "--set", "export.formats=[gguf]", "--out",
-         str(tmp_path / "out"), "--json"],
-        capture_output=True, text=True, env=os.environ | {"MOE_EDGE_CACHE": str(top / "cache")},
-    )  # fmt: skip
+    done = plain_export(teacher, tmp_path / "out", top / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
     assert all((tmp_path / "out" / row["path"]).is_file() for row in summary["artifacts"])
