@@ -127,14 +127,15 @@ def _score(options: argparse.Namespace, out: Path) -> Row:
 def _answers(options: argparse.Namespace, out: Path) -> Row:
     """ROUGE-L of the F16 GGUF on instructions, by set and, where rows have one, by category."""
     scores: Row = {}
+    if not options.evaluate:
+        return scores
+    folder, common = out.parent / "evaluate", [sys.executable, "-m", "moe_edge"]
+    export = ["export", str(out / "distill" / "model"), "--target", "cpu", "--out", str(folder / "export")]
+    formats = ["--set", "export.formats=[gguf]", "--set", "export.gguf.types=[F16]", "--set", "export.bundle=false"]
+    subprocess.run([*common, *export, *formats], check=True, stdout=subprocess.DEVNULL)
+    (file,) = (folder / "export" / "artifacts" / "gguf").glob("*.gguf")
     for given in options.evaluate:
         data, _, limit = given.partition(",")
-        folder = out.parent / "evaluate"
-        common = [sys.executable, "-m", "moe_edge"]
-        export = ["export", str(out / "distill" / "model"), "--target", "cpu", "--out", str(folder / "export")]
-        formats = ["--set", "export.formats=[gguf]", "--set", "export.gguf.types=[F16]"]
-        subprocess.run([*common, *export, *formats], check=True, stdout=subprocess.DEVNULL)
-        (file,) = (folder / "export" / "artifacts" / "gguf").glob("*.gguf")
         asked = ["evaluate", str(file), "--data", data, "--limit", limit or "100", "--greedy", "--json"]
         asked += ["--max-new-tokens", "64", "--out", str(folder / "answers")]
         done = subprocess.run([*common, *asked], check=True, stdout=subprocess.PIPE, text=True)
