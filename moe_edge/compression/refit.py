@@ -6,7 +6,9 @@ problem, because experts that share tokens correct each other. Three things make
 
 - Tokens with large outputs (attention sinks foremost) are scaled down to the median, or they are all that is fitted.
 - The ridge pulls each neuron's column towards its present weights in proportion to the neuron's energy, which is the
-  damping of Marquardt (1963); one strength for all would freeze quiet neurons and let loud ones run.
+  damping of Marquardt (1963); one strength for all would freeze quiet neurons and let loud ones run. Only the quietest
+  are held as if they were louder: they may be loud in other text. On the demo teacher (8,192 tokens, 10 of 16 experts)
+  that costs .169 -> .178 nats on text of the same kind and brings .309 -> .179 on source code.
 - How strongly it pulls is decided on the last third of the tokens after a fit on the others. If no strength helps there
   the layer stays as it is, else it is fitted on all tokens.
 
@@ -21,6 +23,7 @@ from moe_edge.families.expert_weights import read_expert, write_expert
 from moe_edge.formulas.least_squares import Block, joint_ridge_maps
 
 RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+FLOOR = 0.3  # of an expert's root mean square, below which a neuron counts as that loud
 TINY = 1e-12  # of a column's root mean square, so that silent neurons divide nothing by zero
 
 
@@ -29,7 +32,7 @@ def refit(fit: LayerFit) -> float | None:
     """Refit the experts of a layer in place; returns the ridge, or None where the layer stays as it is."""
     weight_T = token_weights(fit.target())
     reads = {expert: _weighted(fit, expert, weight_T) for expert in fit.slots}
-    scales = [gated_NF.square().mean(dim=0).sqrt().clamp_min(TINY) for _, gated_NF in reads.values()]
+    scales = [column_scales(gated_NF) for _, gated_NF in reads.values()]
     blocks = [
         (token_N, gated_NF / scale_F) for (token_N, gated_NF), scale_F in zip(reads.values(), scales, strict=True)
     ]
@@ -47,6 +50,12 @@ def token_weights(target_TD: Tensor) -> Tensor:
     """1 for tokens with ordinary outputs, less for those beyond the median norm, so that none counts for more, [T]."""
     norm_T = target_TD.float().norm(dim=1)
     return (norm_T.median() / norm_T.clamp_min(TINY)).clamp_max(1.0)
+
+
+def column_scales(gated_NF: Tensor) -> Tensor:
+    """Root mean square of what each neuron puts out, at least FLOOR of that of all, [F]."""
+    square_NF = gated_NF.square()
+    return torch.maximum(square_NF.mean(dim=0).sqrt(), FLOOR * square_NF.mean().sqrt()).clamp_min(TINY)
 
 
 def _weighted(fit: LayerFit, expert: int, weight_T: Tensor) -> Block:

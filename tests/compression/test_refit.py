@@ -5,7 +5,7 @@ import torch
 
 from moe_edge.compression import refit as module
 from moe_edge.compression.layer_fit import LayerFit, squared_error
-from moe_edge.compression.refit import RIDGES, refit, token_weights
+from moe_edge.compression.refit import FLOOR, RIDGES, column_scales, refit, token_weights
 from moe_edge.families.expert_weights import read_expert
 from tests.compression.test_layer_fit import fit_of, recomputed
 from tests.tiny import FAMILY_NAMES
@@ -36,11 +36,14 @@ def test_it_is_the_weighted_joint_solution_of_a_dense_reference(monkeypatch):
         columns.append(torch.zeros(len(fit.residual_TD), gated_NF.shape[1], dtype=torch.float64))
         columns[-1][token_N] = gated_NF * weight_T1[token_N]
     side_by_side = torch.cat(columns, dim=1)
-    counts = torch.cat([torch.full((len(read_expert(fit.view, expert).down_DF.T),), float(len(token_N)))
-                        for expert, (token_N, _) in fit.slots.items()]).double()  # fmt: skip
     gram = side_by_side.T @ side_by_side
-    mean_square = gram.diagonal() / counts
-    strength = 0.5 * counts.sum() / len(counts) * mean_square.diag()
+    scale = []
+    for column_TF, (token_N, _) in zip(columns, fit.slots.values(), strict=True):
+        square_F = column_TF.square().sum(dim=0) / len(token_N)
+        scale.append(torch.maximum(square_F, FLOOR**2 * square_F.mean()))
+    mean_square = torch.cat(scale)
+    energy = gram.diagonal() / mean_square
+    strength = 0.5 * energy.sum() / len(energy) * mean_square.diag()
     missed_TD = fit.residual_TD.double() * weight_T1
     expected = torch.linalg.solve(gram + strength, side_by_side.T @ missed_TD).T
     before = [read_expert(fit.view, expert).down_DF.double() for expert in fit.slots]
@@ -65,6 +68,14 @@ def test_loud_tokens_weigh_no_more_than_the_median():
     assert weight_T[:3].tolist() == [1.0, 1.0, 1.0]
     assert torch.allclose((weight_T.unsqueeze(1) * target_TD)[3:], torch.ones(2, 4))
     assert token_weights(torch.zeros(3, 4)).isfinite().all()
+
+
+def test_quiet_neurons_count_as_loud_as_the_floor():
+    gated_NF = torch.tensor([[3.0, 4.0, 1e-9, 0.0]]).expand(6, 4)
+    scale_F = column_scales(gated_NF)
+    assert torch.allclose(scale_F[:2], torch.tensor([3.0, 4.0]))
+    assert torch.allclose(scale_F[2:], torch.full((2,), FLOOR * 2.5))
+    assert bool((column_scales(torch.zeros(2, 3)) > 0).all())
 
 
 def test_nothing_changes_where_no_token_judges_or_none_is_fitted():
