@@ -122,13 +122,18 @@ def model_name(config: BuildConfig) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.") if source else "demo-teacher"
 
 
+def check_tokenizer(job: Job) -> None:
+    """Raises InputRejected when the tokenizer's chat template is broken or hostile."""
+    prompt_ids(load_tokenizer(job.model))
+
+
 def export_model(job: Job) -> dict[str, Any]:
     """Write, reopen and compare every file of the job.
 
     Raises:
-        InputRejected: among others, the tokenizer's chat template is broken or hostile; nothing has been written then.
+        InputRejected: among others, as `check_tokenizer`; nothing has been written then.
     """
-    prompt_ids(load_tokenizer(job.model))
+    check_tokenizer(job)
     artifacts: list[dict[str, Any]] = []
     reopened: list[Reopened] = []
     notes = list(job.notes)
