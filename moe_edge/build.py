@@ -205,7 +205,7 @@ def _as_yaml(data: Mapping[str, Any]) -> str:
 
 def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
     """Export any plain checkpoint as it is: no pruning budget, no training; a cached profile of it lends its imatrix."""
-    from moe_edge.stages.export import check_tokenizer, export_model, plan_job
+    from moe_edge.stages.export import export_model, plan_job
     from moe_edge.storage.cache import cached_profile_of
     from moe_edge.storage.statistics import Statistics
 
@@ -227,7 +227,6 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
             config, model, out / "export", main=types.gguf[0], precision=types.onnx, statistics=statistics, kept=None,
             provenance={"base_digest": digest, "method": "plain export"},
         )  # fmt: skip
-        check_tokenizer(job)  # before anything is written
         pipeline.begin(out / "export", pipeline.plain_export_key(config, digest, cached and cached[1].digest))
         summary = export_model(job)
         deliver(out, model, out / "export")

@@ -66,18 +66,20 @@ def _weighted(fit: LayerFit, expert: int, weight_T: Tensor) -> Block:
 
 def _best_ridge(blocks: list[Block], missed_TD: Tensor, boundary: int) -> float | None:
     """The ridge that helps the tokens from `boundary` on most when it is fitted on the others; None if none does."""
-    before, behind = (
-        [(token_N[part(token_N)], inputs_NF[part(token_N)]) for token_N, inputs_NF in blocks]
-        for part in (lambda token_N: token_N < boundary, lambda token_N: token_N >= boundary)
-    )
-    errors = []
-    for changes in joint_ridge_maps(before, missed_TD[:boundary], RIDGES):
+    fitting_T = torch.arange(len(missed_TD), device=missed_TD.device) < boundary
+    behind, errors = _of_tokens(blocks, ~fitting_T), []
+    for changes in joint_ridge_maps(_of_tokens(blocks, fitting_T), missed_TD[:boundary], RIDGES):
         left_TD = missed_TD[boundary:].clone()
         for (token_N, inputs_NF), change_DF in zip(behind, changes, strict=True):
             left_TD[token_N - boundary] -= inputs_NF @ change_DF.T.to(inputs_NF.dtype)
         errors.append(squared_error(left_TD))
     least = min(errors)
     return RIDGES[errors.index(least)] if least < squared_error(missed_TD[boundary:]) else None
+
+
+def _of_tokens(blocks: list[Block], chosen_T: Tensor) -> list[Block]:
+    """The blocks without the tokens that are not chosen."""
+    return [(token_N[chosen_T[token_N]], inputs_NF[chosen_T[token_N]]) for token_N, inputs_NF in blocks]
 
 
 def _write(fit: LayerFit, expert: int, change_DF: Tensor) -> None:

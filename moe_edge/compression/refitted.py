@@ -1,8 +1,8 @@
 """What a plan's student loses before any training: the plan is applied to a copy of the teacher and judged against it.
 
 Masking predicts what dropping costs, but cannot see what the refit of the down projections wins back, and that differs
-between shapes: on the 134.8 M benchmark model it recovers 1.8 to 2.7 times of dropped experts and 1.4 times of silent
-neurons. So where a second copy of the teacher fits in memory, shapes are compared by this number.
+between shapes: on the 134.8 M benchmark model it turned .494 nats of dropped experts into .116, and .342 nats of silent
+neurons into .286. So where a second copy of the teacher fits in memory, shapes are compared by this number.
 
 Shape suffixes: N rows, S tokens of a row, V vocabulary.
 """

@@ -39,6 +39,7 @@ from moe_edge.distillation.stage_parts import PartsBuilder, stage_blend, stage_w
 from moe_edge.distillation.tensorboard import require_tensorboard, tensorboard_callback
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
 from moe_edge.families.students import use_fastest_experts
+from moe_edge.families.taps import width
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Recovery:
         parts, teacher = builder.build(student, schedule.config)
         return DistillationTrainer(
             model=student,
-            args=training_arguments(self.config, schedule, folder, self.ids_NS.shape[1], student.config.hidden_size),
+            args=training_arguments(self.config, schedule, folder, self.ids_NS.shape[1], width(student)),
             train_dataset=RowDataset(self.ids_NS, schedule.rows),
             lr_multipliers=schedule.config.parameter_lr_multipliers,
             signal=self.signal,

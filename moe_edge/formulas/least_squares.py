@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 
-def ridge_strength(inputs_TA: Tensor, ridge: float) -> float:
-    """lambda: `ridge` times the mean over columns of the sum of squares."""
-    return ridge * float(inputs_TA.double().square().sum()) / max(inputs_TA.shape[1], 1)
+def ridge_strength(blocks: Sequence[Tensor], ridge: float) -> float:
+    """lambda: `ridge` times the mean, over the columns of all blocks of inputs, of the sum of squares."""
+    energy = sum(float(inputs_NA.double().square().sum()) for inputs_NA in blocks)
+    return ridge * energy / max(sum(inputs_NA.shape[1] for inputs_NA in blocks), 1)
 
 
 Block = tuple[Tensor, Tensor]  # the tokens that some inputs belong to [N], and the inputs [N, A]
@@ -35,8 +36,8 @@ def joint_ridge_maps(blocks: Sequence[Block], target_TD: Tensor, ridges: Sequenc
     """
     wide = [(token_N, inputs_NA.double()) for token_N, inputs_NA in blocks]
     columns, target_TD = sum(inputs_NA.shape[1] for _, inputs_NA in wide), target_TD.double()
-    energy = sum(float(inputs_NA.square().sum()) for _, inputs_NA in wide)
-    if energy == 0:
+    strength = ridge_strength([inputs_NA for _, inputs_NA in wide], 1.0)
+    if strength == 0:
         return [[inputs_NA.new_zeros(target_TD.shape[1], inputs_NA.shape[1]) for _, inputs_NA in wide] for _ in ridges]
     over_tokens = len(target_TD) < columns
     gram = _token_gram(wide, len(target_TD)) if over_tokens else _input_gram(wide, len(target_TD))
@@ -44,7 +45,7 @@ def joint_ridge_maps(blocks: Sequence[Block], target_TD: Tensor, ridges: Sequenc
     maps = []
     for ridge in ridges:
         shifted = gram.clone()
-        shifted.diagonal().add_(ridge * energy / columns)
+        shifted.diagonal().add_(ridge * strength)
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(shifted))
         if over_tokens:
             maps.append([solution[token_N].T @ inputs_NA for token_N, inputs_NA in wide])

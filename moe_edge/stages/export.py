@@ -67,8 +67,13 @@ def plan_job(
     config: BuildConfig, model: Path, out: Path, *, main: str, precision: str, statistics: Statistics | None,
     kept: dict[int, list[int]] | None, provenance: dict[str, str], mix: dict[str, str] | None = None,
 ) -> Job:  # fmt: skip
-    """Read the model's headers and settle names, formats and types."""
+    """Read the model's headers and settle names, formats and types; nothing is written.
+
+    Raises:
+        InputRejected: among others, the tokenizer's chat template is broken or hostile.
+    """
     headers = inspect_checkpoint(model)
+    prompt_ids(load_tokenizer(model))
     family = student_family(headers.config)
     spec = family.spec(headers.config)
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
@@ -122,18 +127,8 @@ def model_name(config: BuildConfig) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.") if source else "demo-teacher"
 
 
-def check_tokenizer(job: Job) -> None:
-    """Raises InputRejected when the tokenizer's chat template is broken or hostile."""
-    prompt_ids(load_tokenizer(job.model))
-
-
 def export_model(job: Job) -> dict[str, Any]:
-    """Write, reopen and compare every file of the job.
-
-    Raises:
-        InputRejected: among others, as `check_tokenizer`; nothing has been written then.
-    """
-    check_tokenizer(job)
+    """Write, reopen and compare every file of the job."""
     artifacts: list[dict[str, Any]] = []
     reopened: list[Reopened] = []
     notes = list(job.notes)

@@ -10,7 +10,7 @@ Shape suffixes: L MoE layers, E experts, N rows, S tokens of a row.
 
 import logging
 from collections.abc import Collection, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     headers = inspect_checkpoint(context.teacher)
     feasible = header_plan(headers, context.config)
-    preview = Preview(context.config, headers, partial(_material, context, feasible), fits_in_memory(headers))
+    material = cache(partial(_material, context, feasible))  # every shape that is tried asks for it
+    preview = Preview(context.config, headers, material, fits_in_memory(headers))
     if any(answer.needs_measuring for answer in (feasible, *feasible.others)):
         plan = _measured_plan(feasible, preview, context)
     else:
@@ -77,9 +78,9 @@ def _material(context: StageContext, feasible: Feasible) -> Material:
 def _measured_plan(feasible: Feasible, preview: Preview, context: StageContext) -> Plan:
     """Settle top-k and width where they are free, score the choices by masked KL, take the least, and let "quantize harder"
     compete with it."""
-    config, folder = context.config, context.inputs["profile"]
-    rows = calibration_rows(folder / "rows.safetensors", config.plan.tokens)
-    chosen = candidates_of(feasible, config, read_statistics(folder, feasible))
+    config = context.config
+    rows = calibration_rows(context.inputs["profile"] / "rows.safetensors", config.plan.tokens)
+    chosen = candidates_of(feasible, config, preview.statistics())
     criteria_to_compare(config.plan.criterion, chosen.stats)  # refuses before the teacher is loaded
     tried: list[TriedShape] = []
     sensitivity = None

@@ -44,9 +44,10 @@ class Preview:
 
     def finish(self, plan: Plan, feasible: Feasible) -> Plan:
         """`plan` completed by what the configured action needs."""
-        return with_action(plan, self.config, feasible.model.spec, self._statistics, self.compress_in_memory)
+        return with_action(plan, self.config, feasible.model.spec, self.statistics, self.compress_in_memory)
 
-    def _statistics(self) -> Statistics:
+    def statistics(self) -> Statistics:
+        """The profile's."""
         statistics = self.material().statistics
         assert statistics is not None
         return statistics

@@ -7,7 +7,7 @@ Shape suffixes: N rows, S tokens of a row.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,6 @@ def open_teacher(context: StageContext, headers: CheckpointHeaders) -> Iterator[
         return
     with (
         TemporaryDirectory(prefix="streams-", dir=context.out, ignore_cleanup_errors=True) as scratch,
-        closing(StreamedModel(context.teacher, dtype, device, compact=True)) as streamed,
+        StreamedModel(context.teacher, dtype, device, compact=True) as streamed,
     ):
         yield Teacher(partial(streamed_masked_kl, streamed, scratch=Path(scratch)), None)

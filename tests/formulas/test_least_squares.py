@@ -22,7 +22,7 @@ def objective(inputs_TA, target_TD, map_DA, strength):
 def test_the_ridge_map_solves_the_normal_equations(tokens):
     inputs_TA, target_TD = numbers(tokens, 12, 7)
     strength = 0.3 * float(inputs_TA.double().square().sum()) / 12
-    assert strength == pytest.approx(ridge_strength(inputs_TA, 0.3))
+    assert strength == pytest.approx(ridge_strength([inputs_TA], 0.3))
     gram = inputs_TA.double().T @ inputs_TA.double() + strength * torch.eye(12, dtype=torch.float64)
     expected = torch.linalg.solve(gram, inputs_TA.double().T @ target_TD.double()).T
     assert torch.allclose(ridge_map(inputs_TA, target_TD, 0.3), expected, atol=1e-10)
@@ -42,7 +42,7 @@ def test_an_exact_map_is_found_and_silent_inputs_give_zero():
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_low_rank_map_is_the_best_of_its_rank(tokens, rank):
     inputs_TA, target_TD = numbers(tokens, 12, 7)
-    strength = ridge_strength(inputs_TA, 0.05)
+    strength = ridge_strength([inputs_TA], 0.05)
     left_DR, right_RA = low_rank_map(inputs_TA, target_TD, rank, 0.05)
     found = objective(inputs_TA, target_TD, left_DR @ right_RA, strength)
     left, right = left_DR.clone(), right_RA.clone()
