@@ -25,7 +25,9 @@ from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import changed_files
 
 log = logging.getLogger(__name__)
-DISK_FACTOR = 6.0  # student + F16 + fp32 graph + quantized files, as a multiple of the teacher's bytes
+# What a build up to a stage may write, as a multiple of the teacher's bytes; the rest of the build is the whole's share.
+DISK_SHARES = {"profile": 0.1, "plan": 0.1, "compress": 1.5}
+WHOLE_DISK_SHARE = 6.0  # student + F16 + fp32 graph + quantized files
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def build(
     out = output_folder(request, config)
     with pipeline.locked(out):
         if fresh or not (out / "manifest.json").exists():
-            pipeline.check_disk(out, int(DISK_FACTOR * headers.total_bytes))
+            pipeline.check_disk(out, int(DISK_SHARES.get(until or "", WHOLE_DISK_SHARE) * headers.total_bytes))
         state = pipeline.Build(
             config, teacher, checkpoint_digest(teacher), out, named_files=named_files(config), fresh=fresh
         )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -179,6 +180,18 @@ def test_a_full_disk_is_six(called, monkeypatch):
     monkeypatch.setattr("moe_edge.build.resolve", full)
     code, _, err = called("build")
     assert code == 6 and "disk is full" in err and "resumes" in err
+
+
+def test_a_stage_asks_for_the_disk_that_it_writes_to_and_no_more(called, tmp_path, monkeypatch):
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
+    free = 2 * (teacher / "model.safetensors").stat().st_size
+    monkeypatch.setattr("moe_edge.pipeline.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    ran: list[str] = []
+    monkeypatch.setattr("moe_edge.pipeline.run_stages", lambda _state, _start, until: ran.append(until))
+    for until, code in (("profile", 0), ("compress", 0), ("distill", 6)):
+        got, _, err = called("build", teacher, "--until", until, "--out", tmp_path / "o")
+        assert got == code and ("not enough disk space" in err) == (code == 6)
+    assert ran == ["profile", "compress"]
 
 
 def test_missed_gates_are_ten_and_bugs_are_one(called, monkeypatch):

@@ -97,9 +97,22 @@ def low_rank_map(inputs_TA: Tensor, target_TD: Tensor, rank: int, ridge: float) 
         (left_DR, right_RA), float64; fewer directions than `rank` are filled up with zeros.
     """
     full_DA = ridge_map(inputs_TA, target_TD, ridge)
-    strength_DD = full_DA @ (inputs_TA.double().T @ target_TD.double())
-    directions_DR = torch.linalg.eigh((strength_DD + strength_DD.T) / 2).eigenvectors.flip(1)[:, :rank]
+    directions_DR = _first_directions(full_DA, inputs_TA.double().T @ target_TD.double(), rank)
     left_DR, right_RA = full_DA.new_zeros(len(full_DA), rank), full_DA.new_zeros(rank, full_DA.shape[1])
     left_DR[:, : directions_DR.shape[1]] = directions_DR
     right_RA[: directions_DR.shape[1]] = directions_DR.T @ full_DA
     return left_DR, right_RA
+
+
+def _first_directions(full_DA: Tensor, products_AD: Tensor, rank: int) -> Tensor:
+    """Orthonormal eigenvectors [D, <= R] of the largest eigenvalues of full products, a symmetric matrix of rank <= A.
+
+    Where A < D the problem is moved into the column space of `full_DA`, which holds every one that counts.
+    """
+    if full_DA.shape[1] < len(full_DA):
+        basis_DA, factor_AA = torch.linalg.qr(full_DA)
+        inner_AA = factor_AA @ (products_AD @ basis_DA)
+    else:
+        basis_DA, inner_AA = None, full_DA @ products_AD
+    found = torch.linalg.eigh((inner_AA + inner_AA.T) / 2).eigenvectors.flip(1)[:, :rank]
+    return found if basis_DA is None else basis_DA @ found

@@ -204,7 +204,7 @@ class _Fit:
         if own <= 0:
             return wrapper, old_error
         scale = float((core_ND.double() * target_ND.double()).sum()) / own
-        left_DR, right_RD = low_rank_map(core_ND, target_ND - scale * core_ND, self.rank, RIDGE)
+        left_DR, right_RD = _map_of_outputs(core_ND, target_ND - scale * core_ND, core.down_DF, self.rank)
         fitted = replace(wrapper, out_scale=scale, out_left_DR=left_DR.float(), out_right_RD=right_RD.float())
         rest_ND = target_ND - (fitted.wrap_output(core_ND) - scale * core_ND)
         fitted = replace(fitted, out_scale=float((core_ND.double() * rest_ND.double()).sum()) / own)
@@ -285,6 +285,17 @@ class _Fit:
                 self.wrappers, self.errors = [wrapper for wrapper, _ in fits], [error for _, error in fits]
                 break
         self.history.append(self.total)
+
+
+def _map_of_outputs(core_ND: Tensor, target_ND: Tensor, down_DF: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`low_rank_map` from a core's outputs, which lie in the column space of its down projection: where that is narrower
+    than the model, the same answer comes from far smaller matrices."""
+    hidden, width = down_DF.shape
+    if width >= hidden:
+        return low_rank_map(core_ND, target_ND, rank, RIDGE)
+    basis_DF = torch.linalg.qr(down_DF.double())[0]
+    left_DR, right_RF = low_rank_map(core_ND.double() @ basis_DF, target_ND, rank, RIDGE * width / hidden)
+    return left_DR, right_RF @ basis_DF.T
 
 
 def _double(wrapper: Wrapper) -> Wrapper:

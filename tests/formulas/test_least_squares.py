@@ -40,8 +40,9 @@ def test_an_exact_map_is_found_and_silent_inputs_give_zero():
 
 @pytest.mark.parametrize("tokens", [9, 40])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_the_low_rank_map_is_the_best_of_its_rank(tokens, rank):
-    inputs_TA, target_TD = numbers(tokens, 12, 7)
+@pytest.mark.parametrize("outputs", [7, 20], ids=["fewer outputs", "more outputs"])  # than inputs
+def test_the_low_rank_map_is_the_best_of_its_rank(tokens, rank, outputs):
+    inputs_TA, target_TD = numbers(tokens, 12, outputs)
     strength = ridge_strength([inputs_TA], 0.05)
     left_DR, right_RA = low_rank_map(inputs_TA, target_TD, rank, 0.05)
     found = objective(inputs_TA, target_TD, left_DR @ right_RA, strength)
@@ -54,7 +55,7 @@ def test_the_low_rank_map_is_the_best_of_its_rank(tokens, rank):
         left = basis
     assert objective(inputs_TA, target_TD, left @ right, strength) == pytest.approx(found, rel=1e-9)
     assert found < min(
-        objective(inputs_TA, target_TD, torch.randn(7, rank).double() @ torch.randn(rank, 12).double(), strength)
+        objective(inputs_TA, target_TD, torch.randn(outputs, rank).double() @ torch.randn(rank, 12).double(), strength)
         for _ in range(20)
     )
 

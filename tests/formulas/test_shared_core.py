@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from moe_edge.formulas.ffn import Ffn
+from moe_edge.formulas.least_squares import low_rank_map
 from moe_edge.formulas.shared_core import (
+    RIDGE,
     ExpertData,
     Wrapper,
     _Fit,
+    _map_of_outputs,
     conjugate_gradients,
     core_activations,
     fit_shared_core,
@@ -109,3 +112,14 @@ def test_conjugate_gradients_solve_a_small_system():
         conjugate_gradients(lambda x: matrix @ x, right, 40), torch.linalg.solve(matrix, right), atol=1e-6
     )
     assert not conjugate_gradients(lambda x: matrix @ x, torch.zeros_like(right), 5).any()
+
+
+@pytest.mark.parametrize("width", [WIDTH, HIDDEN + 2], ids=["narrower than the model", "wider"])
+def test_the_map_of_a_cores_outputs_is_that_of_the_whole_space(width):
+    generator = torch.Generator().manual_seed(2)
+    down_DF = torch.randn(HIDDEN, width, generator=generator)
+    core_ND = torch.randn(TOKENS, width, generator=generator) @ down_DF.T
+    target_ND = torch.randn(TOKENS, HIDDEN, generator=generator)
+    left_DR, right_RD = _map_of_outputs(core_ND, target_ND, down_DF, RANK)
+    expected_DR, expected_RD = low_rank_map(core_ND, target_ND, RANK, RIDGE)
+    assert torch.allclose(left_DR @ right_RD, expected_DR @ expected_RD, atol=1e-6)
