@@ -11,7 +11,7 @@ Shape suffix legend: E experts, F expert width.
 import logging
 from typing import NamedTuple
 
-from moe_edge.compression.streamed import fits_in_memory
+from moe_edge.compression.streamed import held_whole
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.spec import ModelSpec
@@ -51,7 +51,7 @@ def shapes_of(spec: ModelSpec, config: BuildConfig, headers: CheckpointHeaders) 
         )
     free = plan.expert_width == "auto" and not isinstance(plan.experts, int) and masks
     counts = _top_k_ladder(spec, headers) if plan.top_k == "auto" else [_fixed_top_k(spec, config)]
-    widths = _width_ladder(spec, headers) if free else [_fixed_width(spec, config)]
+    widths = _width_ladder(spec, headers, config) if free else [_fixed_width(spec, config)]
     shapes = [Shape(top_k, width) for top_k in counts for width in widths]
     return sorted(shapes, key=lambda shape: -shape.top_k * (shape.width or spec.moe.expert_width))
 
@@ -81,12 +81,12 @@ def _top_k_ladder(spec: ModelSpec, headers: CheckpointHeaders) -> list[int]:
     return sorted(values, reverse=True)
 
 
-def _width_ladder(spec: ModelSpec, headers: CheckpointHeaders) -> list[int | None]:
-    """None first; only that where other tensors take their size from the experts' width, or the teacher is too large to
-    be narrowed in memory."""
-    if not fits_in_memory(headers):
+def _width_ladder(spec: ModelSpec, headers: CheckpointHeaders, config: BuildConfig) -> list[int | None]:
+    """None first; only that where other tensors take their size from the experts' width, or the teacher is not held
+    whole."""
+    if not held_whole(headers, config.profile.mode):
         log.info(
-            "plan.expert_width=auto: the teacher does not fit in memory, so that its experts stay as wide as they are"
+            "plan.expert_width=auto: the teacher is not held in memory, so that its experts stay as wide as they are"
         )
         return [None]
     full = spec.moe.expert_width

@@ -28,6 +28,15 @@ def fits_in_memory(headers: CheckpointHeaders) -> bool:
     return psutil.virtual_memory().available >= WORKING_SHARE * headers.total_bytes
 
 
+def held_whole(headers: CheckpointHeaders, mode: str) -> bool:
+    """Will compression hold the whole teacher? Not where it does not fit, nor where it was asked to be streamed.
+
+    Args:
+        mode: profile.mode.
+    """
+    return mode != "layerwise" and fits_in_memory(headers)
+
+
 def only_drops(plan: Plan) -> bool:
     """Is the student nothing but the teacher without some experts?"""
     return plan.action == "drop" and not plan.fits and plan.expert_width is None

@@ -72,7 +72,7 @@ class PlanConfig(BaseModel):
     compensate: bool | Literal["auto"] = Field(
         "auto",
         description="refit the kept experts' down projections by least squares; auto: where something is left out, a "
-        "single expert still is one (not in a shared core), and the teacher fits in memory",
+        "single expert still is one (not in a shared core), and the teacher fits in memory (profile.mode=layerwise: not)",
     )
     sequential: bool = Field(False, description="fit each layer on the output of the compressed layers below it")
     action_tokens: int = Field(

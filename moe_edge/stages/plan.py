@@ -23,7 +23,7 @@ from moe_edge.compression.candidates import criteria_to_compare
 from moe_edge.compression.decision import Quantization, bits_are_free, decide_by_priors, quantization_of
 from moe_edge.compression.layers import Material
 from moe_edge.compression.options import largest_contexts
-from moe_edge.compression.streamed import fits_in_memory
+from moe_edge.compression.streamed import held_whole
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
@@ -53,7 +53,7 @@ def run(context: StageContext) -> dict[str, Any]:
     headers = inspect_checkpoint(context.teacher)
     feasible = header_plan(headers, context.config)
     material = cache(partial(_material, context, feasible))  # every shape that is tried asks for it
-    preview = Preview(context.config, headers, material, fits_in_memory(headers))
+    preview = Preview(context.config, headers, material, held_whole(headers, context.config.profile.mode))
     if any(answer.needs_measuring for answer in (feasible, *feasible.others)):
         plan = _measured_plan(feasible, preview, context)
     else:

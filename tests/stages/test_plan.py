@@ -266,13 +266,16 @@ def test_where_only_a_mix_of_types_is_fast_enough_it_is_measured_and_no_expert_n
     assert any(note == "The candidates' masked KL is that of keeping 6 experts." for note in plan.notes) != plan.prunes
 
 
-def test_a_teacher_that_does_not_fit_is_not_refitted_nor_narrowed(teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("streamed", [True, False], ids=["asked to be streamed", "larger than memory"])
+def test_a_teacher_that_is_not_held_whole_is_not_refitted_nor_narrowed(teacher, tmp_path, monkeypatch, streamed):
     """What compress could not do later, a plan does not promise."""
     _, plan = run(teacher, tmp_path / "a", "plan.criterion=frequency")
     assert plan.compensate
-    for module in ("moe_edge.stages.plan", "moe_edge.compression.shapes"):
-        monkeypatch.setattr(f"{module}.fits_in_memory", lambda _headers: False)
-    wishes = ("plan.criterion=frequency", "plan.expert_width=auto", "plan.top_k=auto")
+    wishes = ["plan.criterion=frequency", "plan.expert_width=auto", "plan.top_k=auto"]
+    if streamed:
+        wishes.append("profile.mode=layerwise")
+    else:
+        monkeypatch.setattr("moe_edge.compression.streamed.fits_in_memory", lambda _headers: False)
     _, plan = run(teacher, tmp_path / "b", *wishes)
     assert not plan.compensate and plan.expert_width is None and {shape.expert_width for shape in plan.shapes} == {None}
 
