@@ -12,6 +12,7 @@ Disk: about twice the checkpoint.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,8 @@ def main() -> None:
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-edge-bench-")))
+        for earlier in ("cache", "out"):  # what a kept folder already knows would not be measured again
+            shutil.rmtree(folder / earlier, ignore_errors=True)
         config = config_for(options.gigabytes, options.layers)
         stored = write_teacher(folder / "teacher", config)
         settings = [
