@@ -1,4 +1,4 @@
-"""Greedy swaps: start from the best criterion's choice and exchange experts, layer by layer, while the masked KL falls.
+"""Greedy swaps: start from a criterion's choice and exchange experts, layer by layer, while the masked KL falls.
 
 A model has far more swaps than a plan can run: 30 layers of 16 experts, 12 kept, have 1,440. So one forward and two
 backward passes under the current choice predict all of them (compression/local_model.py), and only the most promising
@@ -8,9 +8,9 @@ than the noise of a thousand tokens. Predictions and trials of a sweep use diffe
 and every sweep new ones as long as there are any, so that what is accepted was not proposed by the rows that accept it. A
 trial is accepted when its mean over tokens is below the current KL by more than its standard error.
 
-The work is counted in tokens of one teacher forward pass and stays within the budget, except that the starts are compared
-on one row at least. Groups keep their equal counts, and guarded experts stay. The same seed gives the same result on the same
-machine. The result is not nested in that of a larger count, unless the choice is restricted to it (`Rules.within`).
+The work is counted in tokens of one teacher forward pass and stays within the budget. Groups keep their equal counts, and
+guarded experts stay. The same seed gives the same result on the same machine. The result is not nested in that of a larger
+count, unless the choice is restricted to it (`Rules.within`).
 
 Shape suffixes: N rows, S tokens of a row, T tokens.
 """
@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.compression.local_model import PASSES, LocalLayer, local_layers
-from moe_edge.compression.masking import distinct_choices
 from moe_edge.compression.partial_runs import Meter, TrialRows
 from moe_edge.contracts.progress import track
 from moe_edge.families.views import moe_layers
@@ -44,7 +43,6 @@ SHORT_LIST = 8  # experts to lose and to win that are paired where all pairs wou
 SHARES = (1, 2)  # of a part's layers that change at once: all, the better half
 SURE = 2.0  # standard errors by which a predicted gain must exceed zero: it is the best of dozens
 CERTAIN = 1.0  # standard errors by which a trial must lower the KL
-FINALISTS = 3  # starts that are compared a second time
 LOGIT_LIMIT = 1 << 27  # float32 values of the teacher's logits that are held: 512 MiB
 
 
@@ -66,39 +64,34 @@ class Found:
     """Where a search ended."""
 
     kept: Sets
-    start: str  # the choice it started from
-    swapped: int  # experts that differ from it, over all layers
+    swapped: int  # experts that differ from the start, over all layers
     sweeps: int
     tokens: int  # work, in tokens of a teacher forward pass
 
 
 def search(
     model: PreTrainedModel,
-    starts: Mapping[str, Kept],
+    start: Kept,
     ids_NS: Tensor,
     *,
     budget_tokens: int,
     rules: Rules = Rules(),
     seed: int = 0,
 ) -> Found:
-    """Improve the best of `starts` by swaps.
+    """Improve `start` by swaps.
 
     Args:
-        starts: names -> decoder layer -> kept expert ids, all of one size.
+        start: decoder layer -> kept expert ids, as many in each layer.
         ids_NS: rows to search on; no others are read.
-        budget_tokens: an upper bound of the work, in tokens of one teacher forward pass; the starts are compared in any case,
-            on one row where the budget does not allow more.
-        rules: what every set must respect; the starts are taken to do so.
+        budget_tokens: an upper bound of the work, in tokens of one teacher forward pass.
+        rules: what every set must respect; the start is taken to do so.
         seed: of the rows' order and of the labels drawn for the curvature.
 
     Returns:
         The set after the last accepted trial: on the rows of each trial it was better than the one before.
     """
-    distinct, _ = distinct_choices(starts)
-    names = [next(name for name, kept in starts.items() if kept == choice) for choice in distinct]
-    hunt = _Hunt(model, ids_NS, rules, budget_tokens, len(names), seed)
-    name = hunt.best_start({name: {layer: list(ids) for layer, ids in starts[name].items()} for name in names})
-    kept: Sets = {layer: list(ids) for layer, ids in starts[name].items()}
+    hunt = _Hunt(model, ids_NS, rules, budget_tokens, seed)
+    kept: Sets = {layer: list(ids) for layer, ids in start.items()}
     sweeps, changed = 0, True
     for sweep, part in track(hunt.steps(), "search", total=hunt.planned * len(hunt.parts)):
         if part == 0:
@@ -109,28 +102,26 @@ def search(
         better = hunt.improve(kept, part)
         changed |= better is not None
         kept = better or kept
-    swapped = sum(len(set(kept[layer]) - set(starts[name][layer])) for layer in kept)
-    return Found(kept, name, swapped, sweeps, round(hunt.meter.spent))
+    swapped = sum(len(set(kept[layer]) - set(start[layer])) for layer in kept)
+    return Found(kept, swapped, sweeps, round(hunt.meter.spent))
 
 
 class _Hunt:
     """The rows, the budget and what is known about the current choice."""
 
-    def __init__(
-        self, model: PreTrainedModel, ids_NS: Tensor, rules: Rules, budget_tokens: int, starts: int, seed: int
-    ) -> None:
-        self.model, self.rules, self.budget = model, rules, budget_tokens
+    def __init__(self, model: PreTrainedModel, ids_NS: Tensor, rules: Rules, budget_tokens: int, seed: int) -> None:
+        self.model, self.rules = model, rules
         self.generator = torch.Generator().manual_seed(seed)
         self.meter = Meter(model)
         self.parts = _parts([view.index for view in moe_layers(model)])
         self.trials = TRIALS // len(self.parts) if len(self.parts[-1]) == 1 else JOINT_TRIALS
-        self.planned = 0
         order_N = torch.randperm(len(ids_NS), generator=self.generator)
         self._pool_NS, self._next = ids_NS[order_N, :ROW_TOKENS], 0
         limit = LOGIT_LIMIT // (model.config.vocab_size * self._pool_NS.shape[1])
-        starting = 0.0 if starts == 1 else (starts + 1) / 2 + (FINALISTS + 1)
-        wished = budget_tokens / (SWEEPS * self._sweep_passes() + starting) / self._pool_NS.shape[1]
-        self.rows = max(1, min(int(wished), limit, len(ids_NS) // 2))  # twice: to predict on, and to try on
+        per_row = self._sweep_passes() * self._pool_NS.shape[1]
+        wished = int(budget_tokens / (SWEEPS * per_row))
+        self.rows = max(1, min(wished, limit, len(ids_NS) // 2))  # twice: to predict on, and to try on
+        self.planned = min(MOST_SWEEPS, int(budget_tokens / (self.rows * per_row)))
         self._rows: TrialRows
         self._layers: dict[int, LocalLayer] = {}
         self._predictions = Predictions()
@@ -151,19 +142,6 @@ class _Hunt:
         places = [(self._next + offset) % len(self._pool_NS) for offset in range(rows)]
         self._next += rows
         return self._pool_NS[places]
-
-    def best_start(self, starts: Mapping[str, Sets]) -> str:
-        """All on half a set of rows, the best few on a whole one; then the sweeps are planned."""
-        names, cost = list(starts), dict.fromkeys(starts, 0.0)
-        for count, left in ((max(1, self.rows // 2), FINALISTS), (self.rows, 1)):
-            if len(names) > left:
-                rows = TrialRows(self.model, self._draw(count), self.rules.top_k, self.meter)
-                for name in names:
-                    cost[name] += float(rows.run(starts[name])[0].sum())
-                names = sorted(names, key=cost.__getitem__)[:left]
-        sweep = self._sweep_passes() * self.rows * self._pool_NS.shape[1]
-        self.planned = min(MOST_SWEEPS, max(0, int((self.budget - self.meter.spent) / sweep)))
-        return names[0]
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """(sweep, part) in order."""

@@ -114,5 +114,5 @@ def _first_directions(full_DA: Tensor, products_AD: Tensor, rank: int) -> Tensor
         inner_AA = factor_AA @ (products_AD @ basis_DA)
     else:
         basis_DA, inner_AA = None, full_DA @ products_AD
-    found = torch.linalg.eigh((inner_AA + inner_AA.T) / 2).eigenvectors.flip(1)[:, :rank]
+    found: Tensor = torch.linalg.eigh((inner_AA + inner_AA.T) / 2).eigenvectors.flip(1)[:, :rank]
     return found if basis_DA is None else basis_DA @ found

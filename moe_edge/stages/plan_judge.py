@@ -85,8 +85,13 @@ class Judged:
 
     choices: dict[str, Kept]
     results: dict[str, MaskedKl]
-    best: str
     notes: list[str]
+    asked: str  # plan.criterion
+
+    @property
+    def best(self) -> str:
+        """The candidate with the least KL, or the criterion that was asked for."""
+        return self.asked if self.asked in self.results else self.ranked[0][0]
 
     @property
     def best_nats(self) -> float:
@@ -150,22 +155,27 @@ class Desk:
         """Every criterion's choice at the count of `feasible`, and the search's, masked on the judging rows."""
         asked, notes = self.config.plan.criterion, [self.rows.where, *self.chosen.notes()]
         choices = choose(feasible, self.config, self.chosen)
-        if searching and asked == AUTO:
-            found = self._search(feasible, choices)
-            notes.append(self._search_note(found, choices))
-            choices |= {} if found is None else {SEARCH: found.kept}
-        results = dict(self.score(feasible)(choices, self.rows.judged_NS))
-        return Judged(choices, results, best_of(results, asked), notes)
+        score = self.score(feasible)
+        judged = Judged(choices, dict(score(choices, self.rows.judged_NS)), notes, asked)
+        if not searching or asked != AUTO:
+            return judged
+        start = judged.ranking
+        found = self._search(feasible, choices[start])
+        notes.append(self._search_note(found, start, choices[start]))
+        if found is None:
+            return judged
+        results = score({SEARCH: found.kept}, self.rows.judged_NS)
+        return Judged(choices | {SEARCH: found.kept}, judged.results | dict(results), notes, asked)
 
-    def _search(self, feasible: Feasible, choices: dict[str, Kept]) -> Found | None:
-        """Swaps from the best criterion's choice; None where it is off, impossible, or there are no rows for it. Narrower
+    def _search(self, feasible: Feasible, start: Kept) -> Found | None:
+        """Swaps from a criterion's choice; None where it is off, impossible, or there are no rows for it. Narrower
         experts are not part of a search; what it finds is judged with them, like every other choice."""
         spec, settings, model = feasible.model.spec, self.config.plan, self.teacher.model
         if model is None or not settings.search_tokens or not len(self.rows.search_NS):
             return None
         return search(
             model,
-            {name: kept for name, kept in choices.items() if name != "random"},
+            start,
             self.rows.search_NS,
             budget_tokens=settings.search_tokens,
             rules=Rules(
@@ -174,15 +184,15 @@ class Desk:
             seed=settings.seed,
         )
 
-    def _search_note(self, found: Found | None, choices: dict[str, Kept]) -> str:
+    def _search_note(self, found: Found | None, name: str, start: Kept) -> str:
         budget = self.config.plan.search_tokens
         if found is None and self.teacher.model is None:
             return "No search: the teacher does not fit in memory."
         if found is None:
             return f"No search: {'no calibration row is left for it' if budget else 'plan.search_tokens is 0'}."
-        kept = sum(len(ids) for ids in choices[found.start].values())
+        kept = sum(len(ids) for ids in start.values())
         return (
-            f"'{SEARCH}' started from '{found.start}' and exchanged {found.swapped} of {kept} kept experts in "
+            f"'{SEARCH}' started from '{name}', the best criterion, and exchanged {found.swapped} of {kept} kept experts in "
             f"{found.sweeps} sweeps, for {found.tokens} of {budget} tokens of teacher work; it read the first "
             f"{len(self.rows.search_NS)} calibration rows and none of those that judge."
         )
@@ -190,13 +200,6 @@ class Desk:
 
 def _frozen(kept: Kept) -> Hashable:
     return tuple((layer, tuple(ids)) for layer, ids in sorted(kept.items()))
-
-
-def best_of(results: dict[str, MaskedKl], asked: str) -> str:
-    """The candidate with the least KL, or the criterion that was asked for."""
-    if asked in results:
-        return asked
-    return min(results, key=lambda name: results[name].kl_nats)
 
 
 def student_top_k(feasible: Feasible) -> int | None:

@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.bench_criteria MODEL --keep 12 10 8
 
-The statistics come from a build's profile, so that a profile in the cache is used again. The search starts from the best
-criterion and reads the profile's calibration rows; KL and perplexity are measured by masking experts in the teacher on the
-held-out split of the calibration text, which neither the profile nor the search has seen. Random choices and the search run
-with several seeds. Intervals are bootstraps over rows; `gain_ci95` is that of the paired difference to the best criterion.
+The statistics come from a build's profile, so that a profile in the cache is used again. As in a plan, the last calibration
+rows of the profile compare the criteria, and the search starts from the best one and reads the other rows; KL and perplexity
+are measured by masking experts in the teacher on the held-out split of the calibration text, which neither the profile nor
+the search has seen. Random choices and the search run with several seeds. Intervals are bootstraps over rows; `gain_ci95` is
+that of the paired difference to the best criterion.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from moe_edge.build import Request, build
 from moe_edge.compression.candidates import AUTO, Candidates, Kept, criteria_to_compare
-from moe_edge.compression.masking import distinct_choices
+from moe_edge.compression.masking import distinct_choices, masked_kl
 from moe_edge.compression.search import Rules, search
 from moe_edge.contracts.progress import track
 from moe_edge.contracts.spec import ModelSpec
@@ -33,11 +34,12 @@ from moe_edge.families.pruning import masked
 from moe_edge.formulas.divergence import cross_entropy, kl_dense
 from moe_edge.metrics.quality import bootstrap_ci95
 from moe_edge.profiling.calibration import heldout_rows
+from moe_edge.stages.plan_judge import CalibrationRows, calibration_rows
 from moe_edge.storage.checkpoint import inspect_checkpoint
-from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 
 RANDOM_SEEDS = (0, 1, 2)
+PLAN_TOKENS = 4096  # plan.tokens
 Row = dict[str, Any]
 
 
@@ -51,11 +53,11 @@ def main() -> None:
 def _lines(options: argparse.Namespace, work: Path) -> Iterator[Row]:
     headers = inspect_checkpoint(options.model)
     spec = family_of(headers.config).spec(headers.config)
-    stats, search_NS = _profile(options, work)
+    stats, rows = _profile(options, work)
     held = heldout_rows(options.text, load_tokenizer(options.model), options.tokens, options.sequence_length)
     judged_NS, model = torch.from_numpy(held.ids_NS).long(), _teacher(options.model)
     for n_keep in options.keep:
-        choices, told = _choices(options, spec, stats, model, search_NS, n_keep)
+        choices, told = _choices(options, spec, stats, model, rows, n_keep)
         scores = score(model, choices, judged_NS)
         best = min(
             (name for name in choices if not name.startswith(("random", "search"))), key=lambda n: scores[n][0].mean()
@@ -91,12 +93,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _profile(options: argparse.Namespace, work: Path) -> tuple[Statistics, Tensor]:
+def _profile(options: argparse.Namespace, work: Path) -> tuple[Statistics, CalibrationRows]:
     """The statistics, and the rows that they were taken on."""
     settings = [f"calibration.sequence_length={options.sequence_length}", *options.set]
     out, _, _ = build(Request("cpu", str(options.model), out=work, settings=settings), until="profile")
-    rows = TokenRows.load(out / "profile" / "rows.safetensors")
-    return Statistics.load(out / "profile" / "statistics.safetensors"), torch.from_numpy(rows.ids_NS).long()
+    rows = calibration_rows(out / "profile" / "rows.safetensors", PLAN_TOKENS)
+    return Statistics.load(out / "profile" / "statistics.safetensors"), rows
 
 
 def _teacher(path: Path) -> PreTrainedModel:
@@ -111,26 +113,34 @@ def _choices(
     spec: ModelSpec,
     stats: Statistics,
     model: PreTrainedModel,
-    search_NS: Tensor,
+    rows: CalibrationRows,
     n_keep: int,
 ) -> tuple[dict[str, Kept], dict[str, Row]]:
     """Name -> kept experts, and what else there is to tell about some of them."""
     chosen = Candidates(stats, spec.moe_layers, spec.moe.groups)
     starts = {name: chosen.kept(name, n_keep) for name in criteria_to_compare(AUTO, stats) if name != "random"}
-    choices, told = dict(starts), {}
+    choices, told = dict(starts), dict[str, Row]()
+    start = _best(model, starts, rows.judged_NS) if options.search_tokens else ""
     for seed in options.search_seeds if options.search_tokens else ():
         rules, started = Rules(None, spec.moe.groups, chosen.guard, spec.residual_scale), time.monotonic()
-        found = search(model, starts, search_NS, budget_tokens=options.search_tokens, rules=rules, seed=seed)
+        found = search(
+            model, starts[start], rows.search_NS, budget_tokens=options.search_tokens, rules=rules, seed=seed
+        )
         name = f"search-{seed}"
         choices[name] = found.kept
         told[name] = {
-            "start": found.start, "swapped": found.swapped, "sweeps": found.sweeps, "search_tokens": found.tokens,
+            "start": start, "swapped": found.swapped, "sweeps": found.sweeps, "search_tokens": found.tokens,
             "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
     for seed in RANDOM_SEEDS:
         seeded = Candidates(stats, spec.moe_layers, spec.moe.groups, seed)
         choices[f"random-{seed}"] = seeded.kept("random", n_keep)
     return choices, told
+
+
+def _best(model: PreTrainedModel, choices: Mapping[str, Kept], ids_NS: Tensor) -> str:
+    results = masked_kl(model, choices, ids_NS)
+    return min(results, key=lambda name: results[name].kl_nats)
 
 
 @torch.no_grad()

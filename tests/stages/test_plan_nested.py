@@ -64,9 +64,9 @@ def test_the_search_never_leaves_what_it_may_keep(teacher):
     allowed, start = [0, 1, 2, 4, 6, 7], dict.fromkeys(range(LAYERS), [0, 1, 2, 4])
     for seed in range(3):
         rules = Rules(within=dict.fromkeys(range(LAYERS), allowed))
-        found = search(model, {"start": start}, ids, budget_tokens=20_000, rules=rules, seed=seed)
+        found = search(model, start, ids, budget_tokens=20_000, rules=rules, seed=seed)
         assert all(set(kept) <= set(allowed) for kept in found.kept.values())
-        again = search(model, {"start": start}, ids, budget_tokens=20_000, seed=seed)
+        again = search(model, start, ids, budget_tokens=20_000, seed=seed)
         if again.swapped:
             break
     assert again.swapped, "free to swap, it does"
