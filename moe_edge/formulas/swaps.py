@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CURVATURE_SHARE = 0.25  # see above; measured: tests/benchmarks/bench_swaps.py
+CURVATURE_SHARE = 0.75  # see above; measured: tests/benchmarks/bench_swaps.py
 LEAST_ROWS = 4  # from which a standard error over rows means something
 
 
@@ -66,7 +66,7 @@ def standard_error(values_XT: Tensor, rows: int) -> Tensor:
 
 
 def damped(slope: Tensor, curvature: Tensor) -> Tensor:
-    """(slope + a share of the curvature) / (1 + curvature): first-order where small, bounded where large."""
+    """(slope + a share of the curvature) / (1 + curvature): the plain sum where small, bounded where large."""
     return (slope + CURVATURE_SHARE * curvature) / (1 + curvature)
 
 

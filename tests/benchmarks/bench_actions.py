@@ -69,8 +69,8 @@ def main() -> None:
 def _lines(options: argparse.Namespace, work: Path) -> Iterator[Row]:
     headers = inspect_checkpoint(options.model)
     spec = family_of(headers.config).spec(headers.config)
-    teacher = load_model(options.model).to(_device())
     judged = heldout_rows(options.text, load_tokenizer(options.model), options.tokens, options.sequence_length).ids_NS
+    teacher_NSV = list(_logits(load_model(options.model).to(_device()), judged))
     for keep in options.keep:
         plan, config, stats, ids_NS = _planned(options, work, keep)
         for name, (settings, top_k) in variants(spec.moe.top_k, spec.moe.expert_width).items():
@@ -88,7 +88,7 @@ def _lines(options: argparse.Namespace, work: Path) -> Iterator[Row]:
                 changed = changed.model_copy(update={"top_k": top_k})
                 applied = apply_plan(load_model(options.model).to(_device()), changed, Material(stats, ids_NS))
                 line |= {"seconds": round(time.monotonic() - started, 1)} | _told(applied.pairs, applied.layers)
-                line |= _score(teacher, applied.model.to(_device()), judged)
+                line |= _score(teacher_NSV, applied.model.to(_device()), judged)
             except MoeEdgeError as error:  # a family that an action does not know
                 line |= {"refused": error.what, "why": error.why}
             print(json.dumps(line), flush=True)
@@ -134,12 +134,16 @@ def _told(pairs: list[Row], layers: list[Row]) -> Row:
 
 
 @torch.inference_mode()
-def _score(teacher: PreTrainedModel, student: PreTrainedModel, ids_NS: np.ndarray) -> Row:
-    judge = Judge()
+def _logits(model: PreTrainedModel, ids_NS: np.ndarray) -> Iterator[np.ndarray]:
+    """[S, V] of every row, float32."""
     for ids_S in ids_NS:
-        ids_1S = torch.from_numpy(ids_S)[None].long().to(_device())
-        pair = [model(ids_1S).logits[0].float().cpu().numpy() for model in (teacher, student)]
-        judge.add(*pair, ids_S)
+        yield model(torch.from_numpy(ids_S)[None].long().to(_device())).logits[0].float().cpu().numpy()
+
+
+def _score(teacher_NSV: list[np.ndarray], student: PreTrainedModel, ids_NS: np.ndarray) -> Row:
+    judge = Judge()
+    for teacher_SV, student_SV, ids_S in zip(teacher_NSV, _logits(student, ids_NS), ids_NS, strict=True):
+        judge.add(teacher_SV, student_SV, ids_S)
     score = judge.result()
     if score.kl_nats is None:
         return {"refused": "no score", "why": score.reason}

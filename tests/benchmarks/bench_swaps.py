@@ -32,7 +32,7 @@ from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 
-SHARES = (1.0, 0.5, 0.25, 0.1, 0.0)  # of the curvature
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the curvature
 
 
 def main() -> None:
