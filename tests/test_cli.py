@@ -15,6 +15,7 @@ from moe_edge import cli
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.contracts.manifest import MANIFEST_SCHEMA, Manifest
 from moe_edge.storage.folders import hash_folder
+from tests.export.gguf_models import REPRESENTABLE
 from tests.runtimes.test_gguf_header import HUGE_ARRAY
 from tests.tiny import tiny_checkpoint
 
@@ -98,6 +99,22 @@ def test_rejected_inputs_are_four(called, tmp_path):
     code, _, err = called("build", pickled, "--out", tmp_path / "o")
     assert code == 4 and "safetensors" in err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "formats", "words"),
+    [
+        ("phimoe", "[gguf]", "approximates the sparsemixer routing"),
+        ("deepseek_v2", "[gguf, onnx]", "--set export.formats=[gguf]"),
+    ],
+)
+def test_a_plain_export_of_what_a_format_cannot_hold_is_refused_before_any_work(
+    called, tmp_path, family, formats, words
+):
+    model = tiny_checkpoint(tmp_path, family, **REPRESENTABLE.get(family, {}))
+    code, _, err = called("export", model, "--out", tmp_path / "o", "--set", f"export.formats={formats}")
+    assert code == 4 and "cannot represent this model" in err and words in err and "Traceback" not in err
+    assert not (tmp_path / "o" / "export").exists()
 
 
 def test_a_hostile_chat_template_is_refused_before_anything_is_written(called, tmp_path):

@@ -24,9 +24,9 @@ from moe_edge.compression.notes import describe, notes_of
 from moe_edge.compression.options import Option, Space, context_lengths, infeasible, options_grid, space_of
 from moe_edge.compression.shapes import MASKABLE_ACTIONS, Shape, at_shape, shapes_of
 from moe_edge.compression.spend import allocate
-from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals
+from moe_edge.contracts.capabilities import require_exportable
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
+from moe_edge.contracts.errors import ConfigError, InfeasibleError
 from moe_edge.contracts.spec import keepable_counts
 from moe_edge.families import family_of
 from moe_edge.storage.checkpoint import CheckpointHeaders
@@ -131,7 +131,7 @@ def _answer(model: ModelHeaders, config: BuildConfig, *, alone: bool = True) -> 
         if alone:
             raise
         return None
-    _refuse_unexportable(model, demand)
+    require_exportable(model.spec, demand.formats)
     base = _base_space(model, config, demand)
     for length in context_lengths(config.target):
         space = replace(base, context_length=length)
@@ -188,20 +188,6 @@ def _with_other_settings(space: Space, demand: Demand) -> list[Option]:
         found += [replace(option, shorter=True) for option in _walk(replace(space, context_length=length), demand)]
         length //= 2
     return found
-
-
-def _refuse_unexportable(model: ModelHeaders, demand: Demand) -> None:
-    reasons = {name: refusals(RUNTIME_OF_FORMAT[name], model.spec) for name in ("gguf", "onnx")}
-    for name in demand.formats:
-        if reasons[name]:
-            other = [other for other, why in reasons.items() if not why]
-            raise InputRejected(
-                f"{name} cannot represent this model",
-                where=f"{model.spec.family}, export.formats",
-                why="; ".join(reasons[name]),
-                next_command=f"--set export.formats=[{', '.join(other)}]"
-                + ("" if other else "   # the transformers checkpoint alone"),
-            )
 
 
 def _choose(space: Space, demand: Demand) -> Option | None:

@@ -4,14 +4,17 @@ Read by the planner (refusals before the profile, advice, sizes) and by the expo
 not be exported afterwards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_edge.contracts.capability_table import CAPABILITIES, NEVER, RUNTIME_OF_FORMAT, Capability, RuntimeName
+from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import FEATURES, ModelSpec
 from moe_edge.contracts.yarn import MAX_RAD_PER_TOKEN, rounding_error
 
-__all__ = ["CAPABILITIES", "NEVER", "RUNTIME_OF_FORMAT", "advice", "capability", "refusals", "stored_shapes"]
+__all__ = [
+    "CAPABILITIES", "NEVER", "RUNTIME_OF_FORMAT", "advice", "capability", "refusals", "require_exportable", "stored_shapes",
+]  # fmt: skip
 
 
 def capability(runtime: RuntimeName, family: str) -> Capability | None:
@@ -30,6 +33,25 @@ def refusals(runtime: RuntimeName, spec: ModelSpec) -> list[str]:
         return [f"moe-edge does not yet export {spec.family} for {runtime} ({row.architecture})"]
     graph = f"{runtime}'s {row.architecture} graph"
     return [f"{graph} {reason}" for wrong, reason in _mismatches(row, spec) if wrong]
+
+
+def require_exportable(spec: ModelSpec, formats: Iterable[str]) -> None:
+    """Refuse before any work what no file could hold.
+
+    Raises:
+        InputRejected: one of the formats cannot represent this model; says why, and which other format can.
+    """
+    reasons = {name: refusals(runtime, spec) for name, runtime in RUNTIME_OF_FORMAT.items()}
+    for name in formats:
+        if reasons[name]:
+            other = [other for other, why in reasons.items() if not why]
+            raise InputRejected(
+                f"{name} cannot represent this model",
+                where=f"{spec.family}, export.formats",
+                why="; ".join(reasons[name]),
+                next_command=f"--set export.formats=[{', '.join(other)}]"
+                + ("" if other else "   # the transformers checkpoint alone"),
+            )
 
 
 def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:

@@ -17,7 +17,7 @@ from moe_edge.compression.estimate import Packing, file_bytes
 from moe_edge.compression.headers import model_headers
 from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
-from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals
+from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals, require_exportable
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.onnx_bits import Provider
@@ -98,12 +98,15 @@ def _spec_of(model: Path) -> ModelSpec:
 
 
 def _formats(config: BuildConfig, spec: ModelSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The formats to write, and what is said about one of the target's that cannot hold this student.
+    """The formats to write, and what is said about one of the target's that cannot hold a dense student.
 
-    Only a dense student can be refused here: that a teacher's family can be exported is checked before the profile.
+    A mixture is refused as a plan refuses its teacher; a dense student, made of a teacher that passed, loses the format.
     """
     asked = config.target.formats if config.export.formats == "auto" else config.export.formats
-    refused = {name: refusals(RUNTIME_OF_FORMAT[name], spec) for name in asked if not spec.moe_layers}
+    if spec.moe_layers:
+        require_exportable(spec, asked)
+        return tuple(asked), ()
+    refused = {name: refusals(RUNTIME_OF_FORMAT[name], spec) for name in asked}
     possible = tuple(name for name in asked if not refused.get(name))
     told = tuple(f"{name} was left out: {'; '.join(reasons)}" for name, reasons in refused.items() if reasons)
     if told and (config.export.formats != "auto" or not possible):
