@@ -87,18 +87,28 @@ def ridge_map(inputs_TA: Tensor, target_TD: Tensor, ridge: float) -> Tensor:
     return ridge_maps(inputs_TA, target_TD, [ridge])[0]
 
 
-def low_rank_map(inputs_TA: Tensor, target_TD: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+def low_rank_map(gram_AA: Tensor, products_AD: Tensor, rank: int, strength: float) -> tuple[Tensor, Tensor]:
     """The best M = left right of the given rank under the same objective (reduced-rank regression, Izenman 1975).
 
     The objective exceeds its least value, at the ridge solution M*, by tr (M - M*) (X^T X + lambda) (M - M*)^T, so the best
     M of rank R is M* projected on the R first eigenvectors of M* (X^T X + lambda) M*^T = M* X^T target.
 
+    Args:
+        gram_AA: X^T X of the inputs, float64.
+        products_AD: X^T target, float64.
+        strength: lambda, see `ridge_strength`; 0 where there are no inputs, and then the map is zero.
+
     Returns:
         (left_DR, right_RA), float64; fewer directions than `rank` are filled up with zeros.
     """
-    full_DA = ridge_map(inputs_TA, target_TD, ridge)
-    directions_DR = _first_directions(full_DA, inputs_TA.double().T @ target_TD.double(), rank)
-    left_DR, right_RA = full_DA.new_zeros(len(full_DA), rank), full_DA.new_zeros(rank, full_DA.shape[1])
+    inputs, outputs = products_AD.shape
+    left_DR, right_RA = products_AD.new_zeros(outputs, rank), products_AD.new_zeros(rank, inputs)
+    if strength == 0:
+        return left_DR, right_RA
+    shifted_AA = gram_AA.clone()
+    shifted_AA.diagonal().add_(strength)
+    full_DA = torch.cholesky_solve(products_AD, torch.linalg.cholesky(shifted_AA)).T
+    directions_DR = _first_directions(full_DA, products_AD, rank)
     left_DR[:, : directions_DR.shape[1]] = directions_DR
     right_RA[: directions_DR.shape[1]] = directions_DR.T @ full_DA
     return left_DR, right_RA

@@ -12,11 +12,16 @@ Fitted by alternating least squares on calibration tokens, each part with the ot
 The second and third are least squares of a surrogate, because the activation function lies between them and the output.
 So every step is kept only if the reconstruction error of the outputs falls: it never rises.
 
-Shape suffixes: E experts, N tokens of an expert, D model, F width of core and experts, G = 2F gate and up rows, R rank.
+For a given input wrapper and core, that error is a quadratic form in whatever maps activations to outputs. So the tokens are
+reduced to sums once (`Moments`), and output wrappers, the core's down projection and errors are computed from these.
+
+Shape suffixes: E experts, N tokens of an expert, D model, F width of core and experts, G = 2F gate and up rows, M = min(G, D)
+singular directions, R rank.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,10 +69,6 @@ class Wrapper:
 
     def wrap_output(self, core_ND: Tensor) -> Tensor:
         return self.out_scale * core_ND + (core_ND @ self.out_right_RD.T) @ self.out_left_DR.T
-
-    def transpose_output(self, error_ND: Tensor) -> Tensor:
-        """(s I + P Q)^T applied to every row."""
-        return self.out_scale * error_ND + (error_ND @ self.out_left_DR) @ self.out_right_RD
 
 
 def identity(hidden: int, rank: int, like: Tensor) -> Wrapper:
@@ -163,17 +164,65 @@ def _in_float32(one: ExpertData) -> ExpertData:
     return ExpertData(weights, one.hidden_ND.float(), one.gate_N.float(), one.output_ND.float())
 
 
+class Moments(NamedTuple):
+    """Sums over one expert's tokens, weighted by the squared gate, float64."""
+
+    gram_FF: Tensor  # of the core's activations
+    products_FD: Tensor  # of activations and the expert's own outputs
+    energy: float  # of the expert's own outputs
+
+    def missed(self, map_DF: Tensor) -> float:
+        """sum of ||gate (output - map act)||^2."""
+        explained = 2 * (map_DF * self.products_FD.T).sum() - ((map_DF @ self.gram_FF) * map_DF).sum()
+        return max(self.energy - float(explained), 0.0)
+
+
+def moments(one: ExpertData, wrapper: Wrapper, core: Ffn, activation: Activation) -> Moments:
+    """Of an expert's tokens under an input wrapper and a core."""
+    gate_N1 = one.gate_N.unsqueeze(1)
+    act_NF = (gate_N1 * core_activations(core, wrapper.wrap_input(one.hidden_ND), activation)).double()
+    target_ND = (gate_N1 * one.output_ND).double()
+    return Moments(act_NF.T @ act_NF, act_NF.T @ target_ND, float(target_ND.square().sum()))
+
+
+def output_map(wrapper: Wrapper, down_DF: Tensor) -> Tensor:
+    """What turns activations into wrapped outputs, [D, F] float64."""
+    down_DF = down_DF.double()
+    return wrapper.out_scale * down_DF + _low_rank(wrapper, down_DF)
+
+
+def _low_rank(wrapper: Wrapper, down_DF: Tensor) -> Tensor:
+    return wrapper.out_left_DR.double() @ (wrapper.out_right_RD.double() @ down_DF)
+
+
+def best_output(wrapper: Wrapper, down_DF: Tensor, sums: Moments, rank: int) -> tuple[Wrapper, float]:
+    """The output wrapper for a given input wrapper and core, and the error; the old one if it is better."""
+    down_DF, old_error = down_DF.double(), sums.missed(output_map(wrapper, down_DF))
+    reach_DF = down_DF @ sums.gram_FF
+    own = float((reach_DF * down_DF).sum())  # energy of the core's outputs
+    if own <= 0:
+        return wrapper, old_error
+    wanted = float((down_DF * sums.products_FD.T).sum())
+    basis_DB, factor_BF = torch.linalg.qr(down_DF)  # the outputs lie in there; nothing is lost, and much less is solved
+    rest_FD = sums.products_FD - wanted / own * reach_DF.T
+    gram_BB, products_BD = factor_BF @ sums.gram_FF @ factor_BF.T, factor_BF @ rest_FD
+    left_DR, right_RB = low_rank_map(gram_BB, products_BD, rank, RIDGE * own / len(down_DF))
+    fitted = replace(wrapper, out_left_DR=left_DR.float(), out_right_RD=(right_RB @ basis_DB.T).float())
+    taken = float((reach_DF * _low_rank(fitted, down_DF)).sum())
+    fitted = replace(fitted, out_scale=(wanted - taken) / own)
+    error = sums.missed(output_map(fitted, down_DF))
+    return (fitted, error) if error < old_error else (wrapper, old_error)
+
+
 class _Fit:
     """The state of one alternating fit."""
 
     def __init__(self, data: Sequence[ExpertData], core: Ffn, rank: int, activation: Activation) -> None:
         self.data, self.core, self.rank, self.activation = list(data), core, rank, activation
         self.energy = sum(one.energy for one in data)
-        hidden = core.gate_FD.shape[1]
-        self.wrappers = [identity(hidden, rank, core.gate_FD) for _ in data]
-        self.errors = [self.error(one, wrapper, core) for one, wrapper in zip(data, self.wrappers, strict=True)]
-        for index, one in enumerate(self.data):
-            self._keep(index, *self.best_output(one, self.wrappers[index], core))
+        self.wrappers = [identity(core.gate_FD.shape[1], rank, core.gate_FD) for _ in data]
+        fits = self._fits(core)
+        self.wrappers, self.errors = [wrapper for wrapper, _ in fits], [error for _, error in fits]
         self.history = [self.total]
 
     @property
@@ -181,35 +230,15 @@ class _Fit:
         """Missed share of the experts' gated output energy."""
         return sum(self.errors) / self.energy if self.energy > 0 else 0.0
 
-    def core_output(self, one: ExpertData, wrapper: Wrapper, core: Ffn) -> Tensor:
-        return core_activations(core, wrapper.wrap_input(one.hidden_ND), self.activation) @ core.down_DF.T
+    def _sums(self, index: int, wrapper: Wrapper, core: Ffn) -> Moments:
+        return moments(self.data[index], wrapper, core, self.activation)
 
-    def error(self, one: ExpertData, wrapper: Wrapper, core: Ffn) -> float:
-        missed_ND = one.output_ND - wrapper.wrap_output(self.core_output(one, wrapper, core))
-        return float((one.gate_N.unsqueeze(1) * missed_ND).double().square().sum())
-
-    def _keep(self, index: int, wrapper: Wrapper, error: float) -> None:
-        if error < self.errors[index]:
-            self.wrappers[index], self.errors[index] = wrapper, error
-
-    def best_output(self, one: ExpertData, wrapper: Wrapper, core: Ffn) -> tuple[Wrapper, float]:
-        """The output wrapper for a given input wrapper and core, and the error; the old one if it is better."""
-        old_error = self.error(one, wrapper, core)
-        if not len(one.hidden_ND):
-            return wrapper, old_error
-        gate_N1 = one.gate_N.unsqueeze(1)
-        core_ND = gate_N1 * self.core_output(one, wrapper, core)
-        target_ND = gate_N1 * one.output_ND
-        own = float(core_ND.double().square().sum())
-        if own <= 0:
-            return wrapper, old_error
-        scale = float((core_ND.double() * target_ND.double()).sum()) / own
-        left_DR, right_RD = _map_of_outputs(core_ND, target_ND - scale * core_ND, core.down_DF, self.rank)
-        fitted = replace(wrapper, out_scale=scale, out_left_DR=left_DR.float(), out_right_RD=right_RD.float())
-        rest_ND = target_ND - (fitted.wrap_output(core_ND) - scale * core_ND)
-        fitted = replace(fitted, out_scale=float((core_ND.double() * rest_ND.double()).sum()) / own)
-        error = self.error(one, fitted, core)
-        return (fitted, error) if error < old_error else (wrapper, old_error)
+    def _fits(self, core: Ffn) -> list[tuple[Wrapper, float]]:
+        """The best output wrappers for a core."""
+        return [
+            best_output(wrapper, core.down_DF, self._sums(index, wrapper, core), self.rank)
+            for index, wrapper in enumerate(self.wrappers)
+        ]
 
     def step_inputs(self) -> None:
         """New input wrappers (and the output wrappers that go with them), expert by expert."""
@@ -220,17 +249,22 @@ class _Fit:
             if not len(one.hidden_ND):
                 continue
             own_GD = torch.cat([one.weights.gate_FD, one.weights.up_FD]).double()
-            missed_NM = (one.hidden_ND.double() @ (own_GD - core_GD).T) @ u_GM
-            gate_N1 = one.gate_N.double().unsqueeze(1)
-            left_MR, right_RD = low_rank_map(gate_N1 * one.hidden_ND, gate_N1 * missed_NM, self.rank, RIDGE)
-            left_DR = v_MD.T @ (inverse_M.unsqueeze(1) * left_MR)
-            for step in STEPS:
-                tried = replace(self.wrappers[index], in_left_DR=(step * left_DR).float(), in_right_RD=right_RD.float())
-                before = self.errors[index]
-                self._keep(index, *self.best_output(one, tried, self.core))
-                if self.errors[index] < before:
-                    break
+            gated_ND = (one.gate_N.unsqueeze(1) * one.hidden_ND).double()
+            gram_DD = gated_ND.T @ gated_ND
+            missed_DM = gram_DD @ (own_GD - core_GD).T @ u_GM
+            strength = RIDGE * float(gram_DD.trace()) / len(gram_DD)
+            left_MR, right_RD = low_rank_map(gram_DD, missed_DM, self.rank, strength)
+            self._try_inputs(index, v_MD.T @ (inverse_M.unsqueeze(1) * left_MR), right_RD)
         self.history.append(self.total)
+
+    def _try_inputs(self, index: int, left_DR: Tensor, right_RD: Tensor) -> None:
+        """Keep the first length of the step that lowers the expert's error."""
+        for step in STEPS:
+            tried = replace(self.wrappers[index], in_left_DR=(step * left_DR).float(), in_right_RD=right_RD.float())
+            wrapper, error = best_output(tried, self.core.down_DF, self._sums(index, tried, self.core), self.rank)
+            if error < self.errors[index]:
+                self.wrappers[index], self.errors[index] = wrapper, error
+                break
 
     def step_gate_up(self) -> None:
         """A core whose pre-activations are closest to all experts' own, given the input wrappers."""
@@ -251,35 +285,27 @@ class _Fit:
 
     def step_down(self) -> None:
         """Conjugate gradients on sum_e ||gate (f_e - O_e W a_e)||^2 in W, the core's down projection."""
-        acts = [
-            core_activations(self.core, wrapper.wrap_input(one.hidden_ND), self.activation).double()
-            for one, wrapper in zip(self.data, self.wrappers, strict=True)
-        ]
-
-        def pull(targets: Sequence[Tensor]) -> Tensor:
-            """sum_e O_e^T gate^2 target^T act: the gradient's linear form, [D, F]."""
-            total_DF = torch.zeros_like(self.core.down_DF, dtype=torch.float64)
-            for one, wrapper, act_NF, target_ND in zip(self.data, self.wrappers, acts, targets, strict=True):
-                weighted_ND = one.gate_N.double().square().unsqueeze(1) * target_ND
-                total_DF += _double(wrapper).transpose_output(weighted_ND).T @ act_NF
-            return total_DF
-
-        def outputs(down_DF: Tensor) -> list[Tensor]:
-            return [
-                _double(wrapper).wrap_output(act_NF @ down_DF.T)
-                for wrapper, act_NF in zip(self.wrappers, acts, strict=True)
-            ]
-
+        sums = [self._sums(index, wrapper, self.core) for index, wrapper in enumerate(self.wrappers)]
         down_DF = self.core.down_DF.double()
-        now = outputs(down_DF)
-        gradient_DF = pull([one.output_ND.double() - y_ND for one, y_ND in zip(self.data, now, strict=True)])
-        change_DF = conjugate_gradients(lambda d_DF: pull(outputs(d_DF)), gradient_DF, CONJUGATE_STEPS)
+
+        def product(change_DF: Tensor) -> Tensor:
+            images = (
+                transposed_output(wrapper, output_map(wrapper, change_DF) @ each.gram_FF)
+                for wrapper, each in zip(self.wrappers, sums, strict=True)
+            )
+            return torch.stack(list(images)).sum(dim=0)
+
+        wanted = (
+            transposed_output(wrapper, each.products_FD.T) for wrapper, each in zip(self.wrappers, sums, strict=True)
+        )
+        gradient_DF = torch.stack(list(wanted)).sum(dim=0) - product(down_DF)
+        change_DF = conjugate_gradients(product, gradient_DF, CONJUGATE_STEPS)
         self._try_cores([self.core._replace(down_DF=(down_DF + change_DF).float())])
 
     def _try_cores(self, cores: Iterable[Ffn]) -> None:
         """Keep the first core that lowers the total error, with its refitted output wrappers."""
         for core in cores:
-            fits = [self.best_output(one, wrapper, core) for one, wrapper in zip(self.data, self.wrappers, strict=True)]
+            fits = self._fits(core)
             if sum(error for _, error in fits) < sum(self.errors):
                 self.core = core
                 self.wrappers, self.errors = [wrapper for wrapper, _ in fits], [error for _, error in fits]
@@ -287,22 +313,10 @@ class _Fit:
         self.history.append(self.total)
 
 
-def _map_of_outputs(core_ND: Tensor, target_ND: Tensor, down_DF: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`low_rank_map` from a core's outputs, which lie in the column space of its down projection: where that is narrower
-    than the model, the same answer comes from far smaller matrices."""
-    hidden, width = down_DF.shape
-    if width >= hidden:
-        return low_rank_map(core_ND, target_ND, rank, RIDGE)
-    basis_DF = torch.linalg.qr(down_DF.double())[0]
-    left_DR, right_RF = low_rank_map(core_ND.double() @ basis_DF, target_ND, rank, RIDGE * width / hidden)
-    return left_DR, right_RF @ basis_DF.T
-
-
-def _double(wrapper: Wrapper) -> Wrapper:
-    return Wrapper(
-        wrapper.in_left_DR.double(), wrapper.in_right_RD.double(), wrapper.out_scale,
-        wrapper.out_left_DR.double(), wrapper.out_right_RD.double(),
-    )  # fmt: skip
+def transposed_output(wrapper: Wrapper, image_DF: Tensor) -> Tensor:
+    """(s I + P Q)^T applied to every column, float64."""
+    pulled_RF = wrapper.out_left_DR.double().T @ image_DF
+    return wrapper.out_scale * image_DF + wrapper.out_right_RD.double().T @ pulled_RF
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], right_DF: Tensor, steps: int) -> Tensor:

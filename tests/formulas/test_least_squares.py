@@ -13,6 +13,12 @@ def numbers(tokens: int, inputs: int, outputs: int, seed: int = 0) -> tuple[torc
     return torch.randn(tokens, inputs, generator=generator), torch.randn(tokens, outputs, generator=generator)
 
 
+def low_rank(inputs_TA, target_TD, rank, ridge):
+    wide_TA = inputs_TA.double()
+    gram_AA, products_AD = wide_TA.T @ wide_TA, wide_TA.T @ target_TD.double()
+    return low_rank_map(gram_AA, products_AD, rank, ridge_strength([inputs_TA], ridge))
+
+
 def objective(inputs_TA, target_TD, map_DA, strength):
     missed = (target_TD.double() - inputs_TA.double() @ map_DA.T).square().sum()
     return float(missed + strength * map_DA.square().sum())
@@ -44,7 +50,7 @@ def test_an_exact_map_is_found_and_silent_inputs_give_zero():
 def test_the_low_rank_map_is_the_best_of_its_rank(tokens, rank, outputs):
     inputs_TA, target_TD = numbers(tokens, 12, outputs)
     strength = ridge_strength([inputs_TA], 0.05)
-    left_DR, right_RA = low_rank_map(inputs_TA, target_TD, rank, 0.05)
+    left_DR, right_RA = low_rank(inputs_TA, target_TD, rank, 0.05)
     found = objective(inputs_TA, target_TD, left_DR @ right_RA, strength)
     left, right = left_DR.clone(), right_RA.clone()
     for _ in range(30):  # exact alternating minimisation from there cannot do better
@@ -62,11 +68,11 @@ def test_the_low_rank_map_is_the_best_of_its_rank(tokens, rank, outputs):
 
 def test_a_full_rank_is_the_ridge_map_and_spare_directions_are_zero():
     inputs_TA, target_TD = numbers(30, 5, 4)
-    left_DR, right_RA = low_rank_map(inputs_TA, target_TD, 4, 0.1)
+    left_DR, right_RA = low_rank(inputs_TA, target_TD, 4, 0.1)
     assert torch.allclose(left_DR @ right_RA, ridge_map(inputs_TA, target_TD, 0.1), atol=1e-10)
-    left_DR, right_RA = low_rank_map(inputs_TA, target_TD, 9, 0.1)
+    left_DR, right_RA = low_rank(inputs_TA, target_TD, 9, 0.1)
     assert left_DR.shape == (4, 9) and not left_DR[:, 4:].any() and not right_RA[4:].any()
-    left_DR, right_RA = low_rank_map(torch.zeros(3, 5), target_TD[:3], 2, 0.1)
+    left_DR, right_RA = low_rank(torch.zeros(3, 5), target_TD[:3], 2, 0.1)
     assert not (left_DR @ right_RA).any()
 
 

@@ -1,21 +1,25 @@
 """The alternating fit: its error never rises, it finds a planted core, and it beats wrappers and cores drawn at random."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moe_edge.formulas.ffn import Ffn
-from moe_edge.formulas.least_squares import low_rank_map
 from moe_edge.formulas.shared_core import (
-    RIDGE,
     ExpertData,
     Wrapper,
     _Fit,
-    _map_of_outputs,
+    best_output,
     conjugate_gradients,
     core_activations,
     fit_shared_core,
     fold,
+    identity,
+    moments,
+    output_map,
     silu_gate,
+    transposed_output,
 )
 
 HIDDEN, WIDTH, RANK, TOKENS = 10, 8, 2, 60
@@ -65,9 +69,10 @@ def test_the_folded_expert_computes_the_wrapped_core():
     wrapped = wrapper.wrap_output(core_activations(core, wrapper.wrap_input(hidden_ND), silu_gate) @ core.down_DF.T)
     folded = fold(core, wrapper)
     assert torch.allclose(core_activations(folded, hidden_ND, silu_gate) @ folded.down_DF.T, wrapped, atol=1e-5)
-    error_ND = torch.randn(9, HIDDEN, generator=generator)
-    matrix = wrapper.out_scale * torch.eye(HIDDEN) + wrapper.out_left_DR @ wrapper.out_right_RD
-    assert torch.allclose(wrapper.transpose_output(error_ND), error_ND @ matrix, atol=1e-5)
+    image_DF = torch.randn(HIDDEN, WIDTH, generator=generator).double()
+    matrix = (wrapper.out_scale * torch.eye(HIDDEN) + wrapper.out_left_DR @ wrapper.out_right_RD).double()
+    assert torch.allclose(output_map(wrapper, core.down_DF), matrix @ core.down_DF.double(), atol=1e-5)
+    assert torch.allclose(transposed_output(wrapper, image_DF), matrix.T @ image_DF, atol=1e-5)
 
 
 def test_the_error_is_reported_truly_and_never_rises():
@@ -115,11 +120,23 @@ def test_conjugate_gradients_solve_a_small_system():
 
 
 @pytest.mark.parametrize("width", [WIDTH, HIDDEN + 2], ids=["narrower than the model", "wider"])
-def test_the_map_of_a_cores_outputs_is_that_of_the_whole_space(width):
+def test_the_output_wrapper_is_the_best_of_its_rank(width):
+    """Against token-by-token errors: the sums are right, and no small change of the wrapper lowers the error."""
     generator = torch.Generator().manual_seed(2)
-    down_DF = torch.randn(HIDDEN, width, generator=generator)
-    core_ND = torch.randn(TOKENS, width, generator=generator) @ down_DF.T
-    target_ND = torch.randn(TOKENS, HIDDEN, generator=generator)
-    left_DR, right_RD = _map_of_outputs(core_ND, target_ND, down_DF, RANK)
-    expected_DR, expected_RD = low_rank_map(core_ND, target_ND, RANK, RIDGE)
-    assert torch.allclose(left_DR @ right_RD, expected_DR @ expected_RD, atol=1e-6)
+    shapes = [(width, HIDDEN), (width, HIDDEN), (HIDDEN, width)]
+    core = Ffn(*(0.4 * torch.randn(*shape, generator=generator) for shape in shapes))
+    one = data_of(Ffn(*(0.4 * torch.randn(*shape, generator=generator) for shape in shapes)), generator)
+    plain = identity(HIDDEN, RANK, core.gate_FD)
+    sums = moments(one, plain, core, silu_gate)
+    assert sums.missed(output_map(plain, core.down_DF)) == pytest.approx(missed([one], [core]) * one.energy, rel=1e-5)
+    wrapper, error = best_output(plain, core.down_DF, sums, RANK)
+    assert error < 0.95 * sums.missed(output_map(plain, core.down_DF))
+    assert error == pytest.approx(missed([one], [fold(core, wrapper)]) * one.energy, rel=1e-4)
+    for _ in range(20):
+        noise = [
+            0.03 * torch.randn(part.shape, generator=generator) for part in (plain.out_left_DR, plain.out_right_RD)
+        ]
+        changed = replace(
+            wrapper, out_left_DR=wrapper.out_left_DR + noise[0], out_right_RD=wrapper.out_right_RD + noise[1]
+        )
+        assert sums.missed(output_map(changed, core.down_DF)) > error
