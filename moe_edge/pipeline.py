@@ -74,10 +74,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=2),
     Stage(
         "plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",),
-        ("matplotlib", "llama-cpp-python"), schema=2,
+        ("matplotlib", "llama-cpp-python"), schema=3,
     ),
-    Stage("compress", (), ("profile", "plan"), schema=2),
-    Stage("distill", ("distill", "calibration.seed"), ("profile", "plan", "compress"), ("accelerate",), schema=2),
+    Stage("compress", (), ("profile", "plan"), schema=3),
+    Stage("distill", ("distill", "calibration.seed"), ("profile", "plan", "compress"), ("accelerate",), schema=3),
     Stage(
         "export", ("export", "target.formats", "target.quantization", "target.runtime", "target.context_length"),
         ("profile", "plan", "compress", "distill"), _RUNTIMES,

@@ -181,7 +181,7 @@ class StageConfig(BaseModel):
     steps: int | None = Field(None, gt=0)
     num_epochs: float | None = Field(None, gt=0)
     learning_rate: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="auto: 5e-4 at a hidden size of 256 and inversely proportional to it"
+        "auto", description="auto: 5e-4 at a hidden size of 256, and falling with its square"
     )
     warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the stage's steps with rising learning rate")
     parameter_lr_multipliers: list[LrMultiplier] = [LrMultiplier(pattern=".*", lr_multiplier=1.0)]
