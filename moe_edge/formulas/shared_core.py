@@ -289,16 +289,14 @@ class _Fit:
         down_DF = self.core.down_DF.double()
 
         def product(change_DF: Tensor) -> Tensor:
-            images = (
-                transposed_output(wrapper, output_map(wrapper, change_DF) @ each.gram_FF)
-                for wrapper, each in zip(self.wrappers, sums, strict=True)
-            )
-            return torch.stack(list(images)).sum(dim=0)
+            total_DF = torch.zeros_like(change_DF)
+            for wrapper, each in zip(self.wrappers, sums, strict=True):
+                total_DF += transposed_output(wrapper, output_map(wrapper, change_DF) @ each.gram_FF)
+            return total_DF
 
-        wanted = (
-            transposed_output(wrapper, each.products_FD.T) for wrapper, each in zip(self.wrappers, sums, strict=True)
-        )
-        gradient_DF = torch.stack(list(wanted)).sum(dim=0) - product(down_DF)
+        gradient_DF = -product(down_DF)
+        for wrapper, each in zip(self.wrappers, sums, strict=True):
+            gradient_DF += transposed_output(wrapper, each.products_FD.T)
         change_DF = conjugate_gradients(product, gradient_DF, CONJUGATE_STEPS)
         self._try_cores([self.core._replace(down_DF=(down_DF + change_DF).float())])
 
