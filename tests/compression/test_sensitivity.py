@@ -110,6 +110,19 @@ def test_what_is_measured_with_a_codebook_is_that_codebook(monkeypatch):
     assert known.nats["expert_gate_up", 0]["IQ2_S"] == pytest.approx(expected, rel=1e-4) and expected > 0
 
 
+def test_weights_that_lie_on_the_grid_of_a_fallback_lose_nothing_in_it():
+    """Rows of 64: Q5_K becomes Q5_1, and what was stored so before is stored again unchanged; its neighbours cost more."""
+    model, ids = tiny_model("qwen3_moe", layers=1), tiny_ids(16, 2)
+    for matrix in weight_rows(model):
+        if matrix.bit_class == "attention":
+            assert type_for_row("Q5_K", matrix.rows.shape[-1]) == "Q5_1"
+            matrix.rows.copy_(torch.from_numpy(round_trip("Q5_1", matrix.rows.numpy())))
+    nats = measure_sensitivity(model, ids).nats["attention", 0]
+    assert nats["Q5_K"] < 0.1 * nats["Q4_K"]
+    smooth = measure_sensitivity(tiny_model("qwen3_moe", layers=1), ids).nats["attention", 0]
+    assert nats["Q5_K"] < 0.1 * smooth["Q5_K"]
+
+
 def test_rows_without_blocks_cost_nothing():
     known = measure_sensitivity(tiny_model("qwen3_moe", hidden=48, width=40, head_dim=12), tiny_ids())
     assert max(table["Q2_K"] for table in known.nats.values()) < 1e-4, "all is stored as float16"

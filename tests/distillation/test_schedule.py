@@ -108,6 +108,8 @@ def test_nothing_to_train_is_an_error() -> None:
         multipliers_of(NAMES, [LrMultiplier(pattern=".*", lr_multiplier=0)])
 
 
-@pytest.mark.parametrize(("asked", "width", "rate"), (("auto", 256, 5e-4), ("auto", 1024, 3.125e-5), (3e-3, 1024, 3e-3)))
+@pytest.mark.parametrize(
+    ("asked", "width", "rate"), (("auto", 256, 5e-4), ("auto", 1024, 3.125e-5), (3e-3, 1024, 3e-3))
+)
 def test_the_automatic_rate_falls_with_the_width(asked, width, rate):
     assert full_rate(StageConfig(stage_name="all", share=1.0, learning_rate=asked), width) == pytest.approx(rate)
