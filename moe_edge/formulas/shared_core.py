@@ -67,9 +67,6 @@ class Wrapper:
     def wrap_input(self, hidden_ND: Tensor) -> Tensor:
         return hidden_ND + (hidden_ND @ self.in_right_RD.T) @ self.in_left_DR.T
 
-    def wrap_output(self, core_ND: Tensor) -> Tensor:
-        return self.out_scale * core_ND + (core_ND @ self.out_right_RD.T) @ self.out_left_DR.T
-
 
 def identity(hidden: int, rank: int, like: Tensor) -> Wrapper:
     """Wrappers that leave input and output as they are; one factor is not zero, so that training can move the other."""

@@ -25,11 +25,10 @@ from moe_edge.families.dense import DENSE_OF, build_dense
 from moe_edge.families.loading import save_student
 from moe_edge.formulas.ffn import Ffn
 from tests.export.gguf_models import REPRESENTABLE
+from tests.export.onnx_models import CASES
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint, tiny_model
 
 SIZE = {"hidden": 256, "width": 256}
-# Beyond what llama.cpp can represent at all: shapes that ONNX's rotary operator takes, and layers that show all kinds.
-OVERRIDES: dict[str, dict[str, Any]] = {"lfm2_moe": {"layers": 3}, "phimoe": {}}
 DENSE = tuple(f"dense {dense}" for dense in dict.fromkeys(DENSE_OF.values()))
 FULL = {"gguf": "gguf F16", "onnx": "onnx fp32"}
 Row = dict[str, Any]
@@ -55,7 +54,7 @@ def _lines(families: list[str], work: Path) -> Iterator[Row]:
 
 
 def _mixture(work: Path, family: str) -> Path:
-    return tiny_checkpoint(work, family, **(REPRESENTABLE.get(family, {}) | SIZE | OVERRIDES.get(family, {})))
+    return tiny_checkpoint(work, family, **(REPRESENTABLE.get(family, {}) | CASES.get(family, {}) | SIZE))
 
 
 def _dense(work: Path, dense: str) -> Path:

@@ -66,7 +66,8 @@ def test_the_folded_expert_computes_the_wrapped_core():
     generator = torch.Generator().manual_seed(1)
     core, wrapper = core_of(generator), wrapper_of(generator, 0.3, scale=0.7)
     hidden_ND = torch.randn(9, HIDDEN, generator=generator)
-    wrapped = wrapper.wrap_output(core_activations(core, wrapper.wrap_input(hidden_ND), silu_gate) @ core.down_DF.T)
+    core_ND = core_activations(core, wrapper.wrap_input(hidden_ND), silu_gate) @ core.down_DF.T
+    wrapped = wrapper.out_scale * core_ND + (core_ND @ wrapper.out_right_RD.T) @ wrapper.out_left_DR.T
     folded = fold(core, wrapper)
     assert torch.allclose(core_activations(folded, hidden_ND, silu_gate) @ folded.down_DF.T, wrapped, atol=1e-5)
     image_DF = torch.randn(HIDDEN, WIDTH, generator=generator).double()
