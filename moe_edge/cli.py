@@ -195,7 +195,28 @@ def _stage_command(name: str, text: str) -> None:
 
 _stage_command("profile", "Measure the teacher over the calibration set, once for every target.")
 _stage_command("compress", "Apply the plan: profile and plan are made if they are missing.")
-_stage_command("distill", "Recover quality from the teacher: earlier stages are made if they are missing.")
+
+
+@app.command()
+def distill(
+    teacher: Teacher = None, target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None,
+    student: Annotated[
+        str | None,
+        typer.Option("--student", help="Teach this checkpoint, dense or a mixture, whatever its tokenizer; no build."),
+    ] = None,
+    settings: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Recover quality from the teacher: earlier stages are made if they are missing. Or teach a --student of your own."""
+    request = _request(teacher, target, config, out, None, settings)
+    if student is None:
+        return _build(request, None, "distill", fresh, as_json)
+    from moe_edge.build import distill_student
+
+    folder, summary = distill_student(request, student, fresh=fresh)
+    if as_json:
+        return _print({"out": str(folder), **summary})
+    print(f"{folder / 'distill' / 'model'}: {summary['kept']}; {summary['reason']}")
+    print(f"next: moe-edge export {folder / 'distill' / 'model'} --target TARGET")
 
 
 @app.command()

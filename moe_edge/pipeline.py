@@ -88,6 +88,8 @@ STAGES: tuple[Stage, ...] = (
     ),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+# `moe-edge distill --student`: the same stage for a student that no plan made
+PAIR_STAGE = Stage("distill", ("distill", "calibration", "profile.logits"), (), ("accelerate",))
 SHARED_STAGE = STAGE_NAMES.index("profile")  # the one in which several processes can take part
 
 

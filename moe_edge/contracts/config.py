@@ -19,6 +19,7 @@ Loss = Literal[
     "cka", "mse", "cosine", "procrustes",  # on the outputs of layers
     "expert_cka", "expert_diversity",  # on the outputs of experts
     "load_balance", "importance", "router_z", "routing_kl",  # on routers
+    "uld", "projected_kl",  # on logits, also where student and teacher have different tokenizers
 ]  # fmt: skip
 
 

@@ -115,8 +115,11 @@ def configured_ends(folder: Path) -> dict[str, list[int]]:
     return ends
 
 
-def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:
+def resolve_teacher(path_or_id: str, revision: str | None = None, role: str = "teacher") -> Path:
     """A folder for a path or a hub id; the hub is asked only for ids, and only for safetensors and text files.
+
+    Args:
+        role: what an error calls the model.
 
     Raises:
         ConfigError: the folder does not exist, or the hub has not given the model.
@@ -125,7 +128,7 @@ def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:
     if path_or_id and folder.is_dir():
         return folder
     if not path_or_id or folder.exists() or not _looks_like_id(path_or_id):
-        raise ConfigError("the teacher is not a folder", where=path_or_id, why="expected a checkpoint folder or hub id")
+        raise ConfigError(f"the {role} is not a folder", where=path_or_id, why="expected a checkpoint folder or hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -133,7 +136,7 @@ def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub client raises dozens of types: offline, unknown id, gated, proxy
         why = f"no such folder, and the hub failed: {_first_line(error)}"
         command = f"hf download {path_or_id} --local-dir DIR, then pass DIR"
-        raise ConfigError("the teacher cannot be found", where=path_or_id, why=why, next_command=command) from error
+        raise ConfigError(f"the {role} cannot be found", where=path_or_id, why=why, next_command=command) from error
 
 
 def _looks_like_id(text: str) -> bool:
