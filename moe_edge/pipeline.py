@@ -71,7 +71,7 @@ def _descend(data: Any, dotted: str) -> Any:
 
 _RUNTIMES = ("llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai")
 STAGES: tuple[Stage, ...] = (
-    Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=2),
+    Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=3),
     Stage(
         "plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",),
         ("matplotlib", "llama-cpp-python"), schema=3,

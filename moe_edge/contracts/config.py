@@ -212,6 +212,9 @@ class DistillConfig(BaseModel):
     skew: float = Field(
         0.1, gt=0, lt=1, description="skew_kl, skew_reverse_kl: share of the other side that is mixed in"
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the matrix products; the weights stay float32. auto: bfloat16 on an accelerator"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")
     stages: list[StageConfig] = [

@@ -82,6 +82,9 @@ def history_of(checkpoint: Path) -> list[dict[str, float]]:
     return step_lines(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
 
 
+HEALTH = ("router_entropy", "router_dead_experts", "router_drift_nats", "ka_sampled", "ka_lambda", "sar_drift_nats")
+
+
 class SaveByTheClock(TrainerCallback):
     """Asks for a checkpoint every two minutes and after the last step; keeps only the newest. For one process: the clocks
     of several would not agree about the step.
@@ -130,7 +133,8 @@ class ShowProgress(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
-        shown = {name: logs[name] for name in ("total_loss", "ce_loss", "kl_loss", "cka_loss") if name in logs}
+        losses = ("total_loss", *(name for name in logs if name.endswith("_loss") and name != "total_loss"))
+        shown = {name: logs[name] for name in (*losses, *HEALTH) if name in logs}
         if shown:
             text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
             log.info("step %d/%d: %s", state.global_step, state.max_steps, text)

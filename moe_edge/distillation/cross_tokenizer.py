@@ -28,6 +28,7 @@ from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.terms import Heard, Needs, Scene, Term, TermContext
 from moe_edge.distillation.tokenizer_pair import AlignedRow, TokenizerPair, require_same_tokenizer
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts
+from moe_edge.families.loading import true_vocabulary
 from moe_edge.families.taps import body, head
 from moe_edge.formulas.divergence import CHUNK_TOKENS, cross_entropy
 from moe_edge.formulas.head_loss import head_loss
@@ -67,7 +68,7 @@ class CrossTokenizerTerm:
         self._student, self._teacher = student, teacher.requires_grad_(False).eval()
         self._pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
         self._widths = [
-            min(len(tokenizer), head(model).weight.shape[0])
+            true_vocabulary(tokenizer, head(model).weight.shape[0])
             for model, tokenizer in ((teacher, teacher_tokenizer), (student, student_tokenizer))
         ]
         matched_M2, device = self._pair.matched(*self._widths), next(student.parameters()).device

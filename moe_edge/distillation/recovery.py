@@ -141,7 +141,7 @@ class Recovery:
 def training_arguments(
     config: DistillConfig, schedule: StageSchedule, folder: Path, row_tokens: int, hidden_size: int
 ) -> DistillationTrainingArguments:
-    """The Trainer's settings of one stage: one pass over its rows, warm-up, cosine to zero, float32 on a CPU."""
+    """The Trainer's settings of one stage: one pass over its rows, warm-up, cosine to zero."""
     rows = micro_rows(config.batch_rows, row_tokens)
     cuda = torch.cuda.is_available()
     alpha, temperature = stage_blend(config, schedule.config)
@@ -157,7 +157,7 @@ def training_arguments(
         save_strategy="no",
         seed=config.seed,
         use_cpu=not cuda,
-        bf16=cuda,
+        bf16=cuda if config.precision == "auto" else config.precision == "bfloat16",
         activation_checkpointing=config.gradient_checkpointing,
         distillation_alpha=alpha,
         distillation_temperature=temperature,

@@ -96,6 +96,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise InputRejected("the tokenizer cannot be read", where=str(path), why=_first_line(error)) from error
 
 
+def true_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
+    """How many of a head's rows stand for tokens: the ids that the tokenizer can produce; the rows beyond are padding."""
+    return min(rows, max(tokenizer.get_vocab().values()) + 1)
+
+
 def configured_ends(folder: Path) -> dict[str, list[int]]:
     """{configuration file: the ids that it says end a text}, in the order in which they count.
 

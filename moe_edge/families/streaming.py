@@ -39,6 +39,13 @@ MEMORY_SHARE = 0.6  # of what is free may hold the whole model; activations, sum
 Part = int | Literal["embedding", "head", "rest"]  # a number: that decoder layer; rest: norms and the like
 
 
+def free_bytes(device: torch.device, sharers: int = 1) -> int:
+    """Memory that is free on a device now, or one process's share of this machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) // sharers
+
+
 def fits_in_memory(
     headers: CheckpointHeaders, dtype: torch.dtype, device: torch.device | str = "cpu", sharers: int = 1
 ) -> bool:
@@ -48,9 +55,7 @@ def fits_in_memory(
         sharers: processes on this machine that load the model at once; each accelerator has memory of its own.
     """
     needed = dtype.itemsize * sum(prod(info.shape) for info in headers.tensors.values())
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available // sharers
+    free = free_bytes(torch.device(device), sharers)
     fits = needed <= MEMORY_SHARE * free
     log.info("the model takes %.1f GiB of %.1f: %s", needed / 2**30, free / 2**30, "whole" if fits else "streamed")
     return fits

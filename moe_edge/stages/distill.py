@@ -25,7 +25,7 @@ from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperatures
 from moe_edge.distillation.tokenizer_pair import require_same_tokenizer
-from moe_edge.families.loading import load_model, load_tokenizer, save_student, stored_dtype
+from moe_edge.families.loading import load_model, load_tokenizer, save_student, stored_dtype, true_vocabulary
 from moe_edge.families.streaming import fits_in_memory
 from moe_edge.families.students import (
     TRAINABLE,
@@ -38,6 +38,7 @@ from moe_edge.families.students import (
 )
 from moe_edge.stages.distill_data import CAPTURED, rows_and_signal, term_material
 from moe_edge.stages.distill_outcome import Judge, Measured, Record, train_between, write_outcome
+from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -53,36 +54,48 @@ def run(context: StageContext) -> Record:
         InputRejected: the logit cache belongs to another teacher.
     """
     source = context.inputs["compress"] / "model"
-    if reason := _nothing_to_do(context):
-        log.info("distill: %s, the student goes on unchanged", reason)
-        mirror_student(source.parent, context.out)
-        write_outcome(context.out, [], {"trained": False, "reason": reason})
-        return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
+    if reason := _not_to_train(context, source):
+        return _unchanged(context, source, reason)
     with rows_and_signal(context) as (rows, signal):
         return _distill(context, source, rows, signal)
 
 
-def _nothing_to_do(context: StageContext) -> str | None:
-    if not context.config.distill.stages:
+def _not_to_train(context: StageContext, source: Path) -> str | None:
+    config = context.config.distill
+    if not config.stages:
         return "distill.stages is empty"
     if not Plan.read(context.inputs["plan"] / "plan.json").alters:
         return "the plan changes no expert, so there is nothing to recover"
-    return None
+    return no_room_for_weights(config, inspect_checkpoint(source), _device())
+
+
+def _unchanged(context: StageContext, source: Path, reason: str) -> Record:
+    log.warning("distill: %s; the student goes on unchanged", reason)
+    mirror_student(source.parent, context.out)
+    write_outcome(context.out, [], {"trained": False, "reason": reason})
+    return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _distill(context: StageContext, source: Path, rows: TokenRows, signal: CachedSignal) -> Record:
-    config, ids_NS = context.config.distill, rows.ids_NS
+    ids_NS, fits = rows.ids_NS, fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, _device())
+    config = recipe_with_room(context.config.distill, fits)
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     _check_teacher(context, source, signal)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_student(trainable_folder(source.parent)).to(device)
+    student = load_student(trainable_folder(source.parent)).to(_device())
+    if reason := no_room_for_training(config, student, schedules, _device()):
+        return _unchanged(context, source, reason)
+    vocab = true_vocabulary(load_tokenizer(source), student.config.vocab_size)
     recovery = Recovery(
-        config, ids_NS, signal, student.config.vocab_size, context.teacher, context.out / "checkpoints",
+        config, ids_NS, signal, vocab, context.teacher, context.out / "checkpoints",
         material=term_material(context, student, rows),
     )  # fmt: skip
     recovery.check(student, schedules)
-    judge = _judge(context, ids_NS[held_out_rows], signal)
+    judge = _judge(context, ids_NS[held_out_rows], signal, vocab, fits)
     dtype = stored_dtype(inspect_checkpoint(source))
     outcome = train_between(judge, recovery, student, schedules, dtype)
     if outcome.better:
@@ -110,13 +123,11 @@ def _check_teacher(context: StageContext, source: Path, signal: CachedSignal) ->
     require_same_tokenizer(load_tokenizer(source), load_tokenizer(context.teacher), losses)
 
 
-def _judge(context: StageContext, ids_NS: Any, signal: CachedSignal) -> Judge:
+def _judge(context: StageContext, ids_NS: Any, signal: CachedSignal, vocab: int, fits: bool) -> Judge:
     """A function from a student to its `Measured`; CKA only where the teacher fits beside the student."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fits = fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, device)
 
     def judge(student: nn.Module) -> Measured:
-        kl_nats = held_out_kl(student, ids_NS, signal, student.config.vocab_size)
+        kl_nats = held_out_kl(student, ids_NS, signal, vocab)
         if not fits:
             return Measured(kl_nats, None)
         teacher = load_model(context.teacher).to(next(student.parameters()).device)

@@ -4,6 +4,7 @@
 Shape suffixes: N rows, S tokens of a row.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel
 from moe_edge.compression.expert_layers import expert_layer_cka, write_expert_layer_table
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.plan import Plan
-from moe_edge.distillation.capture import CaptureConfig, captured_signal
+from moe_edge.distillation.capture import CaptureConfig, RowEncoder, captured_signal
+from moe_edge.distillation.capture_cost import capture_cost
+from moe_edge.distillation.readers import LogitReader
 from moe_edge.distillation.schedule import HELD_OUT_SHARE
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.families.loading import load_model, load_tokenizer
@@ -24,6 +27,7 @@ from moe_edge.profiling.text_rows import CALIBRATION, text_rows
 from moe_edge.storage.logit_shards import CAPTURE, ROWS
 from moe_edge.storage.rows import TokenRows
 
+log = logging.getLogger(__name__)
 CAPTURED = "logits"
 MEASURED_ROWS = 8  # on which layer maps and groups of experts are found
 
@@ -59,7 +63,11 @@ def captured_text(context: StageContext) -> tuple[TokenRows, CachedSignal]:
         return TokenRows.load(given / ROWS), CachedSignal(given, {"teacher": context.teacher_digest})
     rows, logits = wanted_rows(context, context.teacher), context.config.profile.logits
     config = CaptureConfig(k=logits.k, temperatures=tuple(logits.temperatures))
-    return rows, captured_signal(context.teacher, rows, context.out / CAPTURED, config)
+
+    def price(reader: LogitReader, encoder: RowEncoder, pins: dict[str, Any]) -> None:
+        log.info("%s", capture_cost(reader, encoder, context.teacher, pins, rows.ids_NS[0]).text())
+
+    return rows, captured_signal(context.teacher, rows, context.out / CAPTURED, config, on_open=price)
 
 
 def is_capture(data: Path) -> bool:

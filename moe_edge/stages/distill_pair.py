@@ -33,13 +33,14 @@ from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperat
 from moe_edge.distillation.teacher import teacher_model
 from moe_edge.distillation.terms import unfit
 from moe_edge.distillation.tokenizer_pair import require_same_tokenizer, tokenizer_differences
-from moe_edge.families.loading import load_tokenizer, save_student, stored_dtype
+from moe_edge.families.loading import load_tokenizer, save_student, stored_dtype, true_vocabulary
 from moe_edge.families.streaming import fits_in_memory
 from moe_edge.families.students import is_shared_core, load_student
 from moe_edge.families.taps import decoder_layers, head
 from moe_edge.formulas.layer_map import proportional_map
 from moe_edge.stages.distill_data import CAPTURED, captured_text, is_capture, measured_material, wanted_rows
 from moe_edge.stages.distill_outcome import NO_ROOM, Judge, Measured, Outcome, Record, train_between, write_outcome
+from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -110,18 +111,21 @@ def _rows_and_signal(context: StageContext, pair: Pair) -> Iterator[tuple[TokenR
 
 
 def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedSignal | None) -> Record:
-    config, ids_NS = context.config.distill, rows.ids_NS
+    ids_NS, fits = rows.ids_NS, fits_in_memory(inspect_checkpoint(pair.teacher), torch.float32, _device())
+    config = recipe_with_room(context.config.distill, fits)
+    no_room_for_weights(config, inspect_checkpoint(pair.student), _device())
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     model = load_student(pair.student).to(_device())
     if is_shared_core(model):
         why = "its trainable form belongs to the build that made it"
         raise InputRejected("a student with shared cores is trained by its build", where=str(pair.student), why=why)
+    no_room_for_training(config, model, schedules, _device())
     material = {"tokenizers": pair.tokenizers} | measured_material(context, model, rows)
-    vocab = min(len(pair.tokenizers[0]), head(model).weight.shape[0])
+    vocab = true_vocabulary(pair.tokenizers[0], head(model).weight.shape[0])
     recovery = Recovery(config, ids_NS, signal, vocab, pair.teacher, context.out / "checkpoints", material=material)
     recovery.check(model, schedules)
-    judge = _judge(pair, ids_NS[held_out_rows], signal, vocab)
+    judge = _judge(pair, ids_NS[held_out_rows], signal, vocab, fits)
     dtype = stored_dtype(inspect_checkpoint(pair.student))
     outcome = train_between(judge, recovery, model, schedules, dtype)
     _save(context.out, pair.student, model, outcome, dtype)
@@ -144,9 +148,8 @@ def _save(out: Path, source: Path, model: PreTrainedModel, outcome: Outcome, dty
         shutil.rmtree(out / scratch, ignore_errors=True)
 
 
-def _judge(pair: Pair, ids_NS: Any, signal: CachedSignal | None, vocab: int) -> Judge:
+def _judge(pair: Pair, ids_NS: Any, signal: CachedSignal | None, vocab: int, fits: bool) -> Judge:
     """A function from the student to its `Measured`; the teacher is in memory only while it is asked."""
-    fits = fits_in_memory(inspect_checkpoint(pair.teacher), torch.float32, _device())
 
     def across(student: nn.Module) -> Measured:
         teacher = teacher_model(pair.teacher, next(student.parameters()).device)

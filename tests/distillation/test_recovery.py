@@ -138,3 +138,13 @@ def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.M
     work.check(tiny_student(), schedules)
     work.train(tiny_student(), schedules)
     assert list((teacher.parent / "events" / "tensorboard").glob("all/events.*"))
+
+
+def test_bfloat16_products_give_about_the_same_losses(
+    teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]]
+) -> None:
+    config = CONFIG.model_copy(update={"precision": "bfloat16"})
+    _, records = train(replace(recovery(teacher, "bfloat16", interval_s=1e9), config=config))
+    exact = [entry["kl_loss"] for record in straight[1] for entry in record["log"]]
+    rough = [entry["kl_loss"] for record in records for entry in record["log"]]
+    assert rough != exact and rough == pytest.approx(exact, rel=0.1)
