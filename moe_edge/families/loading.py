@@ -5,6 +5,7 @@ and 5, llama.cpp and vLLM all read the same way (they look for the expert count 
 """
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"
 GENERATION = "generation_config.json"
 _END_FILES = ((GENERATION,), ("config.json",), ("genai_config.json", "model"))  # (file, *keys inside)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# It says that it will unpack MXFP4, and how to avoid that; unpacking is what `load_model` asks for.
+logging.getLogger("transformers.quantizers.quantizer_mxfp4").setLevel(logging.ERROR)
 if not sys.stderr.isatty():
     disable_progress_bar()  # of transformers; a log file is no place for it
 
@@ -46,19 +49,30 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     headers = inspect_checkpoint(Path(path), require_tokenizer=False)
     family_of(headers.config).tensors(headers.config, headers.tensors)
     stored_dtype(headers)
+    config = load_config(path)
+    if headers.packed:
+        config.quantization_config = {
+            "quant_method": "mxfp4",
+            "dequantize": True,
+        }  # removed by transformers once it is done
     model = AutoModelForCausalLM.from_pretrained(
-        str(path), config=load_config(path), dtype=dtype, local_files_only=True, trust_remote_code=False,
+        str(path), config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
         use_safetensors=True,
     )  # fmt: skip
+    if headers.packed:
+        model._weight_conversions = None  # or it would be saved under the names of the packed tensors
     return model.eval()
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """The configuration of a checked folder. Raises InputRejected when transformers refuses it."""
+    """The configuration of a checked folder, without quantization. Raises InputRejected when transformers refuses it."""
     try:
-        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every config class validates in its own way
         raise InputRejected("transformers refuses config.json", where=str(path), why=_first_line(error)) from error
+    if hasattr(config, "quantization_config"):  # MXFP4: every reader unpacks it, and what is saved is plain
+        del config.quantization_config
+    return config
 
 
 def _first_line(error: Exception) -> str:

@@ -24,12 +24,14 @@ import torch
 from moe_edge.families.dense import DENSE_OF, build_dense
 from moe_edge.families.loading import save_student
 from moe_edge.formulas.ffn import Ffn
-from tests.export.gguf_models import REPRESENTABLE
+from tests.export.gguf_models import LLAMA3, REPRESENTABLE, llama_checkpoint
 from tests.export.onnx_models import CASES
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint, tiny_model
 
 SIZE = {"hidden": 256, "width": 256}
-DENSE = tuple(f"dense {dense}" for dense in dict.fromkeys(DENSE_OF.values()))
+# llama: what a user brings; llama 3: with the scaled rotation of 3.1 and 3.2, on positions that need it
+LLAMAS: dict[str, dict[str, Any]] = {"dense llama": {}, "dense llama 3": {"rope_parameters": LLAMA3}}
+DENSE = (*(f"dense {dense}" for dense in dict.fromkeys(DENSE_OF.values())), *LLAMAS)
 FULL = {"gguf": "gguf F16", "onnx": "onnx fp32"}
 Row = dict[str, Any]
 
@@ -46,11 +48,18 @@ def main() -> None:
 
 def _lines(families: list[str], work: Path) -> Iterator[Row]:
     for family in families:
-        model = _dense(work, family.removeprefix("dense ")) if family.startswith("dense ") else _mixture(work, family)
+        model = _model(work, family)
         for file_format in FULL:
             row = {"benchmark": "parity", "family": family, "format": file_format} | _exported(model, file_format, work)
             print(json.dumps(row), flush=True)
             yield row
+
+
+def _model(work: Path, family: str) -> Path:
+    if family in LLAMAS:
+        sizes = {"hidden_size": SIZE["hidden"], "intermediate_size": SIZE["width"]}
+        return llama_checkpoint(work, family.replace(" ", "-"), **sizes, **LLAMAS[family])
+    return _dense(work, family.removeprefix("dense ")) if family.startswith("dense ") else _mixture(work, family)
 
 
 def _mixture(work: Path, family: str) -> Path:
