@@ -145,6 +145,31 @@ def test_verify_names_the_file_and_ends_with_four(called, tmp_path):
     assert code == 4 and out == "" and "a.txt: changed" in err
 
 
+def test_verify_takes_the_graph_for_cuda_and_each_bundle_holds_one_graph(called, tmp_path, monkeypatch):
+    """In the folder, in its own experimental bundle and in the tar; the CPU's bundle goes without it."""
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    model, out = tiny_checkpoint(tmp_path, "qwen3_moe"), tmp_path / "o"
+    settings = (
+        "export.formats=[onnx]",
+        "export.onnx.provider=cuda",
+        "target.context_length=64",
+        "target.runtime.threads=1",
+    )
+    code, _, err = called("export", model, "--out", out, *(word for setting in settings for word in ("--set", setting)))
+    assert code == 0, err
+    bundles = out / "artifacts" / "bundle"
+    for path in (out, *(bundles / name for name in ("onnx", "onnx.tar", "onnx-cuda", "onnx-cuda.tar"))):
+        code, _, err = called("verify", path)
+        assert code == 0, err
+    graphs = sorted(path.relative_to(bundles).as_posix() for path in bundles.rglob("model.onnx"))
+    assert graphs == ["onnx-cuda/model/model.onnx", "onnx/model/model.onnx"]
+    cpu, cuda = (json.loads((bundles / name / "model/genai_config.json").read_text()) for name in ("onnx", "onnx-cuda"))
+    assert "cuda" in json.dumps(cuda) and "cuda" not in json.dumps(cpu)
+    readme = (bundles / "onnx-cuda" / "README.md").read_text()
+    assert "EXPERIMENTAL" in readme and "onnxruntime-genai-cuda" in readme
+    assert "EXPERIMENTAL" not in (bundles / "onnx" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "code", "word"), [("plan.experts=1", 2, "top"), ("target.budget.weights=1KiB", 3, "KiB")]
 )

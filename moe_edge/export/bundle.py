@@ -18,12 +18,19 @@ from typing import Any
 
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, canonical_sha256, content_digest
 from moe_edge.export import device_runner
+from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.runtimes.gguf_header import parts_of
+from moe_edge.runtimes.onnx_header import GRAPH
 from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.folders import files_of, hash_folder, link_or_copy, written_beside
 
 RUNNER, GOLDEN, README, MODEL = "run.py", "golden.json", "README.md", "model"
-RUNTIME_PACKAGES = {"gguf": "llama-cpp-python", "onnx": "onnxruntime-genai"}
+RUNTIME_PACKAGES = {"gguf": "llama-cpp-python", "onnx": "onnxruntime-genai", "cuda": "onnxruntime-genai-cuda"}
+EXPERIMENTAL = (
+    "EXPERIMENTAL: this float16 graph is for ONNX Runtime's CUDA provider. Its structure was checked, it was never run; the "
+    "expected scores are those of the graph for the CPU, whose quantized weights are the same. For Jetson there is no "
+    "package of onnxruntime-genai with CUDA: build it from source, and prefer the GGUF."
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Contents:
     runtime: Mapping[str, Any]  # threads, gpu_layers, context_length, kv_cache
     inputs: Mapping[str, str]  # digests of what it was made from
     versions: Mapping[str, str]
+    provider: Provider = "cpu"  # of an ONNX folder
 
     @property
     def model(self) -> str:
@@ -47,11 +55,20 @@ class Contents:
         return f"{MODEL}/{self.artifact.name}" if self.artifact.is_file() else MODEL
 
     @property
+    def runtime_kind(self) -> str:
+        """Which package runs it."""
+        return self.format if self.provider == "cpu" else self.provider
+
+    @property
     def files(self) -> dict[Path, Path]:
-        """Every file of the artifact -> its place below the bundle's model folder."""
+        """Every file of the artifact -> its place below the bundle's model folder; a graph for another provider, which
+        lies in a folder of its own inside the artifact's, is none of them."""
         if self.artifact.is_file():
             return {part: Path(part.name) for part in parts_of(self.artifact)}
-        return {path: path.relative_to(self.artifact) for path in files_of(self.artifact)}
+        others = {graph.parent for graph in self.artifact.glob(f"*/{GRAPH}")}
+        return {
+            path: path.relative_to(self.artifact) for path in files_of(self.artifact) if not others & {*path.parents}
+        }
 
 
 def write_bundle(contents: Contents, folder: Path) -> Manifest:
@@ -106,9 +123,10 @@ def readme(contents: Contents) -> str:
     """README.md of a bundle: how to check it, how to run it, with the commands to type."""
     lines = [
         f"# {contents.name}, {contents.format.upper()} {contents.quantization}, for {contents.target}",
+        *([EXPERIMENTAL] if contents.provider == "cuda" else []),
         "Check every file, score the golden prompts against the teacher's answers, measure the speed; prints JSON, and ends "
         "with 0 (sound), 4 (a file was changed), 5 (no runtime) or 10 (not the quality of the build host):",
-        _block([f"pip install numpy {RUNTIME_PACKAGES[contents.format]}", "python run.py"]),
+        _block([f"pip install numpy {RUNTIME_PACKAGES[contents.runtime_kind]}", "python run.py"]),
         "With moe-edge installed, `moe-edge verify .` checks the files, too.",
         *(_gguf_lines(contents) if contents.format == "gguf" else _onnx_lines(contents)),
     ]

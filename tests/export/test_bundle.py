@@ -255,6 +255,15 @@ def test_an_onnx_graph_that_points_outside_is_a_fault(made, tmp_path):
     assert fault.startswith("model/model.onnx:") and "outside" in fault
 
 
+def test_an_onnx_folder_for_a_provider_that_we_never_write_is_a_fault(made, tmp_path):
+    write_bundle(contents(made, "onnx"), tmp_path / "b")
+    config = json.loads((tmp_path / "b/model/genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}, {"x.so": {}}]
+    forged(tmp_path / "b", "model/genai_config.json", json.dumps(config).encode())
+    (fault,) = faults(tmp_path / "b")
+    assert fault.startswith("model/model.onnx:") and "not for the CPU or cuda" in fault and "provider x.so" in fault
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../b"])
 def test_names_that_leave_the_folder_are_not_followed(made, tmp_path, name):
     write_bundle(contents(made, "gguf"), tmp_path / "b")
