@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, canonical_sha256, content_digest
-from moe_edge.export import device_runner
 from moe_edge.contracts.onnx_bits import Provider
+from moe_edge.export import device_runner
 from moe_edge.runtimes.gguf_header import parts_of
 from moe_edge.runtimes.onnx_header import GRAPH
 from moe_edge.storage.files import write_text_atomic
