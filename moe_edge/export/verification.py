@@ -35,6 +35,8 @@ def faults(path: Path) -> list[str]:
     if path.is_file() and tarfile.is_tarfile(path):
         with _unpacked(path) as folder:
             return faults(folder)
+    if path.is_file() and (fault := _bad_header(path, path.name)):
+        return [fault]  # a model file has no manifest, but what it claims can be checked
     manifest = _manifest(path)
     found = [fault for name, entry in sorted(manifest.files.items()) if (fault := _fault(path, name, entry))]
     return found + [f"{name}: not in the manifest" for name in _extra(path, manifest)]

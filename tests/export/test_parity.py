@@ -222,7 +222,10 @@ def test_the_artifacts_own_tokenizer_must_be_the_students():
 
 def test_the_artifact_must_decode_the_ids_as_the_student_does():
     """Equal ids with another table of pieces: what the device would show is not the student's text."""
-    for spoken, place in ((lambda raw: raw.replace("ß".encode(), b"s"), ROUND_TRIP.index("ß")), (lambda raw: raw[:-1], -1)):
+    for spoken, place in (
+        (lambda raw: raw.replace("ß".encode(), b"s"), ROUND_TRIP.index("ß")),
+        (lambda raw: raw[:-1], -1),
+    ):
         with pytest.raises(GateFailed, match="decodes the student's ids to another text") as failed:
             check_tokenizer("gguf F16", Words(), Asked(spoken=spoken), Path("x"))
         assert f"at character {place % len(ROUND_TRIP)}: " in str(failed.value)
@@ -231,5 +234,7 @@ def test_the_artifact_must_decode_the_ids_as_the_student_does():
         def decode(self, ids, **_):
             return super().decode(ids).casefold()
 
-    told = check_tokenizer("gguf F16", Normalizing(), Asked(spoken=lambda raw: raw.decode().casefold().encode()), Path("x"))
+    told = check_tokenizer(
+        "gguf F16", Normalizing(), Asked(spoken=lambda raw: raw.decode().casefold().encode()), Path("x")
+    )
     assert told["equal"] and not told["text_returns"], "the student does not return the text, either"
