@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_edge import cli
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.contracts.manifest import MANIFEST_SCHEMA, Manifest
 from moe_edge.storage.folders import hash_folder
@@ -25,22 +24,6 @@ def run(*arguments, cwd=None, timeout=120, **environment):
         [sys.executable, "-m", "moe_edge", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=cwd,
         env=os.environ | {"PYTHONPATH": os.getcwd(), "COLUMNS": "200"} | environment,
     )  # fmt: skip
-
-
-@pytest.fixture
-def called(monkeypatch, capsys):
-    """Run the CLI in this process: faster, for what needs no second process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moe-edge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        text = capsys.readouterr()
-        return stop.value.code, text.out, text.err
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield call
-    signal.signal(signal.SIGTERM, handler)
 
 
 def test_help_is_quick_to_load_nothing_heavy():
@@ -184,31 +167,6 @@ def test_verify_names_the_file_and_ends_with_four(called, tmp_path):
     (tmp_path / "b" / "a.txt").write_text("as Delivered")
     code, out, err = called("verify", tmp_path / "b")
     assert code == 4 and out == "" and "a.txt: changed" in err
-
-
-def test_verify_takes_the_graph_for_cuda_and_each_bundle_holds_one_graph(called, tmp_path, monkeypatch):
-    """In the folder, in its own experimental bundle and in the tar; the CPU's bundle goes without it."""
-    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
-    model, out = tiny_checkpoint(tmp_path, "qwen3_moe"), tmp_path / "o"
-    settings = (
-        "export.formats=[onnx]",
-        "export.onnx.provider=cuda",
-        "target.context_length=64",
-        "target.runtime.threads=1",
-    )
-    code, _, err = called("export", model, "--out", out, *(word for setting in settings for word in ("--set", setting)))
-    assert code == 0, err
-    bundles = out / "artifacts" / "bundle"
-    for path in (out, *(bundles / name for name in ("onnx", "onnx.tar", "onnx-cuda", "onnx-cuda.tar"))):
-        code, _, err = called("verify", path)
-        assert code == 0, err
-    graphs = sorted(path.relative_to(bundles).as_posix() for path in bundles.rglob("model.onnx"))
-    assert graphs == ["onnx-cuda/model/model.onnx", "onnx/model/model.onnx"]
-    cpu, cuda = (json.loads((bundles / name / "model/genai_config.json").read_text()) for name in ("onnx", "onnx-cuda"))
-    assert "cuda" in json.dumps(cuda) and "cuda" not in json.dumps(cpu)
-    readme = (bundles / "onnx-cuda" / "README.md").read_text()
-    assert "EXPERIMENTAL" in readme and "onnxruntime-genai-cuda" in readme
-    assert "EXPERIMENTAL" not in (bundles / "onnx" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
