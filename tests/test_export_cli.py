@@ -34,8 +34,11 @@ def test_a_pre_tokenizer_that_is_not_recognised_can_be_named(called, tmp_path):
     only = settings("export.formats=[gguf]", "export.gguf.types=[Q8_0]")
     code, _, err = called("export", model, "--out", out, *only)
     assert code == 4 and "--set export.gguf.pre_tokenizer=" in err
-    code, _, err = called("export", model, "--out", out, *only, "--set", "export.gguf.pre_tokenizer=qwen2")
+    named = ("--set", "export.gguf.pre_tokenizer=qwen2")
+    code, _, err = called("export", model, "--target", "mobile", "--out", out, *only, *named)
     assert code == 0, err
+    assert "adb shell" in (out / "artifacts/bundle/gguf/README.md").read_text(), "a phone's bundle"
+    assert "-t 1 " in (out / "artifacts/bundle/gguf/run.sh").read_text()
     (file,) = (out / "artifacts" / "gguf").iterdir()
     assert check_gguf_header(file).metadata["tokenizer.ggml.pre"] == "qwen2"
     code, _, err = called(

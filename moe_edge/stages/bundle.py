@@ -90,5 +90,5 @@ def _contents(
             "threads": runtime.threads, "gpu_layers": runtime.gpu_layers, "kv_cache": runtime.kv_cache,
             "context_length": config.target.context_length,
         },
-        inputs=inputs, versions=versions,
+        inputs=inputs, versions=versions, system=config.target.system,
     )  # fmt: skip
