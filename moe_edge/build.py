@@ -278,18 +278,6 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
     return out, summary
 
 
-def verify(path: Path) -> list[str]:
-    """What is wrong with a build's folder, a device bundle or a bundle's .tar, "name: why" each.
-
-    Raises:
-        ConfigError: there is no manifest.
-        InputRejected: the .tar is none of ours.
-    """
-    from moe_edge.export.verification import faults
-
-    return faults(path)
-
-
 def rewrite_report(run: Path) -> dict[str, Any]:
     """Write report.json and report.md again from the stages' manifests.
 

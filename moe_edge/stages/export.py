@@ -20,13 +20,14 @@ from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals, require_exportable
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.onnx_bits import Provider
+from moe_edge.contracts.onnx_bits import LayerBits, Provider
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
 from moe_edge.export.golden import from_cache
 from moe_edge.export.imatrix import dense_imatrix
 from moe_edge.export.onnx import export_onnx
+from moe_edge.export.onnx_audit import audit_onnx
 from moe_edge.export.parity import prompt_ids
 from moe_edge.families import student_family
 from moe_edge.families.counting import count_params
@@ -36,11 +37,10 @@ from moe_edge.stages.export_gguf import export_gguf
 from moe_edge.stages.export_job import Job, Reopened
 from moe_edge.stages.export_parity import judge_exports
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
-from moe_edge.storage.files import read_json, write_json_atomic
+from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
-ONNX_CLASSES = "onnx_classes.json"  # bytes and bits per weight by tensor class
 FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
 
 
@@ -168,36 +168,32 @@ def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
             provider=provider, **more,
         )  # fmt: skip
 
+    def audit(path: Path, precision: str, layer_bits: LayerBits | None = None, provider: Provider = "cpu") -> Any:
+        return audit_onnx(path, job.model, precision, options.block_size, layer_bits, provider)
+
     full = job.out / "reference" / "onnx-fp32"
     if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
         _once(full, lambda path: write(path, "fp32"))
+        audit(full, "fp32")
         reopened.append(Reopened("onnx fp32", "ort", full))
     else:
         notes.append(
             "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
         )
     path = job.out / "onnx"
-    _once(path, lambda path: _told(job, write(path, job.precision, layer_bits=options.layer_bits)))
+    _once(path, lambda path: write(path, job.precision, layer_bits=options.layer_bits))
+    told = audit(path, job.precision, options.layer_bits)
     label = f"{job.precision}-mix" if options.layer_bits else job.precision
-    told = read_json(job.out / ONNX_CLASSES) if (job.out / ONNX_CLASSES).is_file() else {}
     artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, label) | told)
     reopened.append(Reopened(f"onnx {label} delivered", "ort", path, artifacts[-1]["path"]))
     if options.provider == "cuda":
         precision = "fp16" if job.precision == "fp32" else job.precision
         _once(path / "cuda", lambda path: write(path, precision, "cuda", layer_bits=options.layer_bits))
+        audit(path / "cuda", precision, options.layer_bits, "cuda")
         notes.append(
             "artifacts/onnx/cuda is experimental: a float16 graph for ONNX Runtime's CUDA provider, quantized alike. Its "
-            "structure was checked; it was not run, and no number of this report is about it."
+            "structure, bits and bytes were checked; it was not run, and no number of this report is about it."
         )
-
-
-def _told(job: Job, summary: dict[str, Any]) -> None:
-    """Keep what the exporter says of the tensor classes, for an export that is killed after it and goes on."""
-    classes = {
-        "bytes_by_class": summary["bytes_by_class"],
-        "bits_per_weight_by_class": summary["bits_per_weight"],
-    }
-    write_json_atomic(job.out / ONNX_CLASSES, classes)
 
 
 def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:

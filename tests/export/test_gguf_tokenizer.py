@@ -10,13 +10,14 @@ from llama_cpp import llama_cpp as lib
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.errors import GateFailed, InputRejected
 from moe_edge.export import gguf
 from moe_edge.export import gguf_pretokenizers as known
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_known_hashes import CHECK_TEXT, KNOWN_HASHES
 from moe_edge.export.gguf_pretokenizers import pre_tokenizer_name
 from moe_edge.export.gguf_tokenizer import PROBE_TEXT, gguf_vocabulary
+from moe_edge.export.tokenizer_parity import ROUND_TRIP, check_tokenizer
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime, load_gguf
@@ -89,6 +90,24 @@ def test_ids_equal_transformers(tmp_path, kind):
         for text in SENTENCES:
             assert runtime.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text
             assert runtime.tokenize(text, add_special=True) == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_file_decodes_the_ids_itself(tmp_path, kind):
+    checkpoint, path = exported(tmp_path, TOKENIZERS[kind]())
+    with LlamaCppRuntime(path, threads=1, context_length=32) as runtime:
+        told = check_tokenizer("gguf F16", load_tokenizer(checkpoint), runtime, path)
+        assert told["text_returns"] and told["tokens"] == len(runtime.tokenize(ROUND_TRIP))
+
+
+def test_ids_that_the_student_decodes_otherwise_are_refused(tmp_path):
+    """Equal ids are not enough: what the device shows must be what the student says."""
+    checkpoint, path = exported(tmp_path)
+    tokenizer = load_tokenizer(checkpoint)
+    with LlamaCppRuntime(path, threads=1, context_length=32) as runtime:
+        tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("3", "4")])
+        with pytest.raises(GateFailed, match="to another text(?s:.*)3 or 33 .* against .*4 or 44 "):
+            check_tokenizer("gguf F16", tokenizer, runtime, path)
 
 
 def test_special_ids_padding_and_template(tmp_path):

@@ -193,18 +193,21 @@ class Words:
         ids = [ord(character) for character in text]
         return {"input_ids": [1, *ids] if add_special_tokens else ids}
 
-    def decode(self, ids):
+    def decode(self, ids, **_):
         return "".join(map(chr, ids))
 
 
 class Asked:
-    """An artifact whose own tokenizer may drop or add something."""
+    """An artifact whose own tokenizer may drop or add something, on the way in or out."""
 
-    def __init__(self, change=lambda ids: ids):
-        self.change = change
+    def __init__(self, change=lambda ids: ids, spoken=lambda raw: raw):
+        self.change, self.spoken = change, spoken
 
     def tokenize(self, text):
         return self.change([ord(character) for character in text])
+
+    def detokenize(self, ids):
+        return self.spoken("".join(map(chr, ids)).encode())
 
 
 def test_the_artifacts_own_tokenizer_must_be_the_students():
@@ -215,3 +218,23 @@ def test_the_artifacts_own_tokenizer_must_be_the_students():
         check_tokenizer("gguf F16", Words(), Asked(lambda ids: [*ids[:3], 7, *ids[4:]]), Path("x"))
     with pytest.raises(GateFailed, match="is not the student's"):
         check_tokenizer("gguf F16", Words(), Asked(lambda ids: ids[:-1]), Path("x"))
+
+
+def test_the_artifact_must_decode_the_ids_as_the_student_does():
+    """Equal ids with another table of pieces: what the device would show is not the student's text."""
+    for spoken, place in (
+        (lambda raw: raw.replace("ß".encode(), b"s"), ROUND_TRIP.index("ß")),
+        (lambda raw: raw[:-1], -1),
+    ):
+        with pytest.raises(GateFailed, match="decodes the student's ids to another text") as failed:
+            check_tokenizer("gguf F16", Words(), Asked(spoken=spoken), Path("x"))
+        assert f"at character {place % len(ROUND_TRIP)}: " in str(failed.value)
+
+    class Normalizing(Words):
+        def decode(self, ids, **_):
+            return super().decode(ids).casefold()
+
+    told = check_tokenizer(
+        "gguf F16", Normalizing(), Asked(spoken=lambda raw: raw.decode().casefold().encode()), Path("x")
+    )
+    assert told["equal"] and not told["text_returns"], "the student does not return the text, either"
