@@ -44,6 +44,6 @@ def skewed_teacher(tmp_path: Path, family: str, **sizes: Any) -> Path:
     teacher = tiny_checkpoint(tmp_path, family, **(SIZES | sizes))
     model = load_model(teacher)
     with torch.no_grad():
-        deciding_bias(moe_layers(model)[0]).tensor.view(-1)[[1, 6]] += 3.0
+        deciding_bias(moe_layers(model)[0]).tensor.view(-1)[[1, 6]] += 8.0
     save_student(model, teacher, tmp_path / "skewed")
     return tmp_path / "skewed"

@@ -83,7 +83,6 @@ def _check_uneven(spec: ModelSpec, config: BuildConfig) -> None:
     asked = plan.experts != "auto" or config.target.budget.experts is not None
     reasons = {
         "plan.action": (plan.action not in UNEVEN_ACTIONS, f"the action {plan.action} makes one thing of each layer"),
-        "plan.top_k": (plan.top_k == "auto", "a layer's fewest experts depend on top-k"),
         "plan.within": (plan.within is not None, "nested plans keep equally many experts in every layer"),
         "plan.experts": (not asked, "it deals out a number of experts, which a budget of bytes does not name"),
         "distill.stages": (

@@ -39,7 +39,7 @@ def shapes_of(spec: ModelSpec, config: BuildConfig, headers: CheckpointHeaders) 
     """The shapes that a plan may choose from, the least change first; a single one unless something is `auto`.
 
     Raises:
-        ConfigError: an automatic top-k with an action whose cost masking does not predict.
+        ConfigError: an automatic top-k with an action whose cost masking does not predict, or with uneven layers.
     """
     plan = config.plan
     masks = plan.action in MASKABLE_ACTIONS
@@ -49,6 +49,11 @@ def shapes_of(spec: ModelSpec, config: BuildConfig, headers: CheckpointHeaders) 
             where="plan.top_k",
             why="shapes are compared by masking experts and neurons in the teacher, which predicts what dropping costs",
             next_command="--set plan.top_k=keep, or a number",
+        )
+    if plan.top_k == "auto" and plan.uneven:
+        why = "how many experts a layer must keep depends on top-k"
+        raise ConfigError(
+            "auto does not go with plan.uneven", where="plan.top_k", why=why, next_command="--set plan.top_k=keep"
         )
     free = plan.expert_width == "auto" and not isinstance(plan.experts, int) and masks and not plan.uneven
     counts = _top_k_ladder(spec, headers) if plan.top_k == "auto" else [_fixed_top_k(spec, config)]
