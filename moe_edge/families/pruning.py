@@ -37,7 +37,9 @@ def check_kept(model: nn.Module, kept: Kept, top_k: int | None = None, *, unifor
     """
     views = {view.index: view for view in moe_layers(model)}
     if is_padded(model) and any(len(kept.get(layer, ())) not in (0, view.count) for layer, view in views.items()):
-        raise _bad("experts of a student with padded layers cannot be dropped", "its layers have different numbers of them")
+        raise _bad(
+            "experts of a student with padded layers cannot be dropped", "its layers have different numbers of them"
+        )
     unknown = sorted(set(kept) - set(views))
     if unknown:
         raise _bad(f"there is no MoE layer {unknown[0]}", f"the MoE layers are {', '.join(map(str, views))}")

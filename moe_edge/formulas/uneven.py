@@ -40,7 +40,9 @@ _SCORES: dict[str, Callable[[RoutedSums], Tensor]] = {
 def score_shares(criterion: str, stats: RoutedSums) -> Tensor:
     """Every expert's share of its layer's score, [L, E] float64, rows sum to 1; all alike where nothing is known."""
     score = _SCORES.get(criterion)
-    score_LE = torch.ones(stats.counts_LE.shape).double() if score is None else score(stats).double().nan_to_num(nan=0.0)
+    score_LE = (
+        torch.ones(stats.counts_LE.shape).double() if score is None else score(stats).double().nan_to_num(nan=0.0)
+    )
     total_L1 = score_LE.sum(dim=1, keepdim=True)
     return (score_LE / total_L1).where(total_L1 > 0, 1 / score_LE.shape[1])
 

@@ -37,7 +37,9 @@ class Routing:
         """Per layer, over its real experts."""
         real = self.real or [list(range(self.counts_LE.shape[1]))] * len(self.counts_LE)
         rows = zip(self.counts_LE, self.gate_sum_LE, real, strict=True)
-        return [layer_health(counts_E[own][None], gates_E[own][None], self.tokens)[0] for counts_E, gates_E, own in rows]
+        return [
+            layer_health(counts_E[own][None], gates_E[own][None], self.tokens)[0] for counts_E, gates_E, own in rows
+        ]
 
 
 def health_rows(profile: Path | None) -> Tensor | None:

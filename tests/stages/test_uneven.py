@@ -72,7 +72,9 @@ def test_the_score_decides_over_all_layers_together(built) -> None:
     run, summaries = built
     found = run.plan
     counts = [len(ids) for ids in found.kept.values()]
-    assert found.uneven and sum(counts) == 4 * len(counts) and min(counts) == counts[0] == 2 < max(counts) == found.places
+    assert (
+        found.uneven and sum(counts) == 4 * len(counts) and min(counts) == counts[0] == 2 < max(counts) == found.places
+    )
     rows = TokenRows.load(run.top / "profile" / "rows.safetensors").ids_NS[-8:]
     model = load_model(run.teacher)
     nats = masked_kl(model, {"x": found.kept}, torch.from_numpy(rows))["x"].kl_nats
@@ -85,7 +87,9 @@ def test_the_score_decides_over_all_layers_together(built) -> None:
 def test_the_plan_foresees_what_padding_costs(built) -> None:
     run, summaries = built
     main = next(row for row in summaries["export"]["artifacts"] if row["quantization"] == run.plan.quantization)
-    assert 0 <= run.plan.estimate.file_bytes - main["bytes"] <= GGUF_HEADER_BYTES  # which are assumed, the rest is exact
+    assert (
+        0 <= run.plan.estimate.file_bytes - main["bytes"] <= GGUF_HEADER_BYTES
+    )  # which are assumed, the rest is exact
     even = header_plan(inspect_checkpoint(run.teacher), run.config).choice.estimate
     assert run.plan.estimate.file_bytes > even.file_bytes and run.plan.estimate.params_total == even.params_total
     assert summaries["compress"]["params_total"] == even.params_total
