@@ -40,6 +40,7 @@ class Demand:
     preferred: tuple[Packing, ...]  # of the main file, in the order in which they are tried
     smaller: tuple[Packing, ...]  # below the quality floor, best first
     onnx_precision: str
+    uneven: bool = False  # may layers keep different numbers, the counts on average
 
 
 def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
@@ -73,7 +74,9 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
             [Packing("onnx", name, config.export.onnx.block_size, config.export.onnx.mix) for name in names],
             [],
         )
-    return Demand(counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision)
+    return Demand(
+        counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision, config.plan.uneven
+    )
 
 
 def _check_uneven(spec: ModelSpec, config: BuildConfig) -> None:
@@ -91,7 +94,7 @@ def _check_uneven(spec: ModelSpec, config: BuildConfig) -> None:
     }  # fmt: skip
     for where, (wrong, why) in reasons.items():
         if wrong:
-            fix = "--set plan.experts=62.5%" if where == "plan.experts" else "--set plan.uneven=false"
+            fix = "--set plan.experts=0.625" if where == "plan.experts" else "--set plan.uneven=false"
             raise ConfigError(f"plan.uneven does not go with this {where}", where=where, why=why, next_command=fix)
 
 

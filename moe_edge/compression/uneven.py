@@ -42,8 +42,8 @@ def as_uneven(plan: Plan, feasible: Feasible) -> Plan:
         estimate = estimate.model_copy(update={name: getattr(padded, name) for name in told})
         even = feasible.choice.estimate.file_bytes
         notes.append(
-            f"A GGUF stores padding: {format_bytes(estimate.file_bytes)} instead of {format_bytes(even)}, what "
-            f"{plan.places} experts in every layer would take, and those would lose less. ONNX stores none of it."
+            f"A GGUF stores padding: {format_bytes(estimate.file_bytes)} instead of {format_bytes(even)}, as much as "
+            f"{plan.places} real experts in every layer. ONNX stores none of it."
         )
     return plan.model_copy(update={"estimate": estimate, "notes": notes})
 

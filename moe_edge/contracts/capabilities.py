@@ -69,7 +69,7 @@ def unpaddable(spec: ModelSpec) -> str | None:
     bias = PADDING.get(spec.family)
     if bias is None:
         return UNPADDABLE.get(spec.family, NO_BIAS)
-    return None if getattr(spec.moe, bias) else f"this model has no {FEATURES[bias]}, which would keep padding out"
+    return None if getattr(spec.moe, bias) else f"this model lacks {FEATURES[bias]}, which would keep padding out"
 
 
 def require_paddable(spec: ModelSpec) -> None:

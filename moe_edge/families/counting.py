@@ -42,19 +42,22 @@ def count_params(spec: ModelSpec, entries: Iterable[TensorEntry]) -> ParamCounts
 def describe_model(headers: CheckpointHeaders) -> dict[str, Any]:
     """What a report says of a checkpoint, from headers only: params_total, params_active, experts, top_k, bytes, ...
 
+    Experts are per layer; of a padded student on average, and `experts_per_layer` has them all.
+
     Raises:
         InputRejected: the model is not supported, or its tensors do not fit its config.
     """
     family = family_of(headers.config)
     spec = family.spec(headers.config)
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
+    uneven = spec.moe.experts_per_layer
     return {
         "family": spec.family,
         "layers": spec.layers,
         "params_total": counts.total,
         "params_active": counts.active,
         "params_routed": counts.routed,
-        "experts": spec.moe.experts,
+        "experts": round(sum(uneven) / len(uneven)) if uneven else spec.moe.experts,
         "top_k": spec.moe.top_k,
         "bytes": headers.total_bytes,
-    } | ({"experts_per_layer": list(spec.moe.experts_per_layer)} if spec.moe.experts_per_layer else {})
+    } | ({"experts_per_layer": list(uneven)} if uneven else {})

@@ -198,8 +198,8 @@ class Desk:
         even = replace(self.chosen, uneven=False).kept(name, feasible.choice.experts)
         nats = self.score(feasible)({name: even}, self.rows.judged_NS)[name].kl_nats
         return [
-            f"Uneven layers lose {judged.best_nats:.3f} nats by '{judged.best}' ({judged.results[name].kl_nats:.3f} by "
-            f"'{name}'), as many experts in every layer {nats:.3f} by '{name}' (plan.uneven=false)."
+            f"By '{name}', uneven layers lose {judged.results[name].kl_nats:.3f} nats, as many experts in every layer "
+            f"{nats:.3f} (plan.uneven=false)."
         ]
 
     def _search_note(self, found: Found | None, name: str, start: Kept) -> str:
