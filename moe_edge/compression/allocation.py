@@ -5,7 +5,7 @@ preferred types and anything better; if that does not fit, at least half of the 
 types, then in smaller types; then fewer experts, in the type whose prior KL is least. If nothing fits and the target
 allows a shorter context, the walk is repeated with it. "Do not prune, quantize harder" is always recorded as the
 competitor, and once the masked KL is known the two are compared (`settle`; decision.py where the bits of every class
-are free). The expert count is uniform over layers, because llama.cpp's is a scalar.
+are free). The expert count is one for all layers, because llama.cpp's is a scalar; under plan.uneven it is their average.
 
 Units: bytes, nats per token.
 """

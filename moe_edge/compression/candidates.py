@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS, first_in_order, keep_prefix, rank
 from moe_edge.formulas.super_experts import super_experts
+from moe_edge.formulas.uneven import bounds, deal, keep_uneven, score_shares
 from moe_edge.storage.statistics import Statistics
 
 Kept = dict[int, list[int]]
@@ -32,13 +33,21 @@ class Candidates:
     seed: int = 0  # of "random"
     guarded: bool = True  # do super experts stay?
     within: Kept = field(default_factory=dict)  # decoder layer -> the only experts that may stay; empty: all may
+    uneven: bool = False  # may layers keep different numbers, n_keep on average
+    possible: Sequence[int] = ()  # uneven: the numbers that a layer can keep, ascending
+    most: int | None = None  # uneven: the most of them that a layer may keep
 
     def kept(self, criterion: str, n_keep: int) -> Kept:
         """Decoder layer -> the experts that stay under a criterion, a prefix of its ranking: at fewer experts a subset.
 
-        Those of an earlier plan come first, in the criterion's order, so that the choice is nested in it, too.
+        Those of an earlier plan come first, in the criterion's order, so that the choice is nested in it, too. Uneven
+        layers keep prefixes of different lengths, by the criterion's score (formulas/uneven.py).
         """
         order_LE = rank(criterion, self.stats, self.seed, self._guard_LE if self.guarded else None)
+        if self.uneven:
+            fewest, most = bounds(n_keep, self.possible, self.most)
+            counts = deal(score_shares(criterion, self.stats), n_keep, fewest, most, self.groups)
+            return dict(zip(self.layers, keep_uneven(order_LE, counts, self.groups).values(), strict=True))
         if self.within:
             order_LE = first_in_order(order_LE, self._within_LE)
         return dict(zip(self.layers, keep_prefix(order_LE, n_keep, self.groups).values(), strict=True))

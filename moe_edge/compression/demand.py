@@ -12,15 +12,17 @@ from math import floor
 from pathlib import Path
 
 from moe_edge.compression.estimate import Packing
+from moe_edge.contracts.capabilities import require_paddable
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import did_you_mean
-from moe_edge.contracts.errors import ConfigError, InfeasibleError
+from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.onnx_bits import refuse_absent_layers
-from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.plan import UNEVEN_ACTIONS, Plan
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
 from moe_edge.contracts.spec import ModelSpec, keepable_counts
 from moe_edge.formulas.selection import CRITERIA
 
+COMPARES_EXPERTS = {"expert_cka", "expert_diversity"}  # losses that run every expert of a layer
 QUALITY_FLOOR = "Q4_K_M"  # below it, dropping experts competes with fewer bits
 _BEST_FIRST = ("F32", *RECIPE_ORDER[: RECIPE_ORDER.index(QUALITY_FLOOR) + 1])
 _BELOW_FLOOR = RECIPE_ORDER[RECIPE_ORDER.index(QUALITY_FLOOR) + 1 :]
@@ -38,19 +40,26 @@ class Demand:
     preferred: tuple[Packing, ...]  # of the main file, in the order in which they are tried
     smaller: tuple[Packing, ...]  # below the quality floor, best first
     onnx_precision: str
+    uneven: bool = False  # may layers keep different numbers, the counts on average
 
 
 def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
     """The ranges for a model under a configuration.
 
     Raises:
-        ConfigError: impossible top-k, expert count or type, or an unknown criterion.
+        ConfigError: impossible top-k, expert count or type, an unknown criterion, or uneven layers with what they do not
+            go with.
+        InputRejected: uneven layers of a model that cannot be padded exactly; a padded student that would lose experts.
         InfeasibleError: the target's share of experts leaves fewer than top-k.
     """
     _check_criterion(config.plan.criterion)
+    if config.plan.uneven:
+        _check_uneven(spec, config)
     top_k, full, asked = _top_k(spec, config), spec.moe.expert_width, config.plan.expert_width
     width = None if asked == "keep" or asked == full else asked  # checked by actions.check_action
     counts, why_fewer = _nested(*_expert_counts(spec, config, top_k, (width or full) / full), spec, config)
+    if spec.moe.experts_per_layer:
+        counts, why_fewer = _padded(counts, spec, config), None
     formats = config.target.formats if config.export.formats == "auto" else config.export.formats
     chosen = config.export.onnx.precision
     refuse_absent_layers(config.export.onnx.layer_bits, spec.layers)
@@ -65,7 +74,41 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
             [Packing("onnx", name, config.export.onnx.block_size, config.export.onnx.mix) for name in names],
             [],
         )
-    return Demand(counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision)
+    return Demand(
+        counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision, config.plan.uneven
+    )
+
+
+def _check_uneven(spec: ModelSpec, config: BuildConfig) -> None:
+    """Refuse what layers with different numbers of experts do not go with; see `demand_of`."""
+    require_paddable(spec)
+    plan, losses = config.plan, {name for stage in config.distill.stages for name, w in stage.losses.items() if w}
+    asked = plan.experts != "auto" or config.target.budget.experts is not None
+    reasons = {
+        "plan.action": (plan.action not in UNEVEN_ACTIONS, f"the action {plan.action} makes one thing of each layer"),
+        "plan.within": (plan.within is not None, "nested plans keep equally many experts in every layer"),
+        "plan.experts": (not asked, "it deals out a number of experts, which a budget of bytes does not name"),
+        "distill.stages": (
+            bool(losses & COMPARES_EXPERTS), f"{', '.join(sorted(COMPARES_EXPERTS))} compare all experts of a layer"
+        ),
+    }  # fmt: skip
+    for where, (wrong, why) in reasons.items():
+        if wrong:
+            fix = "--set plan.experts=0.625" if where == "plan.experts" else "--set plan.uneven=false"
+            raise ConfigError(f"plan.uneven does not go with this {where}", where=where, why=why, next_command=fix)
+
+
+def _padded(counts: tuple[int, ...], spec: ModelSpec, config: BuildConfig) -> tuple[int, ...]:
+    """A student with padded layers stays as it is."""
+    total = spec.moe.experts
+    if total not in counts or config.plan.action != "drop":
+        raise InputRejected(
+            "a student with padded layers cannot be compressed again",
+            where=f"config.json: {list(spec.moe.experts_per_layer)} experts per layer",
+            why="its layers have different numbers of experts",
+            next_command="compress its teacher, or --set plan.experts=1.0 --set plan.action=drop",
+        )
+    return (total,)
 
 
 def _check_criterion(name: str) -> None:

@@ -32,6 +32,11 @@ def notes_of(space: Space, demand: Demand, choice: Option) -> Iterator[str]:
         )
     if 1 - choice.experts / total > UNSAFE_DROPPED_SHARE:
         yield f"Unsafe: {1 - choice.experts / total:.0%} of the experts are dropped; beyond 50 % models often break."
+    if demand.uneven and choice.experts < total:
+        yield (
+            f"plan.uneven: layers keep {choice.experts} experts on average. The profile decides how many each; a GGUF then "
+            "grows to what the largest layer's number would take everywhere, ONNX stays as estimated here."
+        )
     yield from _cache_notes(space, choice)
     if not demand.formats:
         yield "Only the transformers checkpoint is delivered; its size is estimated at 16 bits per weight."

@@ -81,7 +81,7 @@ def search(
     """Improve `start` by swaps.
 
     Args:
-        start: decoder layer -> kept expert ids, as many in each layer.
+        start: decoder layer -> kept expert ids; every layer keeps as many as it has here.
         ids_NS: rows to search on; no others are read.
         budget_tokens: an upper bound of the work, in tokens of one teacher forward pass.
         rules: what every set must respect; the start is taken to do so.

@@ -3,7 +3,8 @@
 Both cut what is read per token, which dropping experts does not. Under `auto` a plan tries every pair of a short ladder that
 the budget admits, the least change first; masking measures what each costs. Width is `auto` by default: on both models that
 were measured, all experts at half their width lose less than the fewer whole ones of the same budget, and take fewer bytes
-(README, "Honest numbers"). Top-k stays unless asked. A plan told the number of experts to keep keeps them whole.
+(README, "Honest numbers"). Top-k stays unless asked. A plan told the number of experts to keep, or to keep different
+numbers of them, keeps them whole.
 
 Shape suffix legend: E experts, F expert width.
 """
@@ -38,7 +39,7 @@ def shapes_of(spec: ModelSpec, config: BuildConfig, headers: CheckpointHeaders) 
     """The shapes that a plan may choose from, the least change first; a single one unless something is `auto`.
 
     Raises:
-        ConfigError: an automatic top-k with an action whose cost masking does not predict.
+        ConfigError: an automatic top-k with an action whose cost masking does not predict, or with uneven layers.
     """
     plan = config.plan
     masks = plan.action in MASKABLE_ACTIONS
@@ -49,7 +50,12 @@ def shapes_of(spec: ModelSpec, config: BuildConfig, headers: CheckpointHeaders) 
             why="shapes are compared by masking experts and neurons in the teacher, which predicts what dropping costs",
             next_command="--set plan.top_k=keep, or a number",
         )
-    free = plan.expert_width == "auto" and not isinstance(plan.experts, int) and masks
+    if plan.top_k == "auto" and plan.uneven:
+        why = "how many experts a layer must keep depends on top-k"
+        raise ConfigError(
+            "auto does not go with plan.uneven", where="plan.top_k", why=why, next_command="--set plan.top_k=keep"
+        )
+    free = plan.expert_width == "auto" and not isinstance(plan.experts, int) and masks and not plan.uneven
     counts = _top_k_ladder(spec, headers) if plan.top_k == "auto" else [_fixed_top_k(spec, config)]
     widths = _width_ladder(spec, headers, config) if free else [_fixed_width(spec, config)]
     shapes = [Shape(top_k, width) for top_k in counts for width in widths]

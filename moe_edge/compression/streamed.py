@@ -16,7 +16,7 @@ from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import EXPERT_SIZED, TensorEntry
 from moe_edge.contracts.units import format_bytes
 from moe_edge.families import family_of
-from moe_edge.families.streamed_pruning import stream_pruned_checkpoint
+from moe_edge.families.streamed_pruning import padding_value, stream_pruned_checkpoint
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.tensor_files import PieceReader
 
@@ -59,7 +59,7 @@ def drop_on_disk(headers: CheckpointHeaders, plan: Plan, folder: Path) -> int:
             next_command="--set plan.action=drop with plan.compensate=false and plan.expert_width=keep, or more memory",
         )
     kept = plan.kept if plan.prunes else {}
-    stream_pruned_checkpoint(headers.folder, kept, plan.top_k, folder)
+    stream_pruned_checkpoint(headers.folder, kept, plan.top_k, folder, uneven=plan.uneven)
     return compare_parts(headers, inspect_checkpoint(folder), kept)
 
 
@@ -70,12 +70,13 @@ def compare_parts(teacher: CheckpointHeaders, student: CheckpointHeaders, kept: 
         MoeEdgeError: a digest or the number of parts differs.
     """
     maps = [family_of(one.config).tensors(one.config, one.tensors) for one in (teacher, student)]
-    count = 0
+    spec, count = family_of(student.config).spec(student.config), 0
     with PieceReader(teacher) as old_reader, PieceReader(student) as new_reader:
         for old, new in zip(*maps, strict=True):
             ids = kept.get(old.layer) if old.layer is not None and old.tensor_class in EXPERT_SIZED else None
-            expected, found = list(_digests(old, ids, old_reader)), list(_digests(new, None, new_reader))
-            if expected != found:
+            real = None if ids is None or new.layer is None else spec.real_experts(new.layer)
+            expected, found = list(_digests(old, ids, old_reader)), list(_digests(new, real, new_reader))
+            if expected != found or not _rest_is_padding(new, real, new_reader, padding_value(new, spec.family)):
                 why = "the SHA-256 of its numbers is not that of the teacher's"
                 raise MoeEdgeError("the streamed student differs from the teacher", where=new.sources[0], why=why)
             count += len(found)
@@ -98,6 +99,18 @@ def _digests(entry: TensorEntry, ids: Sequence[int] | None, reader: PieceReader)
             else:
                 values = reader.rows(name)[..., expert]
             yield hashlib.sha256(_bytes(values)).hexdigest()
+
+
+def _rest_is_padding(entry: TensorEntry, real: Sequence[int] | None, reader: PieceReader, fill: float) -> bool:
+    """Holds every expert of an entry beyond the real ones nothing but `fill`?"""
+    rest = [] if real is None else sorted(set(range(entry.shape[0])) - set(real))
+    if entry.layout == "per_expert":
+        values = (reader.rows(entry.sources[expert]) for expert in rest)
+    else:
+        (name,) = entry.sources
+        first = reader.info(name).shape[0] == entry.shape[0]
+        values = (reader.rows(name, one, one + 1) if first else reader.rows(name)[..., one] for one in rest)
+    return all(bool((part == torch.tensor(fill, dtype=part.dtype)).all()) for part in values)
 
 
 def _digest(name: str, reader: PieceReader) -> str:

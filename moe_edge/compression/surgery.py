@@ -17,13 +17,13 @@ from moe_edge.families.views import moe_layers
 def drop(applied: Applied, plan: Plan, material: Material) -> None:
     """Remove experts; narrow and refit the others where the plan says so."""
     work_on_layers(plan, material, applied)
-    prune(applied.model, plan.kept if plan.prunes else {}, plan.top_k)
+    prune(applied.model, plan.kept if plan.prunes else {}, plan.top_k, uneven=plan.uneven)
 
 
 def merge(applied: Applied, plan: Plan, material: Material) -> None:
     """Merge the pairs that pass the gate into kept experts, then remove experts as `drop`."""
     work_on_layers(plan, material, applied, act=lambda layer: merge_layer(layer, plan, material.statistics, applied))
-    prune(applied.model, plan.kept if plan.prunes else {}, plan.top_k)
+    prune(applied.model, plan.kept if plan.prunes else {}, plan.top_k, uneven=plan.uneven)
 
 
 ACTIONS: dict[Action, Callable[[Applied, Plan, Material], None]] = {

@@ -7,13 +7,23 @@ not be exported afterwards.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moe_edge.contracts.capability_table import CAPABILITIES, NEVER, RUNTIME_OF_FORMAT, Capability, RuntimeName
+from moe_edge.contracts.capability_table import (
+    CAPABILITIES,
+    NEVER,
+    NO_BIAS,
+    PADDING,
+    RUNTIME_OF_FORMAT,
+    UNPADDABLE,
+    Capability,
+    RuntimeName,
+)
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.rotary_scaling import MAX_RAD_PER_TOKEN, is_defined, rounding_error
 from moe_edge.contracts.spec import FEATURES, ModelSpec
 
 __all__ = [
-    "CAPABILITIES", "NEVER", "RUNTIME_OF_FORMAT", "advice", "capability", "refusals", "require_exportable", "stored_shapes",
+    "CAPABILITIES", "NEVER", "RUNTIME_OF_FORMAT", "advice", "capability", "refusals", "require_exportable",
+    "require_paddable", "stored_shapes", "unpaddable",
 ]  # fmt: skip
 
 
@@ -52,6 +62,29 @@ def require_exportable(spec: ModelSpec, formats: Iterable[str]) -> None:
                 next_command=f"--set export.formats=[{', '.join(other)}]"
                 + ("" if other else "   # the transformers checkpoint alone"),
             )
+
+
+def unpaddable(spec: ModelSpec) -> str | None:
+    """Why a layer of this model cannot be filled up with experts that are never chosen; None where it can, exactly."""
+    bias = PADDING.get(spec.family)
+    if bias is None:
+        return UNPADDABLE.get(spec.family, NO_BIAS)
+    return None if getattr(spec.moe, bias) else f"this model lacks {FEATURES[bias]}, which would keep padding out"
+
+
+def require_paddable(spec: ModelSpec) -> None:
+    """Refuse before any work layers that keep different numbers of experts: one checkpoint holds them only padded.
+
+    Raises:
+        InputRejected: padding would not be exact; says why.
+    """
+    if why := unpaddable(spec):
+        raise InputRejected(
+            "layers of this model cannot keep different numbers of experts",
+            where=f"{spec.family}, plan.uneven",
+            why=f"a checkpoint has one number for all layers, and {why}",
+            next_command="--set plan.uneven=false",
+        )
 
 
 def _mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str]]:

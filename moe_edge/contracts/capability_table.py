@@ -12,6 +12,23 @@ from moe_edge.contracts.spec import Feature
 RuntimeName = Literal["llama_cpp", "ort"]
 RUNTIME_OF_FORMAT: dict[str, RuntimeName] = {"gguf": "llama_cpp", "onnx": "ort"}
 
+# How a layer with fewer experts than the largest is filled up exactly: padding experts are zero, and this bias of theirs
+# is so low that they are never chosen and, because it decides before anything is normalised, take no share of the weights
+# either. A family that is not here is refused, for UNPADDABLE's reason or because nothing it has keeps an expert out.
+PaddingBias = Literal["router_bias", "selection_bias"]
+PADDING: dict[str, PaddingBias] = {
+    "gpt_oss": "router_bias",  # on the logits, of which a softmax sees the chosen ones alone
+    "deepseek_v3": "selection_bias",  # beside sigmoids, which know nothing of each other
+    "glm4_moe": "selection_bias",
+    "glm4_moe_lite": "selection_bias",
+    "lfm2_moe": "selection_bias",
+    "minimax_m2": "selection_bias",
+}
+NO_BIAS = "no bias of its router could keep a padding expert from being chosen"
+UNPADDABLE: dict[str, str] = {
+    "ernie4_5_moe": "its selection bias is added to a softmax over all experts, of which padding would take a share",
+}
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -38,7 +55,7 @@ class Capability:
     group_score: Literal["max", "top2_sum"] | None = None  # the only one that the graph computes; None: any
     equal_linear_heads: bool = False  # keys and values of linear attention must be equally wide
     direct_query_layers: tuple[int, ...] = ()  # layer counts at which the loader expects q without a latent
-    uniform_experts: bool = True  # one expert count, top-k and width for all layers
+    uneven: Literal["ok", "padded"] = "padded"  # layers with fewer experts: as they are, or filled up (PADDING)
     max_experts: int | None = None
     width_multiple: int = 1  # advised for expert width and hidden size: below it, larger types than the recipe's
     fused_on_gpu: bool = False  # the fused CUDA router wants certain expert counts; otherwise a slower path
@@ -48,7 +65,7 @@ _GGUF = Capability(
     "", max_experts=1024, width_multiple=256, fused_on_gpu=True, clips_qkv=False, slides_window=False,
     rounds_yarn=True,
 )  # fmt: skip
-_ONNX = Capability("", uniform_experts=False, width_multiple=32, rotary_multiple=16)
+_ONNX = Capability("", uneven="ok", width_multiple=32, rotary_multiple=16)
 _ONNX_LATER = replace(_ONNX, exported=False)
 
 

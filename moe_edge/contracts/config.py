@@ -80,6 +80,11 @@ class PlanConfig(BaseModel):
         16384, gt=0, description="calibration tokens on which merges, wrappers and refits are fitted"
     )
     experts: int | float | Literal["auto"] = Field("auto", description="auto | experts kept per layer | fraction kept")
+    uneven: bool = Field(
+        False,
+        description="may layers keep different numbers of experts, as many in all: the criterion's scores decide; only "
+        "where padding is exact",
+    )
     top_k: int | Literal["keep", "auto"] = Field(
         "keep", description="keep | experts that a token runs | auto: compared by masked KL"
     )

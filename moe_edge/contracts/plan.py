@@ -13,6 +13,7 @@ from moe_edge.contracts.quantization import GGML_TYPES, mix_key
 PLAN_SCHEMA = "moe-edge/plan@1"
 WIDTH_STEP = 32  # the smallest block of weights that a quantization shares a scale over
 Action = Literal["drop", "merge", "shared-core", "dense"]
+UNEVEN_ACTIONS = ("drop", "merge")  # those whose layers may keep different numbers of experts
 
 
 class Candidate(BaseModel):
@@ -76,7 +77,8 @@ class Plan(BaseModel):
     )
     criterion: str
     experts_total: int
-    experts_kept: int
+    experts_kept: int = Field(description="per layer; where they are uneven, on average")
+    uneven: bool = Field(False, description="do layers keep different numbers of experts, experts_kept on average")
     top_k: int
     teacher_top_k: int | None = Field(None, description="null: the same")
     kept: dict[int, list[int]] = Field(description="layer -> kept expert ids of the teacher, ascending")
@@ -130,10 +132,17 @@ class Plan(BaseModel):
     @model_validator(mode="after")
     def _kept_is_consistent(self) -> "Plan":
         for layer, ids in self.kept.items():
-            if len(ids) != self.experts_kept or sorted(set(ids)) != ids:
-                raise ValueError(f"layer {layer}: expected {self.experts_kept} ascending expert ids, got {ids}")
+            wrong = len(ids) != self.experts_kept if not self.uneven else len(ids) < self.top_k
+            if wrong or sorted(set(ids)) != ids:
+                expected = f"at least {self.top_k}" if self.uneven else str(self.experts_kept)
+                raise ValueError(f"layer {layer}: expected {expected} ascending expert ids, got {ids}")
             if ids and not 0 <= ids[0] <= ids[-1] < self.experts_total:
                 raise ValueError(f"layer {layer}: ids must lie in 0..{self.experts_total - 1}, got {ids}")
+        total = sum(map(len, self.kept.values()))
+        if self.uneven and total != self.experts_kept * len(self.kept):
+            raise ValueError(f"{total} experts in {len(self.kept)} layers are not {self.experts_kept} on average")
+        if self.uneven and self.action not in UNEVEN_ACTIONS:
+            raise ValueError(f"uneven layers do not go with the action {self.action}")
         if self.top_k > self.experts_kept:
             raise ValueError(f"top_k {self.top_k} exceeds the {self.experts_kept} kept experts")
         return self
@@ -159,6 +168,11 @@ class Plan(BaseModel):
     def main_label(self) -> str:
         """The main GGUF file's type: the recipe, with '-mix' where this plan replaced types of it."""
         return f"{self.quantization}-mix" if self.quantization_by_class else self.quantization
+
+    @property
+    def places(self) -> int:
+        """Experts per layer of the student's checkpoint: those of the largest layer, where smaller ones are padded."""
+        return max(map(len, self.kept.values()), default=self.experts_kept) if self.uneven else self.experts_kept
 
     @property
     def prunes(self) -> bool:

@@ -87,6 +87,7 @@ class MoESpec:
     groups_used: int = 1
     group_score: Literal["max", "top2_sum"] = "max"  # of a group
     routed_scale: float = 1.0  # on the weights, after renormalisation
+    experts_per_layer: tuple[int, ...] = ()  # of each MoE layer, where some of its E places are padding; empty: E
 
     def reachable(self, experts: int) -> int:
         """Among how many of `experts` kept experts a token chooses."""
@@ -155,6 +156,13 @@ class ModelSpec:
         dense = set(self.dense_layers)
         return tuple(layer for layer in range(self.layers) if layer not in dense)
 
+    def real_experts(self, layer: int) -> list[int]:
+        """The ids of a layer's experts that are no padding; decoder layer."""
+        moe = self.moe
+        if not moe.experts_per_layer:
+            return list(range(moe.experts))
+        return places(moe.experts_per_layer[self.moe_layers.index(layer)], moe.experts, moe.groups)
+
     def kind_of(self, layer: int) -> str:
         """How a layer mixes tokens: full, sliding, conv or linear."""
         return self.layer_kinds[layer] if self.layer_kinds else "full"
@@ -197,6 +205,12 @@ class ModelSpec:
             "head_bias": self.head_bias,
         }
         return frozenset(name for name, there in present.items() if there)
+
+
+def places(count: int, total: int, groups: int = 1) -> list[int]:
+    """Where `count` experts stand among `total` places: at the beginning of each of the router's groups."""
+    size = total // groups
+    return [group * size + offset for group in range(groups) for offset in range(count // groups)]
 
 
 def keepable_counts(spec: ModelSpec, top_k: int | None = None) -> list[int]:

@@ -97,7 +97,7 @@ class ExpertDiversity:
     needs = Needs()
 
     def __init__(self, context: TermContext) -> None:
-        views = student_layers(self.name, context.student)
+        views = _even_layers(self.name, context.student)
         self.views = [views[position] for position in aligned_layers(len(views))]
         if self.views[0].count < 2:
             raise unfit(self.name, "several experts to compare", "the student has a single expert per layer")
@@ -122,6 +122,14 @@ class ExpertDiversity:
         return torch.stack(values).mean()
 
 
+def _even_layers(name: str, student: nn.Module) -> list[MoELayerView]:
+    """The student's MoE layers. Raises ConfigError where it has none, or padding experts, which have nothing to compare."""
+    views = student_layers(name, student)
+    if any(len(view.real) < view.count for view in views):
+        raise unfit(name, "as many experts in every layer", "this student's layers are padded (plan.uneven)")
+    return views
+
+
 def sampled_tokens(hidden_TD: Tensor, valid_BS: Tensor, most: int = TOKENS) -> Tensor:
     """At most `most` tokens of a micro-batch, evenly spread over those that are no padding and no attention sink."""
     hidden_BSD = hidden_TD.view(*valid_BS.shape, -1)
@@ -135,7 +143,7 @@ def measured_groups(context: TermContext) -> list[LayerGroups]:
     assert teacher is not None
     if context.ids_NS is None:
         raise ValueError("expert_cka needs rows of text to measure its groups on")
-    pairs = _aligned_pairs(context, student_layers(ExpertCka.name, student), moe_layers(teacher))
+    pairs = _aligned_pairs(context, _even_layers(ExpertCka.name, student), moe_layers(teacher))
     if width(student) != width(teacher):
         why = f"its experts cannot read the teacher's inputs: {width(student)} wide, not {width(teacher)}"
         raise unfit(ExpertCka.name, "a student as wide as the teacher", why)

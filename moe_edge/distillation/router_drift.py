@@ -43,8 +43,8 @@ class RouterSnapshot:
         for view in self._views:
             then = {name: self.tensors[f"{view.index}.{name}"] for name in router_tensors(view)}
             hidden_TD, sigmoid = inputs[view.index], is_sigmoid(view)
-            now_TE = gate_logprobs(router_logits(view, hidden_TD), sigmoid)
-            then_TE = gate_logprobs(router_logits(view, hidden_TD, then), sigmoid)
+            now_TE = gate_logprobs(router_logits(view, hidden_TD)[:, view.real], sigmoid)
+            then_TE = gate_logprobs(router_logits(view, hidden_TD, then)[:, view.real], sigmoid)
             kl.append((now_TE.exp() * (now_TE - then_TE)).sum(dim=-1).mean())
         return torch.stack(kl).clamp_min(0)
 

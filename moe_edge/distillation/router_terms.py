@@ -101,9 +101,10 @@ def _kept_experts(context: TermContext) -> Mapping[int, list[int]]:
     """Decoder layer -> the teacher's expert behind each of the student's; without a plan, all of them in order."""
     kept = {}
     for view in student_layers("routing_kl", context.student):
-        kept[view.index] = list((context.kept or {}).get(view.index, range(view.count)))
-        if len(kept[view.index]) != view.count:
-            why = f"layer {view.index} has {view.count} experts, the plan kept {len(kept[view.index])}"
+        count = len(view.real)
+        kept[view.index] = list((context.kept or {}).get(view.index, range(count)))
+        if len(kept[view.index]) != count:
+            why = f"layer {view.index} has {count} experts, the plan kept {len(kept[view.index])}"
             raise _no_match(why)
     if context.teacher is not None:
         _check_teacher(kept, context.teacher)

@@ -4,13 +4,13 @@ router_entropy: of the gates, 1 = undecided, 0 = certain. router_load_variation:
 over their mean. router_dead_experts: share of experts with less than a hundredth of an even load. router_drift_nats: how
 far the gates are from those at the start of the stage, on a sample of tokens. All are means over the MoE layers.
 
-Padding is counted like text; training rows have none.
+Padding tokens are counted like text; training rows have none. Padding experts (families/padding.py) do not count.
 
-Shape suffixes: L MoE layers, E experts, K top-k, T tokens.
+Shape suffixes: L MoE layers, E experts (which layers may have different numbers of), K top-k, T tokens.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import log as ln
 
@@ -38,7 +38,7 @@ class RoutingTelemetry:
 
     def __init__(self, student: nn.Module) -> None:
         self._sigmoid = {view.index: is_sigmoid(view) for view in moe_layers(student)}
-        self._experts = moe_layers(student)[0].count
+        self._experts = [len(view.real) for view in moe_layers(student)]
         self._start = RouterSnapshot(student)
         self._ringing: set[int] = set()
         self._clear()
@@ -46,8 +46,8 @@ class RoutingTelemetry:
     def _clear(self) -> None:
         device = next(iter(self._start.tensors.values())).device
         layers = len(self._sigmoid)
-        self._counts_LE = torch.zeros(layers, self._experts, device=device)
-        self._gates_LE = torch.zeros(layers, self._experts, device=device)
+        self._counts = [torch.zeros(experts, device=device) for experts in self._experts]  # [E] of each layer
+        self._gates = [torch.zeros(experts, device=device) for experts in self._experts]
         self._entropy_L = torch.zeros(layers, device=device)
         self._drift_L: Tensor | None = None
         self._tokens = 0
@@ -65,8 +65,8 @@ class RoutingTelemetry:
             logprob_TE = gate_logprobs(sounds.router_logits[layer].detach(), self._sigmoid[layer])
             self._entropy_L[place] -= (logprob_TE.exp() * logprob_TE).sum()
             ones_TK = torch.ones_like(weight_TK, dtype=torch.float32)
-            self._counts_LE[place].scatter_add_(0, index_TK.flatten(), ones_TK.flatten())
-            self._gates_LE[place].scatter_add_(0, index_TK.flatten(), weight_TK.detach().float().flatten())
+            self._counts[place].scatter_add_(0, index_TK.flatten(), ones_TK.flatten())
+            self._gates[place].scatter_add_(0, index_TK.flatten(), weight_TK.detach().float().flatten())
         self._tokens += len(logprob_TE)
         if self._drift_L is None:
             inputs = {layer: hidden_TD[:DRIFT_TOKENS] for layer, hidden_TD in sounds.expert_inputs.items()}
@@ -75,22 +75,24 @@ class RoutingTelemetry:
     def read(self) -> dict[str, float]:
         if self._drift_L is None:
             return {}
-        counts_LE = self._counts_LE.cpu()
-        self._ring(counts_LE)
-        even = counts_LE.mean(dim=1, keepdim=True)
-        most = ln(self._experts) if self._experts > 1 else 1.0
+        counts = [counts_E.cpu() for counts_E in self._counts]
+        self._ring(counts)
+        most_L = torch.tensor([ln(experts) if experts > 1 else 1.0 for experts in self._experts])
+        variations = [float(load_variation(counts_E[None])) for counts_E in counts]
+        dead = torch.cat([counts_E < DEAD_LOAD * counts_E.mean() for counts_E in counts])
         numbers = {
-            "router_entropy": float(self._entropy_L.mean()) / (self._tokens * most),
-            "router_load_variation": float(load_variation(counts_LE).mean()),
-            "router_dead_experts": float((counts_LE < DEAD_LOAD * even).float().mean()),
+            "router_entropy": float((self._entropy_L.cpu() / most_L).mean()) / self._tokens,
+            "router_load_variation": sum(variations) / len(variations),
+            "router_dead_experts": float(dead.float().mean()),
             "router_drift_nats": float(self._drift_L.mean()),
         }
         self._clear()
         return numbers
 
-    def _ring(self, counts_LE: Tensor) -> None:
+    def _ring(self, counts: Sequence[Tensor]) -> None:
         """One warning per layer when it begins to look collapsed, not one per step."""
-        health = layer_health(counts_LE, self._gates_LE.cpu(), self._tokens)
+        pairs = zip(counts, self._gates, strict=True)
+        health = [layer_health(one_E[None], gates_E.cpu()[None], self._tokens)[0] for one_E, gates_E in pairs]
         alarms = {layer: state.alarm for layer, state in zip(self._sigmoid, health, strict=True) if state.alarm}
         for layer in alarms.keys() - self._ringing:
             log.warning("the router of layer %d looks collapsed: %s", layer, alarms[layer])

@@ -25,6 +25,7 @@ from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
 from moe_edge.export.onnx_quantize import Scheme
 from moe_edge.families import student_family
 from moe_edge.families.loading import stored_dtype
+from moe_edge.families.pruning import without_padding
 from moe_edge.families.students import load_student
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
@@ -55,7 +56,8 @@ def export_onnx(
         precision: a row of PRECISIONS: fp32, fp16, int8 or int4.
         block_size: weights that share one scale; halved for a matrix whose rows it does not divide.
         imatrix: the profile's sums of squares by neutral names; None quantizes unweighted.
-        kept: layer -> the teacher's expert ids that the checkpoint kept, to pick their rows of the imatrix.
+        kept: layer -> the teacher's expert ids that the checkpoint kept, to pick their rows of the imatrix; None: its rows are
+            the checkpoint's experts.
         scheme: "search" (ours) or "rtn" (the baseline).
         layer_bits: bits of classes and layers instead of the precision's (contracts/onnx_bits.py).
         provider: "cpu", or "cuda": float16 throughout, for a machine that has it; never opened here, only checked.
@@ -78,6 +80,9 @@ def export_onnx(
     spec = student_family(headers.config).spec(headers.config)
     refuse_absent_layers(recipe.layer_bits, spec.layers)
     model = load_student(checkpoint, dtype=stored_dtype(headers))  # widened tensor by tensor
+    if spec.moe.experts_per_layer:  # the graph's layers hold their own experts only (contracts/capability_table.py)
+        without_padding(model)
+        kept = kept or {layer: spec.real_experts(layer) for layer in spec.moe_layers}
     with written_beside(out) as partial, tempfile.TemporaryDirectory(prefix="moe-edge-onnx-") as work, torch.no_grad():
         builder = build_graph(model, spec, checkpoint, Path(work), provider)
         report = Packer(builder.model, recipe, Importance(imatrix, kept, spec.moe_layers)).run()

@@ -26,6 +26,7 @@ from moe_edge.families.checks import (
 from moe_edge.families.names import tensor_entries
 
 Config = Mapping[str, Any]
+EXPERTS_PER_LAYER = "moe_edge_experts_per_layer"  # config key of a padded student: real experts of every MoE layer
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class Family:
             "expert_biases": self.expert_biases,
             "group_score": self.group_score,
             "routed_scale": float(values.get("routed_scaling_factor", 1.0)),
+            "experts_per_layer": tuple(values.get(EXPERTS_PER_LAYER) or ()),
         }
         return MoESpec(**(fields | (self.more_moe(values) if self.more_moe else {})))
 

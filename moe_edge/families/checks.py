@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_edge.contracts.capabilities import unpaddable
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.spec import ModelSpec
+from moe_edge.contracts.spec import ModelSpec, keepable_counts
 
 Config = Mapping[str, Any]
 Refusal = tuple[Callable[[Config], bool], str]
@@ -91,6 +92,20 @@ def check_spec(spec: ModelSpec, fixed_top_k: int | None = None) -> None:
     for wrong, reason in contradictions:
         if wrong:
             raise rejected(spec.family, reason)
+    _check_padding(spec)
+
+
+def _check_padding(spec: ModelSpec) -> None:
+    """Raises InputRejected when a layer of a padded student could not have so many real experts."""
+    counts = spec.moe.experts_per_layer
+    if not counts:
+        return
+    if why := unpaddable(spec):
+        raise rejected(spec.family, f"padded layers, but {why}")
+    possible = keepable_counts(spec)
+    if len(counts) != len(spec.moe_layers) or any(type(count) is not int or count not in possible for count in counts):
+        why = f"real experts per layer are {list(counts)}, expected {len(spec.moe_layers)} numbers of {possible}"
+        raise rejected(spec.family, why)
 
 
 def _positive(value: Any) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from moe_edge.contracts.spec import EXPERT_OWNED, ModelSpec, TensorClass, TensorEntry
+from moe_edge.contracts.spec import EXPERT_OWNED, EXPERT_SIZED, ModelSpec, TensorClass, TensorEntry
 from moe_edge.families import family_of
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
@@ -25,18 +25,24 @@ class ParamCounts:
 
 
 def count_params(spec: ModelSpec, entries: Iterable[TensorEntry]) -> ParamCounts:
-    """Count the weights of `entries` (a whole model's map)."""
+    """Count the weights of `entries` (a whole model's map); padding experts are none."""
     by_class: Counter[TensorClass] = Counter()
+    idle = 0
     for entry in entries:
-        by_class[entry.tensor_class] += prod(entry.shape)
+        shape = entry.shape
+        if entry.layer is not None and entry.tensor_class in EXPERT_SIZED:
+            shape = (len(spec.real_experts(entry.layer)), *shape[1:])
+        by_class[entry.tensor_class] += prod(shape)
+        idle += prod(shape[1:]) * (shape[0] - spec.moe.top_k) if entry.tensor_class in EXPERT_OWNED else 0
     total = sum(by_class.values())
     routed = sum(by_class[name] for name in EXPERT_OWNED)
-    idle = routed // spec.moe.experts * (spec.moe.experts - spec.moe.top_k)
     return ParamCounts(total, total - idle, routed, dict(by_class))
 
 
 def describe_model(headers: CheckpointHeaders) -> dict[str, Any]:
     """What a report says of a checkpoint, from headers only: params_total, params_active, experts, top_k, bytes, ...
+
+    Experts are per layer; of a padded student on average, and `experts_per_layer` has them all.
 
     Raises:
         InputRejected: the model is not supported, or its tensors do not fit its config.
@@ -44,13 +50,14 @@ def describe_model(headers: CheckpointHeaders) -> dict[str, Any]:
     family = family_of(headers.config)
     spec = family.spec(headers.config)
     counts = count_params(spec, family.tensors(headers.config, headers.tensors))
+    uneven = spec.moe.experts_per_layer
     return {
         "family": spec.family,
         "layers": spec.layers,
         "params_total": counts.total,
         "params_active": counts.active,
         "params_routed": counts.routed,
-        "experts": spec.moe.experts,
+        "experts": round(sum(uneven) / len(uneven)) if uneven else spec.moe.experts,
         "top_k": spec.moe.top_k,
         "bytes": headers.total_bytes,
-    }
+    } | ({"experts_per_layer": list(uneven)} if uneven else {})

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_edge.contracts.capabilities import unpaddable
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.spec import places
+from moe_edge.families import family_of
+from moe_edge.families.padding import check_padding, is_padded, pad_layer, write_real_counts
 from moe_edge.families.views import ExpertAxis, MoELayerView, moe_layers
 
 Kept = Mapping[int, Sequence[int]]
@@ -25,18 +29,23 @@ def check_kept(model: nn.Module, kept: Kept, top_k: int | None = None, *, unifor
 
     Args:
         kept: decoder layer -> kept expert ids, ascending; a layer that is absent keeps all.
-        uniform: must every layer keep the same number (what one config.json can say)?
+        uniform: must every layer keep the same number (what one config.json can say without padding)?
 
     Raises:
         ConfigError: unknown layer, ids out of range or not ascending, groups that keep different numbers, top-k above
-            the experts that a token can reach, uneven counts.
+            the experts that a token can reach, uneven counts, a model with padding already.
     """
     views = {view.index: view for view in moe_layers(model)}
+    if is_padded(model) and any(len(kept.get(layer, ())) not in (0, view.count) for layer, view in views.items()):
+        raise _bad(
+            "experts of a student with padded layers cannot be dropped", "its layers have different numbers of them"
+        )
     unknown = sorted(set(kept) - set(views))
     if unknown:
         raise _bad(f"there is no MoE layer {unknown[0]}", f"the MoE layers are {', '.join(map(str, views))}")
     for layer, view in views.items():
-        _check_layer(view, list(kept.get(layer, range(view.count))), view.top_k if top_k is None else top_k)
+        ids = view.real if is_padded(model) else list(kept.get(layer, range(view.count)))
+        _check_layer(view, ids, view.top_k if top_k is None else top_k)
     counts = {len(kept.get(layer, range(view.count))) for layer, view in views.items()}
     if uniform and len(counts) > 1:
         raise _bad("every layer must keep the same number of experts", f"found {sorted(counts)}")
@@ -141,32 +150,62 @@ def _selected(found: ExpertAxis, ids: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def prune(model: nn.Module, kept: Kept, top_k: int | None = None) -> None:
+def prune(model: nn.Module, kept: Kept, top_k: int | None = None, *, uneven: bool = False) -> None:
     """Drop every expert that is not in `kept`, in place; router rows, biases, counts and config follow.
 
     Keeping all experts changes no bit. Parameters are replaced, so an optimizer must be built afterwards.
 
+    Args:
+        uneven: may layers keep different numbers? Smaller ones are then padded to the largest (families/padding.py).
+
     Raises:
-        ConfigError: see `check_kept`; nothing has been changed then.
+        ConfigError: see `check_kept`; uneven layers of a model that cannot be padded; nothing has been changed then.
     """
-    check_kept(model, kept, top_k)
+    check_kept(model, kept, top_k, uniform=not uneven)
     views = moe_layers(model)
+    counts = [len(kept.get(view.index, range(view.count))) for view in views]
+    padding = len(set(counts)) > 1
+    if padding and (why := unpaddable(family_of(model.config.to_dict()).spec(model.config.to_dict()))):
+        raise _bad("layers of this model cannot keep different numbers of experts", why)
     for view in views:
         ids = list(kept.get(view.index, range(view.count)))
         if len(ids) < view.count:
             _drop(view, ids)
+        if padding:
+            pad_layer(view, places(len(ids), max(counts), view.groups[0]), max(counts))
+            _count(view, max(counts))
         if top_k is not None:
             for module in (view.router, view.block):
                 _set_present(module, "top_k", top_k)
     _write_counts(model, views[0], top_k)
+    if padding:
+        write_real_counts(model.config, counts)
+
+
+@torch.no_grad()
+def without_padding(model: nn.Module) -> None:
+    """Take the padding experts out of a loaded model's layers, which then differ in size: for exporters that can say so.
+
+    Raises:
+        InputRejected: what config.json calls padding is none; see `check_padding`.
+    """
+    check_padding(model)
+    for view in moe_layers(model):
+        if len(view.real) < view.count:
+            _drop(view, view.real)
 
 
 def _drop(view: MoELayerView, ids: Sequence[int]) -> None:
     for found in list(view.expert_axes()):
         setattr(found.owner, found.name, _selected(found, ids))
-        _set_present(found.owner, "out_features", len(ids))
+    _count(view, len(ids))
+
+
+def _count(view: MoELayerView, experts: int) -> None:
+    for found in view.router_axes():
+        _set_present(found.owner, "out_features", experts)
     for module in (view.router, view.block, view.experts):
-        _set_present(module, "num_experts", len(ids))
+        _set_present(module, "num_experts", experts)
 
 
 def _set_present(owner: Any, name: str, value: Any) -> None:

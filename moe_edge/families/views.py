@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.spec import places
 from moe_edge.families import family_of, known_family
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import EXPERTS_PER_LAYER, Family, Names
 
 
 class ExpertAxis(NamedTuple):
@@ -45,11 +46,17 @@ class MoELayerView:
     experts: nn.Module  # holds .gate_up_proj and .down_proj, experts first
     shared: nn.Module | None
     family: Family
+    own: int | None = None  # experts that are no padding; None: all
 
     @property
     def count(self) -> int:
-        """E, the experts that are really there."""
+        """E, the experts that are really there, padding among them."""
         return self.experts.num_experts
+
+    @property
+    def real(self) -> list[int]:
+        """The ids of the experts that are no padding (families/padding.py)."""
+        return places(self.count if self.own is None else self.own, self.count, self.groups[0])
 
     @property
     def top_k(self) -> int:
@@ -112,6 +119,7 @@ def moe_layers(model: nn.Module) -> list[MoELayerView]:
     config = model.config.to_dict()
     family = known_family(config) or family_of(config)
     names, views = family.in_memory, []
+    own = config.get(EXPERTS_PER_LAYER) or []
     for index, layer in enumerate(model.model.layers):
         block = getattr(layer, names.block, None)
         experts = getattr(block, "experts", None)
@@ -119,7 +127,8 @@ def moe_layers(model: nn.Module) -> list[MoELayerView]:
             continue
         router = block.get_submodule(names.router)
         shared = _submodule(layer, names.shared)
-        views.append(MoELayerView(index, len(views), layer, block, router, experts, shared, family))
+        real = own[len(views)] if own else None
+        views.append(MoELayerView(index, len(views), layer, block, router, experts, shared, family, real))
     if not views:
         why = f"none of the {index + 1} layers has experts"
         raise InputRejected("the model is not a mixture of experts", where=family.model_type, why=why)

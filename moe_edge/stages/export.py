@@ -49,9 +49,11 @@ def run(context: StageContext) -> dict[str, Any]:
     plan = Plan.read(context.inputs["plan"] / "plan.json")
     model = context.inputs["distill"] / "model"
     statistics = Statistics.load(context.inputs["profile"] / "statistics.safetensors")
-    imatrix, kept = student_imatrix(statistics.imatrix, plan.kept if plan.prunes else None, context.inputs["compress"])
+    spec = _spec_of(model)
+    chosen = plan.kept if plan.prunes else None
+    imatrix, kept = student_imatrix(statistics.imatrix, chosen, context.inputs["compress"], spec)
     if plan.action == "dense":
-        imatrix, kept = dense_imatrix(imatrix, _spec_of(model), kept), None
+        imatrix, kept = dense_imatrix(imatrix, spec, kept), None
     job = plan_job(
         context.config, model, context.out,
         main=plan.quantization, precision=plan.onnx_precision,
@@ -83,13 +85,21 @@ def plan_job(
     if types == "auto":
         recipes = [main, *_others_that_fit(config, headers, main)] if "gguf" in formats else []
     onnx_precision = precision if config.export.onnx.precision == "auto" else config.export.onnx.precision
-    name = f"{model_name(config)}-{f'{spec.moe.experts}e' if spec.moe_layers else 'dense'}"
+    name = f"{model_name(config)}-{_size_name(spec)}"
     calibration = {"calibration_digest": str(statistics.meta.get("calibration_digest"))} if statistics else {}
     provenance = {"base_model": model_name(config)} | calibration | provenance
     return Job(
         model, out, name, spec, counts.total, formats, tuple(recipes), onnx_precision, config, statistics, kept,
         provenance, mix or {}, notes,
     )  # fmt: skip
+
+
+def _size_name(spec: ModelSpec) -> str:
+    """'5e', '5e-uneven' (on average), or 'dense'."""
+    counts = spec.moe.experts_per_layer
+    if counts:
+        return f"{round(sum(counts) / len(counts))}e-uneven"
+    return f"{spec.moe.experts}e" if spec.moe_layers else "dense"
 
 
 def _spec_of(model: Path) -> ModelSpec:

@@ -126,7 +126,7 @@ def _settled_plan(desk: Desk, feasible: Feasible, out: Path, sensitivity: Sensit
         judged = desk.judge(settled, searching=True)
     table = ", ".join(f"{name} {kl:.3f}" for name, kl in judged.ranked)
     notes = [*judged.notes, *check_safe(settled, judged.best_nats, budget.curve, config.plan, table)]
-    notes += honesty(judged.best, judged.results)
+    notes += honesty(judged.best, judged.results) + desk.even_note(settled, judged)
     return make_plan(settled, judged.best, judged.choices[judged.best], judged.results, notes, budget.quantization)
 
 

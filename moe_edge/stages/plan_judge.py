@@ -18,8 +18,10 @@ from moe_edge.compression.demand import earlier_plan
 from moe_edge.compression.masking import MaskedKl
 from moe_edge.compression.narrowing import Narrowing
 from moe_edge.compression.search import Found, Rules, search
+from moe_edge.compression.uneven import most_places
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.spec import keepable_counts
 from moe_edge.families.neuron_masks import NeuronMask
 from moe_edge.stages.plan_teacher import Teacher
 from moe_edge.storage.rows import TokenRows
@@ -57,7 +59,11 @@ def candidates_of(feasible: Feasible, config: BuildConfig, stats: Statistics) ->
     """
     spec, plan = feasible.model.spec, config.plan
     within = earlier_plan(plan.within, spec).kept if plan.within else {}
-    return Candidates(stats, spec.moe_layers, spec.moe.groups, plan.seed, plan.super_expert_guard, within)
+    chosen = Candidates(stats, spec.moe_layers, spec.moe.groups, plan.seed, plan.super_expert_guard, within)
+    if not plan.uneven:
+        return chosen
+    possible = keepable_counts(spec, feasible.space.top_k)
+    return replace(chosen, uneven=True, possible=possible, most=most_places(feasible))
 
 
 def choose(feasible: Feasible, config: BuildConfig, chosen: Candidates) -> dict[str, Kept]:
@@ -183,6 +189,18 @@ class Desk:
             ),
             seed=settings.seed,
         )
+
+    def even_note(self, feasible: Feasible, judged: Judged) -> list[str]:
+        """Where layers may be uneven: what equally many experts in each would lose, by the best ranking criterion."""
+        if not self.chosen.uneven:
+            return []
+        name = judged.ranking
+        even = replace(self.chosen, uneven=False).kept(name, feasible.choice.experts)
+        nats = self.score(feasible)({name: even}, self.rows.judged_NS)[name].kl_nats
+        return [
+            f"By '{name}', uneven layers lose {judged.results[name].kl_nats:.3f} nats, as many experts in every layer "
+            f"{nats:.3f} (plan.uneven=false)."
+        ]
 
     def _search_note(self, found: Found | None, name: str, start: Kept) -> str:
         budget = self.config.plan.search_tokens

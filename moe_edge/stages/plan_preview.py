@@ -21,6 +21,7 @@ from moe_edge.compression.layers import Material
 from moe_edge.compression.masking import MaskedKl
 from moe_edge.compression.options import largest_contexts
 from moe_edge.compression.refitted import refitted_kl
+from moe_edge.compression.uneven import as_uneven
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Candidate, Plan
 from moe_edge.families.streaming import fits_in_memory
@@ -44,7 +45,8 @@ class Preview:
 
     def finish(self, plan: Plan, feasible: Feasible) -> Plan:
         """`plan` completed by what the configured action needs."""
-        return with_action(plan, self.config, feasible.model.spec, self.statistics, self.compress_in_memory)
+        plan = with_action(plan, self.config, feasible.model.spec, self.statistics, self.compress_in_memory)
+        return as_uneven(plan, feasible)
 
     def statistics(self) -> Statistics:
         """The profile's."""
@@ -93,6 +95,7 @@ def make_plan(
         criterion=criterion,
         experts_total=feasible.model.spec.moe.experts,
         experts_kept=feasible.choice.experts,
+        uneven=len({len(ids) for ids in kept.values()}) > 1,
         top_k=feasible.space.top_k,
         teacher_top_k=feasible.model.spec.moe.top_k,
         expert_width=feasible.space.width,

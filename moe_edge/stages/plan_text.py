@@ -54,9 +54,9 @@ def _measured(plan: dict[str, Any]) -> list[str]:
     label = plan["quantization"] + ("-mix" if plan["quantization_by_class"] else "")
     bits = plan["quantization_kl_nats"].get(label)
     cost = "" if bits is None else f", bits {bits:.3f} nats ({plan['quantization_kl_source']})"
+    experts = f"{plan['experts_kept']} of {plan['experts_total']} experts{' on average' if plan['uneven'] else ''}"
     lines = [
-        f"measured {plan['experts_kept']} of {plan['experts_total']} experts, top-{plan['top_k']}{_width(plan)}, {label}, "
-        f"by {plan['criterion']}: masked KL {kl}{cost}"
+        f"measured {experts}, top-{plan['top_k']}{_width(plan)}, {label}, by {plan['criterion']}: masked KL {kl}{cost}"
     ]
     return [*lines, f"  rival  {plan['competitor']}"] if plan["competitor"] else lines
 

@@ -41,8 +41,9 @@ def _name(report: ReportV1) -> str:
 
 def _headline(report: ReportV1) -> str:
     teacher, student = report.teacher, report.student
+    average = " on average" if (student.model_extra or {}).get("experts_per_layer") else ""
     text = (
-        f"{student.experts} of {teacher.experts} experts per layer are kept (top-{student.top_k}); "
+        f"{student.experts} of {teacher.experts} experts per layer are kept{average} (top-{student.top_k}); "
         f"{student.params_total / 1e6:.4g} M of {teacher.params_total / 1e6:.4g} M parameters."
     )
     quantized = [artifact for artifact in report.artifacts if artifact.format != "hf"]

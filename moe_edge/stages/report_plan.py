@@ -20,6 +20,7 @@ def plan_section(report: ReportV1) -> str:
     share = plan["estimate"]["routed_expert_share_kept"]
     lines = [
         f"{plan['action']}: {plan['experts_kept']} of {plan['experts_total']} experts per layer "
+        f"{'on average, uneven ' if plan.get('uneven') else ''}"
         f"({share:.1%} of the routed-expert parameters){_shape(plan)}, chosen by {inert(plan['criterion'])}; "
         f"GGUF {inert(_label(plan))}, ONNX {inert(plan['onnx_precision'])}.",
         _prediction(report, plan),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.compression.health import routing_counts
+from moe_edge.families.views import moe_layers
 from moe_edge.formulas.routing_health import LayerHealth, gate_share_kept, layer_health
 from moe_edge.storage.rows import TokenRows
 
@@ -30,6 +31,15 @@ class Routing:
     counts_LE: Tensor
     gate_sum_LE: Tensor
     tokens: int
+    real: list[list[int]] | None = None  # of every layer, the experts that are no padding; None: all
+
+    def health(self) -> list[LayerHealth]:
+        """Per layer, over its real experts."""
+        real = self.real or [list(range(self.counts_LE.shape[1]))] * len(self.counts_LE)
+        rows = zip(self.counts_LE, self.gate_sum_LE, real, strict=True)
+        return [
+            layer_health(counts_E[own][None], gates_E[own][None], self.tokens)[0] for counts_E, gates_E, own in rows
+        ]
 
 
 def health_rows(profile: Path | None) -> Tensor | None:
@@ -43,7 +53,9 @@ def health_rows(profile: Path | None) -> Tensor | None:
 
 def observe(model: PreTrainedModel, ids_NS: Tensor | None) -> Routing | None:
     """Count the routing of a model; None where there are no rows."""
-    return None if ids_NS is None else Routing(*routing_counts(model, ids_NS), ids_NS.numel())
+    if ids_NS is None:
+        return None
+    return Routing(*routing_counts(model, ids_NS), ids_NS.numel(), [view.real for view in moe_layers(model)])
 
 
 def compare(
@@ -57,7 +69,7 @@ def compare(
     """
     if teacher is None or student is None:
         return {}
-    before, after = (layer_health(side.counts_LE, side.gate_sum_LE, side.tokens) for side in (teacher, student))
+    before, after = teacher.health(), student.health()
     summary = {"teacher": _means(before), "student": _means(after)}
     if kept:
         share_L = gate_share_kept(teacher.gate_sum_LE, dict(enumerate(kept[layer] for layer in layers)))

@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 
 from moe_edge.contracts import capabilities
-from moe_edge.contracts.capabilities import CAPABILITIES, NEVER, advice, capability, refusals
+from moe_edge.contracts.capabilities import (
+    CAPABILITIES,
+    NEVER,
+    PADDING,
+    advice,
+    capability,
+    refusals,
+    require_paddable,
+    unpaddable,
+)
+from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import FEATURES
 from moe_edge.export.gguf_layout import LAYOUTS
 from moe_edge.export.onnx_graph import ATTENTION
@@ -93,3 +103,20 @@ def test_odd_widths_are_pointed_out(qwen3):
 
 def test_an_unknown_family_is_not_guessed(qwen3):
     assert capability("ort", "mamba") is None and "does not know" in refusals("ort", replace(qwen3, family="mamba"))[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_allowed_just_where_a_bias_decides_before_anything_is_normalised(family):
+    moe = spec_of(family).moe
+    expected = "router_bias" if moe.router_bias and moe.gating == "softmax_topk" else None
+    expected = "selection_bias" if moe.selection_bias and moe.gating == "sigmoid" else expected
+    assert PADDING.get(family) == expected
+    assert (unpaddable(spec_of(family)) is None) == (expected is not None)
+
+
+def test_a_bias_that_this_model_lacks_is_named():
+    without = spec_of("lfm2_moe", use_expert_bias=False)
+    assert "no a bias" not in unpaddable(without) and "selects experts" in unpaddable(without)
+    with pytest.raises(InputRejected, match="selects experts") as caught:
+        require_paddable(without)
+    assert caught.value.next_command == "--set plan.uneven=false"
