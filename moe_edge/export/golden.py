@@ -9,7 +9,7 @@ S tokens of a prompt, K kept ids, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,11 +56,25 @@ def from_cache(logits: Path, rows: Path) -> list[Prompt]:
     return found
 
 
-def from_model(model: Runtime, ids_S: np.ndarray) -> list[Prompt]:
+def pieces(ids_S: np.ndarray) -> list[np.ndarray]:
+    """The rows that `from_model` asks the model about."""
+    return [ids_S[start : start + PROMPT_TOKENS] for start in range(0, len(ids_S), PROMPT_TOKENS)][:PROMPTS]
+
+
+class Answers(Protocol):
+    """A model that answers whole rows."""
+
+    vocab: int
+
+    def logits(self, ids_S: np.ndarray) -> np.ndarray:
+        """Logits [S, V] float32 of every position."""
+        ...
+
+
+def from_model(model: Answers, ids_S: np.ndarray) -> list[Prompt]:
     """A text cut into prompts, with an open model's own answers."""
-    pieces = [ids_S[start : start + PROMPT_TOKENS] for start in range(0, len(ids_S), PROMPT_TOKENS)][:PROMPTS]
     found = []
-    for piece_S in pieces:
+    for piece_S in pieces(ids_S):
         logits_SV = torch.from_numpy(np.ascontiguousarray(model.logits(piece_S)))
         top = teacher_topk(logits_SV, KEPT_IDS, (1.0,), model.vocab)
         found.append(

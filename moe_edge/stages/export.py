@@ -19,7 +19,7 @@ from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals, require_exportable
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.errors import InputRejected, ResourceProblem
 from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
@@ -27,21 +27,24 @@ from moe_edge.devices.host import threads_for
 from moe_edge.export.golden import from_cache
 from moe_edge.export.imatrix import dense_imatrix
 from moe_edge.export.onnx import export_onnx
-from moe_edge.export.parity import prompt_ids
+from moe_edge.export.parity_rows import prompt_ids
 from moe_edge.families import student_family
 from moe_edge.families.counting import count_params
+from moe_edge.families.first_layers import layers_within, write_first_layers
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.stages.bundle import GOLDEN
 from moe_edge.stages.export_gguf import export_gguf
 from moe_edge.stages.export_job import Job, Reopened
-from moe_edge.stages.export_parity import judge_exports
+from moe_edge.stages.export_parity import Judge, judge_exports
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
 ONNX_CLASSES = "onnx_classes.json"  # bytes and bits per weight by tensor class
-FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
+FP32_MEMORY_SHARE = (
+    0.4  # of the free memory: beyond it only the first layers are judged in float32, and the report says so
+)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -168,14 +171,7 @@ def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
             provider=provider, **more,
         )  # fmt: skip
 
-    full = job.out / "reference" / "onnx-fp32"
-    if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
-        _once(full, lambda path: write(path, "fp32"))
-        reopened.append(Reopened("onnx fp32", "ort", full))
-    else:
-        notes.append(
-            "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
-        )
+    reopened.append(_full_precision_onnx(job, notes))
     path = job.out / "onnx"
     _once(path, lambda path: _told(job, write(path, job.precision, layer_bits=options.layer_bits)))
     label = f"{job.precision}-mix" if options.layer_bits else job.precision
@@ -189,6 +185,32 @@ def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
             "artifacts/onnx/cuda is experimental: a float16 graph for ONNX Runtime's CUDA provider, quantized alike. Its "
             "structure was checked; it was not run, and no number of this report is about it."
         )
+
+
+def _full_precision_onnx(job: Job, notes: list[str]) -> Reopened:
+    """The graph in float32, of the whole student or of as many of its first layers as fit into memory.
+
+    Raises:
+        ResourceProblem: not even the first layer with experts fits, so that nothing would show that the graph is right.
+    """
+    folder, weights = job.out / "reference", FP32_MEMORY_SHARE * psutil.virtual_memory().available / 4
+    if job.params_total < weights:
+        full = folder / "onnx-fp32"
+        _once(full, lambda path: export_onnx(job.model, path, precision="fp32"))
+        return Reopened("onnx fp32", "ort", full)
+    layers = layers_within(inspect_checkpoint(job.model), weights)
+    if layers <= min(job.spec.moe_layers, default=0):
+        raise ResourceProblem(
+            "the ONNX graph cannot be compared with the student",
+            where=str(job.model), why="not even its first layers fit into memory in float32",
+            next_command="--set export.formats=[gguf], or a machine with more memory",
+        )  # fmt: skip
+    student, full = folder / f"first-{layers}-layers", folder / f"onnx-fp32-first-{layers}-layers"
+    _once(student, lambda path: write_first_layers(job.model, layers, path))
+    _once(full, lambda path: export_onnx(student, path, precision="fp32"))
+    part = f"the first {layers} of {job.spec.layers} layers"
+    notes.append(f"the float32 ONNX graph of the whole student would not fit into memory: {part} were compared instead")
+    return Reopened(f"onnx fp32 ({part})", "ort", full, student=student)
 
 
 def _told(job: Job, summary: dict[str, Any]) -> None:
@@ -211,9 +233,8 @@ def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, qua
 
 def _judge(job: Job, exports: list[Reopened]) -> list[dict[str, Any]]:
     """Compare every file with the student; writes parity.json and the golden prompts of the device bundles."""
-    verdict = judge_exports(
-        job.model, exports, threads=_threads(job), context_length=job.spec.context_length, prompts=job.prompts
-    )
+    judge = Judge(job.model, job.spec.family, _threads(job), job.spec.context_length)
+    verdict = judge_exports(judge, exports, job.prompts)
     write_json_atomic(job.out / "parity.json", verdict.rows)
     write_json_atomic(job.out / GOLDEN, verdict.golden)
     return verdict.rows
