@@ -9,14 +9,14 @@ S tokens of a prompt, K kept ids, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from moe_edge.export.device_runner import score
 from moe_edge.formulas.divergence import teacher_topk
-from moe_edge.runtimes.base import Runtime
+from moe_edge.runtimes.base import Answers, Runtime
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
 
@@ -59,16 +59,6 @@ def from_cache(logits: Path, rows: Path) -> list[Prompt]:
 def pieces(ids_S: np.ndarray) -> list[np.ndarray]:
     """The rows that `from_model` asks the model about."""
     return [ids_S[start : start + PROMPT_TOKENS] for start in range(0, len(ids_S), PROMPT_TOKENS)][:PROMPTS]
-
-
-class Answers(Protocol):
-    """A model that answers whole rows."""
-
-    vocab: int
-
-    def logits(self, ids_S: np.ndarray) -> np.ndarray:
-        """Logits [S, V] float32 of every position."""
-        ...
 
 
 def from_model(model: Answers, ids_S: np.ndarray) -> list[Prompt]:

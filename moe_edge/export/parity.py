@@ -52,7 +52,7 @@ LIMITS = {
 LOOSER: dict[tuple[str, str], tuple[dict[str, float], str]] = {
     ("gguf F16", "qwen3_5_moe"): (
         {"clear_p99_abs_logit": 1e-2},
-        "gated delta rule: llama.cpp's F16 state doubles the error; 99th percentile 5.0e-3 to 7.3e-3, median KL 1e-6 nats",
+        "linear attention with llama.cpp's own epsilon (1e-3 in float32 already): 99th percentile 6.7e-3 to 7.5e-3",
     ),
 }
 # Where too few tokens are clear of ties, the mean KL is that of a few flipped tokens: on a 134.8 M Qwen2-MoE with 30 layers

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_edge.families.chat_template import render_chat
+from moe_edge.runtimes.base import Answers
 
 NEAR_TIE_GAP = 1e-3  # router gap (families/routing_gap.py) below which a runtime may choose another expert
 FIRM_GAP = 5e-3  # the same for float16 products
@@ -35,15 +36,11 @@ TEXT = (
 PROMPT = "What is the capital of France?"
 
 
-class Student(Protocol):
+class Student(Answers, Protocol):
     """The Hugging Face student: `runtimes.hf.HfRuntime`, or layer by layer `runtimes.hf_streamed.StreamedStudent`."""
 
     def read(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Smallest router gap of every token of every row, [S] each; `logits` of these rows may be asked for next."""
-        ...
-
-    def logits(self, ids_S: np.ndarray) -> np.ndarray:
-        """Logits [S, V] float32 of every position."""
         ...
 
 

@@ -213,7 +213,7 @@ def test_without_clear_tokens_the_row_says_so_and_the_kl_decides():
 
 def test_a_looser_limit_is_that_of_one_family_and_says_why():
     row = compared("gguf F16", Off(8e-3), family="qwen3_5_moe")
-    assert "gated delta rule" in row["looser_because"] and row["limits"]["clear_p99_abs_logit"] == 1e-2
+    assert "linear attention" in row["looser_because"] and row["limits"]["clear_p99_abs_logit"] == 1e-2
     for family in ("qwen3_moe", ""):
         with pytest.raises(GateFailed, match="99th percentile"):
             compared("gguf F16", Off(8e-3), family=family)
