@@ -5,7 +5,8 @@
 Each family is exported as a user would do it, GGUF and ONNX one after the other (a refusal of one must not hide the other):
 6 experts, top-2, random weights of a trained model's scale, sizes of 256 so that K-quants apply. The numbers are those of
 the export's own parity.json, against transformers in float32. max|d| and greedy tokens are of GGUF F16 and ONNX fp32, KL of
-the delivered Q4_K_M and int4 files; `clear` are the tokens whose routers are all further than .001 from a tie. Random models
+the delivered Q4_K_M and int4 files; `clear` are the tokens of short rows whose
+routers, and those of the tokens before them, are all further from a tie than .001 (ONNX) or .005 (GGUF). Random models
 are the worst case of a quantizer: their routers and logits are no trained ones. One JSON line per export, then a Markdown
 table; a refusal stands there with its reason.
 """
@@ -95,7 +96,7 @@ def _exported(model: Path, file_format: str, work: Path) -> Row:
     delivered = {name.split()[1]: round(row["kl_nats"], 5) for name, row in rows.items() if "delivered" in name}
     return {
         "exit": 0, "max_abs_logit": full["max_abs_logit"], "clear_max_abs_logit": full["clear_max_abs_logit"],
-        "clear_tokens": full["clear_tokens"], "tokens": full["n_tokens"], "kl_nats": full["kl_nats"],
+        "clear_tokens": full["clear_tokens"], "tokens": full["clear_candidates"], "kl_nats": full["kl_nats"],
         "greedy": f"{full['greedy_equal']}/{full['greedy_compared']}", "delivered_kl_nats": delivered,
     }  # fmt: skip
 
