@@ -4,7 +4,8 @@ router_entropy: of the gates, 1 = undecided, 0 = certain. router_load_variation:
 over their mean. router_dead_experts: share of experts with less than a hundredth of an even load. router_drift_nats: how
 far the gates are from those at the start of the stage, on a sample of tokens. All are means over the MoE layers.
 
-Padding is counted like text; training rows have none.
+Padding is counted like text; training rows have none. Several processes add up what they counted; the drift is that of each
+one's own sample.
 
 Shape suffixes: L MoE layers, E experts, K top-k, T tokens.
 """
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from math import log as ln
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from moe_edge.distillation.router_drift import RouterSnapshot
@@ -75,6 +77,7 @@ class RoutingTelemetry:
     def read(self) -> dict[str, float]:
         if self._drift_L is None:
             return {}
+        self._gather()
         counts_LE = self._counts_LE.cpu()
         self._ring(counts_LE)
         even = counts_LE.mean(dim=1, keepdim=True)
@@ -87,6 +90,13 @@ class RoutingTelemetry:
         }
         self._clear()
         return numbers
+
+    def _gather(self) -> None:
+        """The sums over all processes, in each."""
+        tokens = torch.tensor(float(self._tokens), dtype=torch.float64)
+        sums = (self._counts_LE, self._gates_LE, self._entropy_L, tokens.to(self._counts_LE.device))
+        self._counts_LE, self._gates_LE, self._entropy_L, tokens = (reduce(tensor, "sum") for tensor in sums)
+        self._tokens = int(tokens)
 
     def _ring(self, counts_LE: Tensor) -> None:
         """One warning per layer when it begins to look collapsed, not one per step."""

@@ -3,7 +3,7 @@
 The student that leaves this stage is the better one on rows that were never trained on: if training did not lower the
 held-out KL, the student of `compress` goes on unchanged and the summary says so. Seconds are in the summary only, so
 that the stage's files depend on its inputs alone, however often it was killed and resumed. A student that the user brings is
-trained by distill_pair.py.
+trained by distill_pair.py. Several processes train together (`accelerate launch`); the leader measures, saves and writes.
 
 Shape suffixes: N rows, S tokens of a row.
 """
@@ -36,8 +36,9 @@ from moe_edge.families.students import (
     save_trainable,
     trainable_folder,
 )
+from moe_edge.profiling.ranks import current_ranks
 from moe_edge.stages.distill_data import CAPTURED, rows_and_signal, term_material
-from moe_edge.stages.distill_outcome import Judge, Measured, Record, train_between, write_outcome
+from moe_edge.stages.distill_outcome import Judge, Measured, Record, require_shareable, train_between, write_outcome
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> Record:
-    """Train the student of `compress`, keep the better of before and after; returns what was gained.
+    """Train the student of `compress`, keep the better of before and after; returns what was gained, to the leader.
 
     Raises:
         ConfigError: stages, patterns, losses, temperature or data that cannot be; raised before the first step.
@@ -54,10 +55,13 @@ def run(context: StageContext) -> Record:
     """
     source = context.inputs["compress"] / "model"
     if reason := _nothing_to_do(context):
+        if not current_ranks().leads:
+            return {}
         log.info("distill: %s, the student goes on unchanged", reason)
         mirror_student(source.parent, context.out)
         write_outcome(context.out, [], {"trained": False, "reason": reason})
         return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
+    require_shareable(context.config.distill)
     with rows_and_signal(context) as (rows, signal):
         return _distill(context, source, rows, signal)
 
@@ -71,7 +75,7 @@ def _nothing_to_do(context: StageContext) -> str | None:
 
 
 def _distill(context: StageContext, source: Path, rows: TokenRows, signal: CachedSignal) -> Record:
-    config, ids_NS = context.config.distill, rows.ids_NS
+    config, ids_NS, ranks = context.config.distill, rows.ids_NS, current_ranks()
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     _check_teacher(context, source, signal)
@@ -79,12 +83,14 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     student = load_student(trainable_folder(source.parent)).to(device)
     recovery = Recovery(
         config, ids_NS, signal, student.config.vocab_size, context.teacher, context.out / "checkpoints",
-        material=term_material(context, student, rows),
+        material=term_material(context, student, rows), rank=ranks.rank, processes=ranks.world,
     )  # fmt: skip
     recovery.check(student, schedules)
     judge = _judge(context, ids_NS[held_out_rows], signal)
     dtype = stored_dtype(inspect_checkpoint(source))
     outcome = train_between(judge, recovery, student, schedules, dtype)
+    if not ranks.leads:
+        return {}
     if outcome.better:
         student.to("cpu", dtype)
         if is_shared_core(student):

@@ -38,8 +38,18 @@ from moe_edge.families.streaming import fits_in_memory
 from moe_edge.families.students import is_shared_core, load_student
 from moe_edge.families.taps import decoder_layers, head
 from moe_edge.formulas.layer_map import proportional_map
+from moe_edge.profiling.ranks import current_ranks
 from moe_edge.stages.distill_data import CAPTURED, captured_text, is_capture, measured_material, wanted_rows
-from moe_edge.stages.distill_outcome import NO_ROOM, Judge, Measured, Outcome, Record, train_between, write_outcome
+from moe_edge.stages.distill_outcome import (
+    NO_ROOM,
+    Judge,
+    Measured,
+    Outcome,
+    Record,
+    require_shareable,
+    train_between,
+    write_outcome,
+)
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -62,7 +72,7 @@ class Pair:
 
 
 def run(context: StageContext, student: Path) -> Record:
-    """Train `student` on the teacher's word, keep the better of before and after; returns what was gained.
+    """Train `student` on the teacher's word, keep the better of before and after; returns what was gained, to the leader.
 
     Raises:
         ConfigError: no stages, or stages, patterns, losses or data that cannot be; raised before the first step.
@@ -72,6 +82,7 @@ def run(context: StageContext, student: Path) -> Record:
     pair = Pair(student, context.teacher, tokenizers, not tokenizer_differences(*tokenizers))
     context = replace(context, config=_recipe(context.config, pair))
     require_same_tokenizer(*tokenizers, losses_on_tokens(context.config.distill))
+    require_shareable(context.config.distill)
     with _rows_and_signal(context, pair) as (rows, signal):
         return _distill(context, pair, rows, signal)
 
@@ -110,7 +121,7 @@ def _rows_and_signal(context: StageContext, pair: Pair) -> Iterator[tuple[TokenR
 
 
 def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedSignal | None) -> Record:
-    config, ids_NS = context.config.distill, rows.ids_NS
+    config, ids_NS, ranks = context.config.distill, rows.ids_NS, current_ranks()
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     model = load_student(pair.student).to(_device())
@@ -119,11 +130,16 @@ def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedS
         raise InputRejected("a student with shared cores is trained by its build", where=str(pair.student), why=why)
     material = {"tokenizers": pair.tokenizers} | measured_material(context, model, rows)
     vocab = min(len(pair.tokenizers[0]), head(model).weight.shape[0])
-    recovery = Recovery(config, ids_NS, signal, vocab, pair.teacher, context.out / "checkpoints", material=material)
+    recovery = Recovery(
+        config, ids_NS, signal, vocab, pair.teacher, context.out / "checkpoints",
+        material=material, rank=ranks.rank, processes=ranks.world,
+    )  # fmt: skip
     recovery.check(model, schedules)
     judge = _judge(pair, ids_NS[held_out_rows], signal, vocab)
     dtype = stored_dtype(inspect_checkpoint(pair.student))
     outcome = train_between(judge, recovery, model, schedules, dtype)
+    if not ranks.leads:
+        return {}
     _save(context.out, pair.student, model, outcome, dtype)
     measure = f"{signal.description}, T = 1, nats per token" if signal else ACROSS_MEASURE
     why = NO_ROOM if pair.same_tokens else OTHER_TOKENS
