@@ -21,6 +21,12 @@ from tests.tiny import TEXTS, tiny_checkpoint
 FIRST: dict[str, Any] = {"stage_name": "first", "steps": 3, "learning_rate": 0.01, "losses": {"ce": 1.0, "kl": 1.0}}
 FROZEN = [{"pattern": "norm|gate", "lr_multiplier": 1.0}, {"pattern": ".*", "lr_multiplier": 0.0}]
 SECOND = FIRST | {"stage_name": "second", "parameter_lr_multipliers": FROZEN}
+ROUTERS = FIRST | {
+    "stage_name": "third",
+    "steps": 2,
+    "learning_rate": 1e-4,
+    "losses": {"router_z": 0.1},
+}  # none for the head
 SHARDED = {"SHARD": "1", "ACCELERATE_USE_FSDP": "true"}
 DEAD = FIRST | {"parameter_lr_multipliers": [{"pattern": "no such name", "lr_multiplier": 0.0}]}
 
@@ -32,13 +38,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 12))
     tiny_checkpoint(folder, "mixtral", name="teacher")
     tiny_checkpoint(folder, "olmoe", name="student", experts=4, hidden=32, seed=3)
-    building.distill_student(request(folder, "alone"), str(folder / "student"))
+    _, summary = building.distill_student(request(folder, "alone"), str(folder / "student"))
+    assert summary["kept"] == "trained"
     return folder
 
 
 def request(folder: Path, out: str, *stages: dict[str, Any]) -> Request:
     settings = [
-        f"distill.data={folder / 'text.jsonl'}", f"distill.stages={json.dumps(stages or [FIRST, SECOND])}",
+        f"distill.data={folder / 'text.jsonl'}", f"distill.stages={json.dumps(stages or [FIRST, SECOND, ROUTERS])}",
         "distill.tokens=800", "calibration.sequence_length=32", "distill.batch_rows=4",
     ]  # fmt: skip
     return Request("cpu", str(folder / "teacher"), None, folder / out, settings=settings)
