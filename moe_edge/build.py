@@ -243,6 +243,7 @@ def distill_student(request: Request, student: str, *, fresh: bool = False) -> t
             find_stage=lambda _: partial(distill_pair.run, student=folder),
         )  # fmt: skip
         pipeline.run_stage(state, pipeline.PAIR_STAGE, force=fresh)
+        pipeline.dismiss_helpers()
     return out, state.done["distill"].summary
 
 

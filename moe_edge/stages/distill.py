@@ -3,7 +3,7 @@
 The student that leaves this stage is the better one on rows that were never trained on: if training did not lower the
 held-out KL, the student of `compress` goes on unchanged and the summary says so. Seconds are in the summary only, so
 that the stage's files depend on its inputs alone, however often it was killed and resumed. A student that the user brings is
-trained by distill_pair.py.
+trained by distill_pair.py. Several processes train together (`accelerate launch`); the leader measures, saves and writes.
 
 Shape suffixes: N rows, S tokens of a row.
 """
@@ -36,8 +36,9 @@ from moe_edge.families.students import (
     save_trainable,
     trainable_folder,
 )
+from moe_edge.profiling.ranks import current_ranks
 from moe_edge.stages.distill_data import CAPTURED, rows_and_signal, term_material
-from moe_edge.stages.distill_outcome import Judge, Measured, Record, train_between, write_outcome
+from moe_edge.stages.distill_outcome import Judge, Measured, Record, require_shareable, train_between, write_outcome
 from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
@@ -47,15 +48,16 @@ log = logging.getLogger(__name__)
 
 
 def run(context: StageContext) -> Record:
-    """Train the student of `compress`, keep the better of before and after; returns what was gained.
+    """Train the student of `compress`, keep the better of before and after; returns what was gained, to the leader.
 
     Raises:
         ConfigError: stages, patterns, losses, temperature or data that cannot be; raised before the first step.
         InputRejected: the logit cache belongs to another teacher.
     """
     source = context.inputs["compress"] / "model"
-    if reason := _not_to_train(context, source):
+    if reason := current_ranks().lead(lambda: _not_to_train(context, source)):
         return _unchanged(context, source, reason)
+    require_shareable(context.config.distill)
     with rows_and_signal(context) as (rows, signal):
         return _distill(context, source, rows, signal)
 
@@ -70,6 +72,8 @@ def _not_to_train(context: StageContext, source: Path) -> str | None:
 
 
 def _unchanged(context: StageContext, source: Path, reason: str) -> Record:
+    if not current_ranks().leads:
+        return {}
     log.warning("distill: %s; the student goes on unchanged", reason)
     mirror_student(source.parent, context.out)
     write_outcome(context.out, [], {"trained": False, "reason": reason})
@@ -81,23 +85,26 @@ def _device() -> str:
 
 
 def _distill(context: StageContext, source: Path, rows: TokenRows, signal: CachedSignal) -> Record:
-    ids_NS, fits = rows.ids_NS, fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, _device())
+    ids_NS, ranks = rows.ids_NS, current_ranks()
+    fits = ranks.share(fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, _device(), ranks.local_world))
     config = recipe_with_room(context.config.distill, fits)
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     _check_teacher(context, source, signal)
     student = load_student(trainable_folder(source.parent)).to(_device())
-    if reason := no_room_for_training(config, student, schedules, _device()):
+    if reason := ranks.lead(lambda: no_room_for_training(config, student, schedules, _device())):
         return _unchanged(context, source, reason)
     vocab = true_vocabulary(load_tokenizer(source), student.config.vocab_size)
     recovery = Recovery(
         config, ids_NS, signal, vocab, context.teacher, context.out / "checkpoints",
-        material=term_material(context, student, rows),
+        material=term_material(context, student, rows), rank=ranks.rank, processes=ranks.world,
     )  # fmt: skip
     recovery.check(student, schedules)
     judge = _judge(context, ids_NS[held_out_rows], signal, vocab, fits)
     dtype = stored_dtype(inspect_checkpoint(source))
     outcome = train_between(judge, recovery, student, schedules, dtype)
+    if not ranks.leads:
+        return {}
     if outcome.better:
         student.to("cpu", dtype)
         if is_shared_core(student):

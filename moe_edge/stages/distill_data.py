@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moe_edge.distillation.readers import LogitReader
 from moe_edge.distillation.schedule import HELD_OUT_SHARE
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.families.loading import load_model, load_tokenizer
+from moe_edge.profiling.ranks import current_ranks
 from moe_edge.profiling.text_rows import CALIBRATION, text_rows
 from moe_edge.storage.logit_shards import CAPTURE, ROWS
 from moe_edge.storage.rows import TokenRows
@@ -67,7 +69,11 @@ def captured_text(context: StageContext) -> tuple[TokenRows, CachedSignal]:
     def price(reader: LogitReader, encoder: RowEncoder, pins: dict[str, Any]) -> None:
         log.info("%s", capture_cost(reader, encoder, context.teacher, pins, rows.ids_NS[0]).text())
 
-    return rows, captured_signal(context.teacher, rows, context.out / CAPTURED, config, on_open=price)
+    captured = partial(captured_signal, context.teacher, rows, context.out / CAPTURED, config, on_open=price)
+    ranks = current_ranks()
+    if ranks.world > 1:
+        ranks.lead(lambda: captured().close())  # made by one; then each finds it whole
+    return rows, captured()
 
 
 def is_capture(data: Path) -> bool:
@@ -101,6 +107,7 @@ def measured_material(context: StageContext, student: PreTrainedModel, rows: Tok
     if any(stage.losses.get("expert_cka") and stage.expert_share < 1 for stage in stages):
         teacher = load_model(context.teacher).to(next(student.parameters()).device)
         table = expert_layer_cka(teacher, student, ids_NS)
-        write_expert_layer_table(context.out / "expert_layers.json", teacher, table, ids_NS.numel())
+        if current_ranks().leads:
+            write_expert_layer_table(context.out / "expert_layers.json", teacher, table, ids_NS.numel())
         material["expert_layer_cka"] = table
     return material

@@ -6,14 +6,18 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_edge.contracts.config import DistillConfig
+from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.recovery import Recovery
-from moe_edge.distillation.schedule import StageSchedule
+from moe_edge.distillation.schedule import StageSchedule, rows_of_process
+from moe_edge.profiling.ranks import current_ranks
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
 
 Record = dict[str, Any]
@@ -79,11 +83,27 @@ class Outcome:
 def train_between(
     judge: Judge, recovery: Recovery, student: nn.Module, schedules: Sequence[StageSchedule], dtype: torch.dtype
 ) -> Outcome:
-    """Measure, train in place, round to what will be saved, measure again."""
-    before = judge(student)
+    """Measure, train in place, round to what will be saved, measure again. Of several processes the leader measures."""
+    ranks = current_ranks()
+    before = ranks.lead(partial(judge, student))
     records = recovery.train(student, schedules)
     round_to(student, dtype)
-    return Outcome(records, before, judge(student))
+    return Outcome(records, before, ranks.lead(partial(judge, student)))
+
+
+def require_shareable(config: DistillConfig) -> None:
+    """Refuse, before anything is read, processes that cannot train together.
+
+    Raises:
+        ConfigError: they cannot have equal shares of a step's rows, or two of them would have the same accelerator.
+    """
+    ranks, found = current_ranks(), torch.cuda.device_count()
+    rows_of_process(config.batch_rows, ranks.world)
+    if ranks.world > 1 and ranks.local_world > found and torch.cuda.is_available():
+        why = f"{ranks.local_world} processes, accelerators found: {found}"
+        raise ConfigError(
+            "each process needs an accelerator of its own", why=why, next_command=f"--num_processes {found}"
+        )
 
 
 @torch.no_grad()

@@ -38,8 +38,18 @@ from moe_edge.families.streaming import fits_in_memory
 from moe_edge.families.students import is_shared_core, load_student
 from moe_edge.families.taps import decoder_layers, head
 from moe_edge.formulas.layer_map import proportional_map
+from moe_edge.profiling.ranks import current_ranks
 from moe_edge.stages.distill_data import CAPTURED, captured_text, is_capture, measured_material, wanted_rows
-from moe_edge.stages.distill_outcome import NO_ROOM, Judge, Measured, Outcome, Record, train_between, write_outcome
+from moe_edge.stages.distill_outcome import (
+    NO_ROOM,
+    Judge,
+    Measured,
+    Outcome,
+    Record,
+    require_shareable,
+    train_between,
+    write_outcome,
+)
 from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
@@ -63,7 +73,7 @@ class Pair:
 
 
 def run(context: StageContext, student: Path) -> Record:
-    """Train `student` on the teacher's word, keep the better of before and after; returns what was gained.
+    """Train `student` on the teacher's word, keep the better of before and after; returns what was gained, to the leader.
 
     Raises:
         ConfigError: no stages, or stages, patterns, losses or data that cannot be; raised before the first step.
@@ -73,6 +83,7 @@ def run(context: StageContext, student: Path) -> Record:
     pair = Pair(student, context.teacher, tokenizers, not tokenizer_differences(*tokenizers))
     context = replace(context, config=_recipe(context.config, pair))
     require_same_tokenizer(*tokenizers, losses_on_tokens(context.config.distill))
+    require_shareable(context.config.distill)
     with _rows_and_signal(context, pair) as (rows, signal):
         return _distill(context, pair, rows, signal)
 
@@ -111,23 +122,29 @@ def _rows_and_signal(context: StageContext, pair: Pair) -> Iterator[tuple[TokenR
 
 
 def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedSignal | None) -> Record:
-    ids_NS, fits = rows.ids_NS, fits_in_memory(inspect_checkpoint(pair.teacher), torch.float32, _device())
+    ids_NS, ranks = rows.ids_NS, current_ranks()
+    fits = ranks.share(fits_in_memory(inspect_checkpoint(pair.teacher), torch.float32, _device(), ranks.local_world))
     config = recipe_with_room(context.config.distill, fits)
-    no_room_for_weights(config, inspect_checkpoint(pair.student), _device())
+    ranks.lead(lambda: no_room_for_weights(config, inspect_checkpoint(pair.student), _device()))
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     model = load_student(pair.student).to(_device())
     if is_shared_core(model):
         why = "its trainable form belongs to the build that made it"
         raise InputRejected("a student with shared cores is trained by its build", where=str(pair.student), why=why)
-    no_room_for_training(config, model, schedules, _device())
+    ranks.lead(lambda: no_room_for_training(config, model, schedules, _device()))
     material = {"tokenizers": pair.tokenizers} | measured_material(context, model, rows)
     vocab = true_vocabulary(pair.tokenizers[0], head(model).weight.shape[0])
-    recovery = Recovery(config, ids_NS, signal, vocab, pair.teacher, context.out / "checkpoints", material=material)
+    recovery = Recovery(
+        config, ids_NS, signal, vocab, pair.teacher, context.out / "checkpoints",
+        material=material, rank=ranks.rank, processes=ranks.world,
+    )  # fmt: skip
     recovery.check(model, schedules)
     judge = _judge(pair, ids_NS[held_out_rows], signal, vocab, fits)
     dtype = stored_dtype(inspect_checkpoint(pair.student))
     outcome = train_between(judge, recovery, model, schedules, dtype)
+    if not ranks.leads:
+        return {}
     _save(context.out, pair.student, model, outcome, dtype)
     measure = f"{signal.description}, T = 1, nats per token" if signal else ACROSS_MEASURE
     why = NO_ROOM if pair.same_tokens else OTHER_TOKENS

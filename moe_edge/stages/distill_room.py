@@ -18,6 +18,7 @@ from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.schedule import StageSchedule, multipliers_of
 from moe_edge.distillation.stage_parts import wants_teacher
 from moe_edge.families.streaming import free_bytes
+from moe_edge.profiling.ranks import current_ranks
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def no_room_for_training(
 
 
 def _verdict(config: DistillConfig, needed: int, what: str, device: str) -> str | None:
-    free = free_bytes(torch.device(device))
+    free = free_bytes(torch.device(device), current_ranks().local_world)
     if needed <= free:
         return None
     why = f"{what} {format_bytes(needed)}, {format_bytes(free)} are free"

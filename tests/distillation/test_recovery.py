@@ -9,9 +9,9 @@ import torch
 from transformers import TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
-from moe_edge.contracts.errors import EnvironmentProblem, MoeEdgeError
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, MoeEdgeError
 from moe_edge.distillation import tensorboard
-from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights
+from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights, require_same_sharding
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
@@ -124,6 +124,14 @@ def test_a_checkpoint_without_its_marker_does_not_count(
 def test_a_foreign_checkpoint_is_refused(teacher: Path, straight: object) -> None:
     with pytest.raises(MoeEdgeError, match="does not fit"):
         load_weights(tiny_student("qwen2_moe"), latest_checkpoint(teacher.parent / "straight" / "1-all"))
+
+
+def test_sharded_training_does_not_go_on_unsharded(teacher: Path, straight: object) -> None:
+    checkpoint = latest_checkpoint(teacher.parent / "straight" / "1-all")
+    assert checkpoint is not None
+    require_same_sharding(checkpoint, sharded=False)
+    with pytest.raises(ConfigError, match="sharded weights cannot go on without"):
+        require_same_sharding(checkpoint, sharded=True)
 
 
 def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
