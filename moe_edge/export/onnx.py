@@ -27,14 +27,14 @@ from moe_edge.families import student_family
 from moe_edge.families.loading import stored_dtype
 from moe_edge.families.pruning import without_padding
 from moe_edge.families.students import load_student
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside
 
 logger = logging.getLogger(__name__)
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 INLINE_BYTES = 1024  # smaller tensors (shapes, constants) stay in the graph file
-COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
+COPIED = ("config.json", "generation_config.json")
 
 
 def export_onnx(
@@ -95,14 +95,15 @@ def export_onnx(
 
 
 def _write_companions(builder: Any, headers: CheckpointHeaders, out: Path) -> None:
+    """genai_config.json and the checkpoint's own files: saved anew, a tokenizer would be readable by transformers 5 alone."""
     checkpoint = headers.folder
     try:
         write_companions(builder, checkpoint, out)
     except (OSError, ValueError) as error:
         raise InputRejected("the tokenizer cannot be exported", where=str(checkpoint), why=str(error)) from error
-    for name in COPIED:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, out / name)
+    own = [checkpoint / name for name in COPIED if (checkpoint / name).is_file()]
+    for source in (*own, *tokenizer_files(checkpoint)):
+        shutil.copyfile(source, out / source.name)
     if headers.packed:
         write_json_atomic(out / "config.json", headers.config)  # the graph is not in MXFP4
 
