@@ -64,7 +64,7 @@ def launch(
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # said, so that accelerate does not warn
     whole = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment
     line = [sys.executable, "-m", "accelerate.commands.launch", *options, *program, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=whole, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, env=whole, timeout=600)
 
 
 def with_student(folder: Path, out: str, *stages: dict[str, Any], **environment: str) -> Any:
