@@ -9,7 +9,9 @@ import typer
 from moe_edge.contracts.errors import ConfigError, GateFailed
 
 Data = Annotated[list[str], typer.Option("--data", help="Instruction sets (.jsonl), separated by commas or repeated.")]
-Encoder = Annotated[Path | None, typer.Option("--bertscore", help="Also BERTScore, by the encoder in this folder.")]
+Encoder = Annotated[
+    Path | None, typer.Option("--bertscore", help="Also BERTScore, by the encoder in this folder, or 'minilm'.")
+]
 
 
 def evaluate(
