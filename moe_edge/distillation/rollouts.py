@@ -58,9 +58,7 @@ class Rollouts(HearsNothing):
         ConfigError: rollouts without tokens.
     """
 
-    def __init__(
-        self, student: nn.Module, config: OnPolicyConfig, steps: int, seed: int, repeats: int = 1
-    ) -> None:
+    def __init__(self, student: nn.Module, config: OnPolicyConfig, steps: int, seed: int, repeats: int = 1) -> None:
         if min(config.new_tokens) < 1:
             why = f"new_tokens is {list(config.new_tokens)}"
             raise ConfigError("a rollout needs a token at least", where="distill.stages: on_policy", why=why)

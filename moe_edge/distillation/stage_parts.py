@@ -121,7 +121,8 @@ class PartsBuilder:
         self, student: nn.Module, stage: StageConfig, terms: list[Term], teacher: LiveTeacher | None, helpers: list[Any]
     ) -> Parts:
         """`helpers` are hooks and observers at once; a router step comes after the rows are settled."""
-        stateful: dict[str, Any] = {"rollouts": one for one in helpers if isinstance(one, Rollouts) and one.repeats > 1}
+        kept = [one for one in helpers if isinstance(one, Rollouts) and one.repeats > 1]
+        stateful: dict[str, Any] = {"rollouts": kept[0]} if kept else {}
         if stage.student_aware_router is not None and teacher is not None:
             stateful["student_aware_router"] = StudentAwareRouter(
                 student, teacher, stage.student_aware_router, self.vocab

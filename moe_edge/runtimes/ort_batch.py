@@ -54,9 +54,7 @@ def generate_side_by_side(
         for row, token in zip(going, tokens, strict=True):
             if token not in stop_ids:
                 answers[row].append(token)
-        stay = [
-            at for at, row in enumerate(going) if tokens[at] not in stop_ids and len(answers[row]) < max_new_tokens
-        ]
+        stay = [at for at, row in enumerate(going) if tokens[at] not in stop_ids and len(answers[row]) < max_new_tokens]
         if not stay:
             return answers
         if len(stay) < len(going):

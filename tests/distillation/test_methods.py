@@ -28,7 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ka, code": {"losses": {"reverse_kl": 1.0}, "teacher_routing": KA},
     "ka, paper": {"losses": {"reverse_kl": 1.0}, "teacher_routing": KA | {"mode": "paper"}},
     "ka, paper, on_policy": {  # the kill falls between updates that share what the student wrote
-        "losses": {"reverse_kl": 1.0}, "teacher_routing": KA | {"mode": "paper", "draws": 3},
+        "losses": {"reverse_kl": 1.0},
+        "teacher_routing": KA | {"mode": "paper", "draws": 3},
         "on_policy": {"share": 1.0, "prompt_tokens": 4, "new_tokens": (4, 8)},
     },
     "all": {"losses": {"reverse_kl": 1.0}, "teacher_routing": {"policy": "all"}},

@@ -174,7 +174,9 @@ def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.M
     work = replace(work, config=CONFIG.model_copy(update={"tensorboard": True}))
     schedules = schedule_stages(CONFIG, split_rows(len(rows()))[0], 16)
     monkeypatch.setattr(tensorboard, "find_spec", lambda _: None)
-    with pytest.raises(EnvironmentProblem, match=r"(?s)tensorboard is not installed.*pip install 'moe-edge\[tensorboard\]'"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"(?s)tensorboard is not installed.*pip install 'moe-edge\[tensorboard\]'"
+    ):
         work.check(tiny_student(), schedules)
     monkeypatch.undo()
     pytest.importorskip("tensorboard", reason="tensorboard is optional")
