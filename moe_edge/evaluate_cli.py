@@ -9,7 +9,9 @@ import typer
 from moe_edge.contracts.errors import ConfigError, GateFailed
 
 Data = Annotated[list[str], typer.Option("--data", help="Instruction sets (.jsonl), separated by commas or repeated.")]
-Encoder = Annotated[Path | None, typer.Option("--bertscore", help="Also BERTScore, by the encoder in this folder.")]
+Encoder = Annotated[
+    Path | None, typer.Option("--bertscore", help="Also BERTScore, by the encoder in this folder, or 'minilm'.")
+]
 
 
 def evaluate(
@@ -23,7 +25,9 @@ def evaluate(
     top_p: Annotated[float, typer.Option("--top-p", help="Sample among the likeliest of this mass; 1 = all.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 256,
     max_prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", help="A prompt keeps its first N.")] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts side by side (checkpoint folders).")] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Prompts side by side (not GGUF: one after another).")
+    ] = 8,
     max_empty_rate: Annotated[
         float, typer.Option("--max-empty-rate", help="Gate: larger shares fail (exit 10).")
     ] = 0.1,

@@ -18,6 +18,7 @@ import torch
 
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.contracts.plan import Plan
+from moe_edge.distillation.checkpoints import latest_checkpoint, step_of
 from moe_edge.families.loading import load_model
 from moe_edge.pipeline import STAGE_NAMES
 from tests.tiny import tiny_checkpoint
@@ -203,6 +204,40 @@ def kill_in(stage: str, teacher: Path, run: Path, cache: Path) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+SAVES_EVERY_STEP = (
+    "import moe_edge.distillation.checkpoints as c; c.SAVE_INTERVAL_S = 0.0; from moe_edge.cli import main; main()"
+)
+FORTY_STEPS = "distill.stages=[{stage_name: all, steps: 40, learning_rate: 0.001}]"
+
+
+@pytest.mark.slow
+def test_kill_nine_between_two_steps_of_training_changes_no_byte(tmp_path):
+    """SIGKILL once the first checkpoint is whole, far from the last step; the next build goes on behind it."""
+    top, teacher = tmp_path, tiny_checkpoint(tmp_path, "qwen3_moe", tied=True)
+    until = ("--until", "distill", "--set", FORTY_STEPS)
+    straight = build(teacher, top / "straight", *until, cache=top / "cache")
+    assert straight.returncode == 0 and "resuming" not in straight.stderr, straight.stderr[-3000:]
+    run = top / "shot"
+    arguments = command(teacher, run, *until)[3:]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVES_EVERY_STEP, *arguments],
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "MOE_EDGE_CACHE": str(top / "cache")},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    folder, deadline = run / "distill" / "checkpoints" / "0-all", time.monotonic() + 300
+    while latest_checkpoint(folder) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    reached = step_of(latest_checkpoint(folder))
+    assert 0 < reached < 40 and read_manifest(run / "distill") is None
+    resumed = build(teacher, run, *until, cache=top / "cache")
+    assert resumed.returncode == 0 and f"resuming 'all' behind step {reached} of 40" in resumed.stderr
+    assert read_manifest(run / "distill").files == read_manifest(top / "straight" / "distill").files
+    log = (run / "distill" / "train_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 41))
 
 
 def plain_export(model: Path, out: Path, cache: Path) -> subprocess.CompletedProcess:

@@ -1,4 +1,5 @@
-"""Distillation as a library: `DistillationTrainer` and its arguments; the stage that a build runs is in stages/distill.py.
+"""Distillation as a library: `DistillationTrainer`, its arguments and what it is given (rows, the teacher from a cache or in
+memory, terms and hooks); the stage that a build runs is in stages/distill.py.
 
 Names are loaded when they are asked for, because a command that never trains should not wait for the training loop.
 """
@@ -7,10 +8,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments
+    from moe_edge.distillation.signal import CachedSignal
+    from moe_edge.distillation.teacher import LiveTeacher
+    from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
 
-_HOMES = {"DistillationTrainer": "trainer", "DistillationTrainingArguments": "trainer"}
-__all__ = ["DistillationTrainer", "DistillationTrainingArguments"]
+_HOMES = {
+    "CachedSignal": "signal",
+    "DistillationTrainer": "trainer",
+    "DistillationTrainingArguments": "trainer",
+    "LiveTeacher": "teacher",
+    "Parts": "trainer",
+    "RowDataset": "trainer",
+}
+__all__ = [
+    "CachedSignal",
+    "DistillationTrainer",
+    "DistillationTrainingArguments",
+    "LiveTeacher",
+    "Parts",
+    "RowDataset",
+]
 
 
 def __getattr__(name: str) -> Any:

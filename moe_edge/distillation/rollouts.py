@@ -5,7 +5,9 @@ corrects exactly those (GKD, arXiv:2306.13649). Rollouts grow from short to long
 pruning soon goes round in circles (arXiv:2607.13124): such an end is cut off, and a row that begins with its end is given back.
 
 What is written depends on the seed, the step and the student's weights alone, so a resumed run writes the same rows and
-there is no state to save. The random numbers of training are left alone.
+there is no state to save; but where several steps train on one batch (knowledge augmentation by the paper's algorithm 1, which
+draws y once and then updates M times), what the first of them wrote is kept for the others, and is in the checkpoint.
+The random numbers of training are left alone.
 
 Shape suffixes: B rows of a micro-batch, R rows of all chosen micro-batches, S tokens of a row, P tokens of a prompt, N
 tokens that were written.
@@ -13,7 +15,7 @@ tokens that were written.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -50,26 +52,36 @@ class Rollouts(HearsNothing):
     Args:
         student: has `generate`; what a parallel backend does to it in place is fine, a wrapper around it is not meant.
         steps: of the whole stage; the length of rollouts grows over them.
+        repeats: how many steps in a row get the same batches; they are rewritten at the first of these.
 
     Raises:
         ConfigError: rollouts without tokens.
     """
 
-    def __init__(self, student: nn.Module, config: OnPolicyConfig, steps: int, seed: int) -> None:
+    def __init__(self, student: nn.Module, config: OnPolicyConfig, steps: int, seed: int, repeats: int = 1) -> None:
         if min(config.new_tokens) < 1:
             why = f"new_tokens is {list(config.new_tokens)}"
             raise ConfigError("a rollout needs a token at least", where="distill.stages: on_policy", why=why)
         self._student, self._config, self._steps, self._seed = student, config, steps, seed
+        self.repeats = repeats
+        self._group, self._kept = -1, dict[int, Batch]()  # which repeats these are, and what was written for them
         self._ends = end_tokens(student)
         self._pad = self._ends[0] if self._ends else 0
         self._counts = dict.fromkeys(COUNTERS, 0.0)
 
     def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
         """The micro-batches of a step (counted from 0), some of them rewritten."""
-        chosen = chosen_batches(len(batches), step, self._config.share, self._seed)
+        group = step // self.repeats
+        if self.repeats == 1 or group != self._group:
+            self._group, self._kept = group, self._rewritten(batches, group)
+        return [self._kept.get(index, batch) for index, batch in enumerate(batches)]
+
+    def _rewritten(self, batches: list[Batch], group: int) -> dict[int, Batch]:
+        """{index: micro-batch} of those in which the student wrote something."""
+        chosen, step = chosen_batches(len(batches), group, self._config.share, self._seed), group * self.repeats
         if not chosen:
-            return batches
-        started, result = time.monotonic(), list(batches)
+            return {}
+        started, result = time.monotonic(), {}
         originals = {index: rows_of(batches[index]) for index in chosen}
         given = [row for rows in originals.values() for row in rows]
         prompts = [row.ids_S[: prompt_length(row, self._config.prompt_tokens)] for row in given]
@@ -80,6 +92,20 @@ class Rollouts(HearsNothing):
                 result[index] = padded(new_rows, self._pad) | {"rollout": torch.tensor(1)}
         self._counts["rollout_seconds"] += time.monotonic() - started
         return result
+
+    def state(self) -> dict[str, Tensor]:
+        """What the steps that share a batch still need: which they are, and every tensor that was written for them."""
+        kept = {f"{index}.{name}": tensor for index, batch in self._kept.items() for name, tensor in batch.items()}
+        return {"group": torch.tensor(self._group)} | {name: tensor.cpu() for name, tensor in kept.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on as the run that `state` is of; raises KeyError where it is of something else."""
+        self._group, self._kept = int(state["group"]), {}
+        device = next(self._student.parameters()).device
+        for key, tensor in state.items():
+            if key != "group":
+                index, _, name = key.partition(".")
+                self._kept.setdefault(int(index), {})[name] = tensor.to(device)
 
     def read(self) -> dict[str, float]:
         """Tokens written, rows that came back empty, rows cut for repetition, seconds; since the last call."""

@@ -71,10 +71,15 @@ def schedule_stages(config: DistillConfig, rows: Sequence[int], row_tokens: int)
 
 def _taken(order: Iterator[int], steps: int, stage: StageConfig, batch_rows: int) -> list[int]:
     """The rows of a stage's steps from the endless order, each batch M times where knowledge augmentation asks for that."""
-    routing = stage.teacher_routing
-    times = routing.draws if routing.policy == "ka" and routing.mode == "paper" else 1
+    times = updates_per_batch(stage)
     batches = [[next(order) for _ in range(batch_rows)] for _ in range(math.ceil(steps / times))]
     return [row for batch in batches for _ in range(times) for row in batch][: steps * batch_rows]
+
+
+def updates_per_batch(stage: StageConfig) -> int:
+    """How many steps in a row train on one batch: M where knowledge augmentation follows the paper's algorithm 1, else 1."""
+    routing = stage.teacher_routing
+    return routing.draws if routing.policy == "ka" and routing.mode == "paper" else 1
 
 
 def _endless(rows: Sequence[int], seed: int) -> Iterator[int]:

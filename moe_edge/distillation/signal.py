@@ -177,8 +177,28 @@ class CachedSignal(Closing):
 
     def require(self, temperature: float) -> None:
         """Raises ConfigError when the cache says nothing at this temperature."""
-        if self.temperatures:
-            temperature_index(temperature, self.temperatures)
+        try:
+            if self.temperatures:
+                temperature_index(temperature, self.temperatures)
+        except ConfigError as error:
+            if isinstance(self._cache, LogitCache):  # of a profile, whose configuration the error names
+                raise
+            raise self._unknown(temperature) from error
+
+    def _unknown(self, temperature: float) -> ConfigError:
+        """What to do about a capture without this temperature; it is made anew, or another temperature is trained at."""
+        stored = ",".join(f"{one:g}" for one in self.temperatures)
+        if isinstance(self._cache.codec, SampledCodec):
+            why = f"its {self.k} draws per token were made at T = {stored}, and the held-out KL is taken at T = 1"
+            command = "set distill.temperature=1 and no other in distill.stages"
+            if self.temperatures != (1.0,):
+                command += f", and capture again with --rs {self.k} --temperatures 1"
+        else:
+            why = f"exact tail masses are stored for {stored} only"
+            wanted = ",".join(f"{one:g}" for one in sorted({temperature, *self.temperatures}))
+            command = f"set distill.temperature to one of these, or capture again with --temperatures {wanted}"
+        what = f"temperature {temperature:g} is not in the capture"
+        return ConfigError(what, where=f"distill.data: {self._cache.path}", why=why, next_command=command)
 
     def signal(self, ids_S: Tensor, temperature: float) -> "TeacherSignal | HeadSignal | SampledSignal":
         """The signal of one row on the device of its ids.

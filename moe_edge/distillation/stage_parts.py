@@ -20,6 +20,7 @@ from moe_edge.distillation.feature_terms import FEATURE_TERMS
 from moe_edge.distillation.losses import LOSSES, active_weights, of_kind
 from moe_edge.distillation.rollouts import Rollouts
 from moe_edge.distillation.router_terms import ROUTER_TERMS
+from moe_edge.distillation.schedule import updates_per_batch
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.student_aware_router import StudentAwareRouter
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
@@ -112,19 +113,21 @@ class PartsBuilder:
             teacher = LiveTeacher(model, needs, live, None if routing is None else routing.routing)
         helpers = [] if routing is None else [routing]
         if stage.on_policy is not None:
-            helpers.append(Rollouts(student, stage.on_policy, self.steps, self.config.seed))
+            repeats = updates_per_batch(stage)
+            helpers.append(Rollouts(student, stage.on_policy, self.steps, self.config.seed, repeats))
         return self._parts(student, stage, terms, teacher, helpers), teacher
 
     def _parts(
         self, student: nn.Module, stage: StageConfig, terms: list[Term], teacher: LiveTeacher | None, helpers: list[Any]
     ) -> Parts:
         """`helpers` are hooks and observers at once; a router step comes after the rows are settled."""
-        stateful: dict[str, Any] = {}
+        kept = [one for one in helpers if isinstance(one, Rollouts) and one.repeats > 1]
+        stateful: dict[str, Any] = {"rollouts": kept[0]} if kept else {}
         if stage.student_aware_router is not None and teacher is not None:
             stateful["student_aware_router"] = StudentAwareRouter(
                 student, teacher, stage.student_aware_router, self.vocab
             )
-        hooks = [*helpers, *stateful.values()]
+        hooks = [*helpers, *(part for part in stateful.values() if part not in helpers)]
         observers = [*hooks, *(term for term in terms if isinstance(term, CrossTokenizerTerm))]
         if is_mixture(student):
             stateful["telemetry"] = RoutingTelemetry(student)

@@ -15,7 +15,7 @@ def require_tensorboard() -> None:
         raise EnvironmentProblem(
             "TensorBoard events were asked for, and tensorboard is not installed",
             where="distill.tensorboard",
-            next_command="pip install tensorboard",
+            next_command="pip install 'moe-edge[tensorboard]'",
         )
 
 

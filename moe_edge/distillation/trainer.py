@@ -42,8 +42,11 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """TrainingArguments plus the blend; suited to a short local run: no reports, no network."""
+    """TrainingArguments plus the blend; the defaults suit a short local run: no reports, no network."""
 
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "as TrainingArguments"})
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "as TrainingArguments"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "as TrainingArguments; a NaN is shown"})
     distillation_alpha: float = field(default=0.5, metadata={"help": "0 = plain fine-tuning, 1 = pure distillation"})
     distillation_temperature: float = field(default=2.0, metadata={"help": "temperature of the divergences"})
     loss_weights: dict[str, float] = field(default_factory=lambda: {"ce": 1.0, "kl": 1.0})
@@ -51,10 +54,7 @@ class DistillationTrainingArguments(TrainingArguments):
     skew: float = field(default=0.1, metadata={"help": "share of the other side in the skewed divergences"})
 
     def __post_init__(self) -> None:
-        self.report_to = []
-        self.disable_tqdm = True
-        self.remove_unused_columns = False
-        self.logging_nan_inf_filter = False
+        self.remove_unused_columns = False  # rows carry what the losses read, which the student's forward does not know
         super().__post_init__()
 
 

@@ -8,6 +8,7 @@ Legend: S sequence, C context length, V vocabulary.
 """
 
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import numpy as np
 import onnxruntime
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.runtimes.base import ClosingRuntime, checked_tokens
+from moe_edge.runtimes.base import ClosingRuntime, Prompt, checked_tokens
 from moe_edge.runtimes.onnx_header import MAX_DIMENSION, OnnxHeader, inspect_onnx
+from moe_edge.runtimes.ort_batch import Decoder, generate_side_by_side
+from moe_edge.runtimes.sampling import Sampling
 
 PROVIDERS = ["CPUExecutionProvider"]
 CHUNK_TOKENS = 512  # a longer prompt is read in pieces, so that its logits stay small
@@ -90,6 +93,27 @@ class OrtRuntime(ClosingRuntime):
         if self._used is None:
             raise ConfigError("step needs a prefill first")
         return self._forward(self._checked(np.array([token]), self._used))
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """The continuations of all prompts, decoded side by side; another `step` needs a `prefill` first.
+
+        Raises:
+            ConfigError: a prompt is empty, does not fit into the context with its answer, or holds an unknown token.
+        """
+        for prompt in prompts:
+            checked_tokens(prompt.ids, max_new_tokens, self.context_length, self.vocab, self.path)
+        decoder = Decoder(self._open_session(), self._past, self._states, self.vocab, self.prefill, self._held)
+        try:
+            return generate_side_by_side(decoder, prompts, max_new_tokens, stop_ids, sampling)
+        finally:
+            self._used = None
+
+    def _held(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Copies of the caches and of the states of the context read last."""
+        caches = {name: value.numpy() for name, value in self._cache.items()}
+        return caches, {name: value.numpy() for name, value in self._state.items()}
 
     def close(self) -> None:
         """Free the session and the cache; closing twice is harmless."""

@@ -12,6 +12,7 @@ Writes answers.jsonl (every answer, see `evaluate_answers`) and evaluate.json, s
       metrics  {name: {value, ci95 [low, high], by_seed {run: value}, std_over_seeds, mean_nonempty, reason}}, 0 to 100
     average    {metric: {value, reason}}: plain mean over the sets
     gates      [contracts.report.GateResult]: empty_rate of every set
+    encoder    {path, digest, layers} of BERTScore; null where it was not asked for
     definitions {name: text}, notes [..], machine {..}, versions {package: version}
 
 A number that does not exist is null with a reason, never 0.
@@ -27,6 +28,7 @@ from moe_edge.contracts.manifest import FileEntry, content_digest, installed_ver
 from moe_edge.contracts.report import GateResult
 from moe_edge.devices import host
 from moe_edge.devices.detect import Kind, detect, weight_bytes
+from moe_edge.metrics.encoders import local_encoder
 from moe_edge.metrics.text import DEFINITIONS, METRICS, EmptyReferences, judged_rows, score_set
 from moe_edge.metrics.text_answers import Answer, Status
 from moe_edge.metrics.text_modules import compute
@@ -52,7 +54,7 @@ class Settings:
     batch_size: int = BATCH_SIZE
     max_empty_rate: float = MAX_EMPTY_RATE
     empty_references: EmptyReferences = "exclude"
-    bertscore: Path | None = None  # folder of an encoder
+    bertscore: Path | None = None  # folder of an encoder, or "minilm"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ def run(artifact: Path, sets: Sequence[InstructionSet], settings: Settings, out:
     """Answer, score, gate; writes the files of the module's docstring under `out` and returns evaluate.json.
 
     Raises:
-        ConfigError: no such artifact, or its context is too short.
+        ConfigError: no such artifact or encoder, or the context is too short.
         InputRejected: the artifact, its tokenizer or a row cannot be read.
         EnvironmentProblem: a library for a runtime or a metric is missing.
     """
@@ -102,11 +104,9 @@ def _metric_options(settings: Settings) -> dict[str, dict[str, Any]]:
     """The metrics of this run and their modules' options."""
     options: dict[str, dict[str, Any]] = {name: {} for name in ALWAYS}
     if settings.bertscore is not None:
-        if not (settings.bertscore / "config.json").is_file():
-            why = "expected a local encoder folder with config.json; nothing is downloaded"
-            raise ConfigError("no such BERTScore encoder", where=str(settings.bertscore), why=why)
-        layers = read_json(settings.bertscore / "config.json").get("num_hidden_layers")
-        options["bertscore"] = {"encoder": str(settings.bertscore), "layers": layers}
+        encoder = local_encoder(settings.bertscore)
+        layers = read_json(encoder / "config.json").get("num_hidden_layers")
+        options["bertscore"] = {"encoder": str(encoder), "layers": layers}
     return options
 
 
@@ -152,11 +152,20 @@ def conclude(
         "sets": scored,
         "average": {name: _average(name, scored) for name in options},
         "gates": [gate.model_dump(mode="json") for gate in gates],
+        "encoder": _encoder_facts(options.get("bertscore")),
         "definitions": {name: text for name, text in DEFINITIONS.items() if name in options or name not in METRICS},
         "notes": _notes(scored, answers),
         "machine": host.machine_facts(),
         "versions": host.versions() | {name: installed_version(name) for name in _PACKAGES},
     }  # fmt: skip
+
+
+def _encoder_facts(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Which encoder gave the BERTScore: scores compare between runs of the same one only."""
+    if options is None:
+        return None
+    folder = Path(options["encoder"])
+    return {"path": str(folder), "digest": artifact_digest(folder), "layers": options["layers"]}
 
 
 def _gate(name: str, counts: Mapping[str, Any], limit: float) -> GateResult:

@@ -9,12 +9,15 @@ from pathlib import Path
 from moe_edge.contracts.manifest import MANIFEST_NAME, FileEntry
 from moe_edge.storage.files import sha256_file
 
+EVENTS = "events.out.tfevents."  # what TensorBoard writes: its names and its content hold the time and the process
 LINK_FROM_BYTES = 1 << 20  # smaller files are copied, so that editing one never edits its twin
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Every delivered file below `folder`, sorted by name; dot-files and the folder's own manifest are not among them."""
+    """Every delivered file below `folder`, sorted by name; dot-files, logs for TensorBoard and the folder's own manifest are
+    not among them, so that a digest depends on no clock."""
     found = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    found = (path for path in found if not path.name.startswith(EVENTS))
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 

@@ -33,7 +33,7 @@ def write_cache(
     path: Path, teacher: PreTrainedModel, ids_NS: np.ndarray, identity: dict[str, str] | None = None
 ) -> None:
     """The teacher's cache of the rows, k = 16."""
-    with LogitCacheWriter(path, VOCAB, 16, TEMPERATURES, identity or {}) as writer, torch.no_grad():
+    with LogitCacheWriter(path, teacher.config.vocab_size, 16, TEMPERATURES, identity or {}) as writer, torch.no_grad():
         for ids_S in ids_NS:
             logits_SV = teacher(torch.from_numpy(ids_S).long()[None]).logits[0]
             writer.append(ids_S, *teacher_topk(logits_SV, 16, TEMPERATURES))

@@ -27,11 +27,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "on_policy": {"losses": {"reverse_kl": 1.0}, "on_policy": {"share": 0.5, "prompt_tokens": 4, "new_tokens": (4, 8)}},
     "ka, code": {"losses": {"reverse_kl": 1.0}, "teacher_routing": KA},
     "ka, paper": {"losses": {"reverse_kl": 1.0}, "teacher_routing": KA | {"mode": "paper"}},
+    "ka, paper, on_policy": {  # the kill falls between updates that share what the student wrote
+        "losses": {"reverse_kl": 1.0},
+        "teacher_routing": KA | {"mode": "paper", "draws": 3},
+        "on_policy": {"share": 1.0, "prompt_tokens": 4, "new_tokens": (4, 8)},
+    },
     "all": {"losses": {"reverse_kl": 1.0}, "teacher_routing": {"policy": "all"}},
     "sar": {"losses": {"reverse_kl": 1.0}, "student_aware_router": {"every": 2, "learning_rate": 1e-2}},
 }
 ALSO_LOGGED = {
     "on_policy": "rollout_tokens", "ka, code": "ka_sampled", "ka, paper": "ka_sampled", "sar": "sar_drift_nats",
+    "ka, paper, on_policy": "rollout_tokens",
 }  # fmt: skip
 
 
@@ -135,6 +141,14 @@ def test_paper_mode_updates_on_every_batch_as_often_as_it_draws() -> None:
     (schedule,) = schedule_stages(settings, range(20), 16)
     batches = [schedule.rows[start : start + 4] for start in range(0, 12, 4)]
     assert batches[0] == batches[1] == batches[2] and schedule.steps == STEPS
+
+
+def test_paper_mode_writes_once_for_all_of_a_batchs_updates(teacher: Path, tmp_path: Path) -> None:
+    """Algorithm 1: y is drawn once, then the student is updated M times against M draws of the teacher."""
+    _, log = train(teacher, config(**METHODS["ka, paper, on_policy"]), tmp_path)
+    assert log[0]["rollout_tokens"] > 0 and [entry["rollout_tokens"] for entry in log[1:]] == [0, 0]
+    assert all(entry["ka_sampled"] > 0 for entry in log)
+    assert len({entry["reverse_kl_loss"] for entry in log}) == STEPS
 
 
 def test_who_needs_the_teacher_in_memory() -> None:

@@ -1,12 +1,14 @@
 """Stages in sequence, and resuming after a kill: the same bits as without one."""
 
+import logging
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, MoeEdgeError
@@ -15,6 +17,7 @@ from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights, r
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
+from moe_edge.families.taps import decoder_layers
 from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cache
 
 EXPERTS = [
@@ -58,14 +61,14 @@ def straight(teacher: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     return train(recovery(teacher, "straight", interval_s=1e9))
 
 
-def recovery(teacher: Path, name: str, interval_s: float = 0.0) -> Recovery:
+def recovery(teacher: Path, name: str, interval_s: float = 0.0, config: DistillConfig = CONFIG) -> Recovery:
     signal = CachedSignal(teacher.parent / "logits.h5", {})
-    return Recovery(CONFIG, rows(), signal, 96, teacher, teacher.parent / name, interval_s)
+    return Recovery(config, rows(), signal, 96, teacher, teacher.parent / name, interval_s)
 
 
-def train(work: Recovery) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    student = tiny_student()
-    records = work.train(student, schedule_stages(CONFIG, split_rows(len(rows()))[0], 16))
+def train(work: Recovery, student: PreTrainedModel | None = None) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    student = tiny_student() if student is None else student
+    records = work.train(student, schedule_stages(work.config, split_rows(len(rows()))[0], 16))
     return student.state_dict(), [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
@@ -112,6 +115,46 @@ def test_a_kill_changes_no_bit(
         assert torch.equal(resumed[key], tensor), key
 
 
+def layer_passes(student: PreTrainedModel) -> Counter[int]:
+    """Counts from now on how often each decoder layer runs: transformers keeps a layer's own hooks out of the second run."""
+    passes: Counter[int] = Counter()
+    for index, layer in enumerate(decoder_layers(student)):
+        layer.self_attn.register_forward_pre_hook(lambda *_, index=index: passes.update([index]))
+    return passes
+
+
+def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_loss(
+    teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]]
+) -> None:
+    config = CONFIG.model_copy(update={"gradient_checkpointing": True})
+    passes = layer_passes(student := tiny_student())
+    state, records = train(recovery(teacher, "recomputed", 1e9, config), student)
+    assert passes == dict.fromkeys(range(3), 2 * (3 + 4))  # one micro-batch a step, run twice
+    passes = layer_passes(student := tiny_student())
+    one_step = [stage.model_copy(update={"steps": 1}) for stage in CONFIG.stages]
+    train(recovery(teacher, "kept", 1e9, CONFIG.model_copy(update={"stages": one_step})), student)
+    assert passes == dict.fromkeys(range(3), 2)  # two stages of one step, run once
+    for record, plain in zip(records, straight[1], strict=True):
+        losses = [[entry[name] for name in entry if name.endswith("_loss")] for entry in record["log"]]
+        expected = [[entry[name] for name in entry if name.endswith("_loss")] for entry in plain["log"]]
+        assert losses == [pytest.approx(values, rel=1e-5) for values in expected]
+    for name, tensor in straight[0].items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_the_blend_that_are_far_apart_are_mentioned_once_per_stage(
+    teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="moe_edge.distillation.advice"):
+        train(recovery(teacher, "near", 1e9), tiny_teacher())  # nothing to learn: its KL is next to nothing
+        said = [record.message for record in caplog.records if record.name == "moe_edge.distillation.advice"]
+        assert len(said) == 2 and all("far above kl_loss" in line and "a larger distill.alpha" in line for line in said)
+        caplog.clear()
+        alone = [stage.model_copy(update={"losses": {"kl": 1.0}}) for stage in CONFIG.stages]
+        train(recovery(teacher, "alone", 1e9, CONFIG.model_copy(update={"stages": alone})))
+        assert not [record for record in caplog.records if record.name == "moe_edge.distillation.advice"]
+
+
 def test_a_checkpoint_without_its_marker_does_not_count(
     teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]], tmp_path: Path
 ) -> None:
@@ -139,7 +182,9 @@ def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.M
     work = replace(work, config=CONFIG.model_copy(update={"tensorboard": True}))
     schedules = schedule_stages(CONFIG, split_rows(len(rows()))[0], 16)
     monkeypatch.setattr(tensorboard, "find_spec", lambda _: None)
-    with pytest.raises(EnvironmentProblem, match="tensorboard is not installed"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"(?s)tensorboard is not installed.*pip install 'moe-edge\[tensorboard\]'"
+    ):
         work.check(tiny_student(), schedules)
     monkeypatch.undo()
     pytest.importorskip("tensorboard", reason="tensorboard is optional")

@@ -1,6 +1,7 @@
 """Rows that the student writes: the same for the same seed, labels, lengths, repetition, empty rows, and the share."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from moe_edge.contracts.config import OnPolicyConfig
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.checkpoints import load_extras, save_extras
 from moe_edge.distillation.rollouts import (
     Rollouts,
     Row,
@@ -61,6 +63,30 @@ def test_the_same_seed_and_step_write_the_same_rows_whatever_came_before() -> No
         other = Rollouts(student, policy(share=1.0), 4, seed=seed)(batches(), step)
         same = Rollouts(student, policy(share=1.0), 4, seed=3)(batches(), 1)
         assert any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(same, other, strict=True))
+
+
+def test_steps_that_share_a_batch_share_what_was_written(tmp_path: Path) -> None:
+    student, given = tiny_student(), batches()
+    hook = Rollouts(student, policy(), 6, seed=3, repeats=2)
+    made = []
+    for step in range(4):
+        made.append(hook(given, step))
+        with torch.no_grad():  # an update; what was written stays all the same
+            student.lm_head.weight.normal_(generator=torch.Generator().manual_seed(step))
+        if step == 2:
+            save_extras(tmp_path, {"rollouts": hook})
+    for first, second in ((made[0], made[1]), (made[2], made[3])):
+        assert [index for index in range(4) if "rollout" in first[index]] == [
+            index for index in range(4) if first[index] is not given[index]
+        ]
+        assert all(a is b for a, b in zip(first, second, strict=True))
+    assert any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made[0], made[2], strict=True))
+    resumed = Rollouts(student, policy(), 6, seed=3, repeats=2)
+    load_extras(tmp_path, {"rollouts": resumed})
+    again = resumed(given, 3)
+    assert [sorted(batch) for batch in again] == [sorted(batch) for batch in made[3]]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(again, made[3], strict=True) for name in a)
+    assert resumed.read()["rollout_tokens"] == 0
 
 
 def test_student_and_random_state_are_left_as_they_were() -> None:

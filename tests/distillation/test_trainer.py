@@ -241,3 +241,11 @@ def test_a_checkpoint_without_an_untied_head_is_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "whole" / WEIGHTS, tensors, {})
     with pytest.raises(MoeEdgeError, match=r"lm_head\.weight"):
         load_weights(student, tmp_path / "whole")
+
+
+def test_a_users_reports_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    wanted = arguments(tmp_path / "out", distillation_alpha=0.0, max_steps=1, report_to="tensorboard")
+    DistillationTrainer(tiny_student(), wanted, RowDataset(rows(), range(4))).train()
+    assert list((tmp_path / "events").rglob("events.out.*"))

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
-import torch
 from rouge_score import rouge_scorer
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.metrics import text_modules
 from moe_edge.metrics.text_modules import compute, load_module, module_names
+from tests.metrics.tiny_encoder import tiny_encoder
 
 PLAIN = ("rouge_l", "bleu", "chrf", "exact_match")
 PREDICTIONS = ["the cat sat on the mat today", "", "Hamlet!", "nothing alike", "running dogs"]
@@ -130,24 +130,7 @@ def test_they_load_offline_from_an_installed_copy_with_spaces_and_no_usable_cach
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random BERT with a WordPiece tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocab = {word: at for at, word in enumerate([*specials, *"the cat sat on a mat dog ran far".split()])}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_max_length=64,
-    ).save_pretrained(folder)  # fmt: skip
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    return folder
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 HAS_BERT_SCORE = importlib.util.find_spec("bert_score") is not None

@@ -23,6 +23,7 @@ from moe_edge.families.students import load_student
 from moe_edge.stages import compress, distill
 from moe_edge.storage.checkpoint import checkpoint_digest
 from moe_edge.storage.files import sha256_file
+from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.rows import TokenRows
 from tests.distillation.parts import write_cache
 from tests.tiny import tiny_checkpoint, tiny_ids
@@ -46,9 +47,9 @@ def plan(kept: dict[int, list[int]]) -> Plan:
     )  # fmt: skip
 
 
-def inputs(tmp_path: Path, dtype: torch.dtype = torch.float32) -> Path:
+def inputs(tmp_path: Path, dtype: torch.dtype = torch.float32, **sizes: int) -> Path:
     """profile/, plan/ and compress/ of a tiny teacher; returns the teacher's folder."""
-    teacher = tiny_checkpoint(tmp_path, "qwen3_moe", name="teacher", dtype=dtype, **SIZES)
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe", name="teacher", dtype=dtype, **(SIZES | sizes))
     for stage in ("profile", "plan", "compress", "out"):
         (tmp_path / stage).mkdir()
     ids = tiny_ids(TOKENS, ROWS, VOCAB).numpy().astype(np.int32)
@@ -119,6 +120,16 @@ def test_the_same_bytes_also_after_a_kill(tmp_path: Path, monkeypatch: pytest.Mo
     assert digests(run.out) == first
 
 
+def test_events_for_tensorboard_do_not_enter_the_digest(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    teacher = inputs(tmp_path)
+    run = context(tmp_path, teacher, alpha=1.0)
+    distill.run(run)
+    without = hash_folder(run.out)
+    distill.run(context(tmp_path, teacher, alpha=1.0, tensorboard=True))
+    assert list((run.out / "tensorboard" / "all").glob("events.*")) and hash_folder(run.out) == without
+
+
 def test_a_worse_student_is_not_kept(tmp_path: Path) -> None:
     ruinous = [StageConfig(stage_name="all", steps=4, learning_rate=1.0, losses={"kl": 1.0})]
     run = context(tmp_path, inputs(tmp_path), stages=ruinous)
@@ -155,6 +166,23 @@ def test_a_capture_of_other_text_is_data_too(tmp_path: Path) -> None:
     assert summary["kept"] == "trained" and summary["held_out_tokens"] == TOKENS
     with pytest.raises(InputRejected, match="teacher"):
         distill.run(context(tmp_path, teacher, "another", data=str(tmp_path / "capture")))
+
+
+def test_half_of_the_teachers_experts_teach_by_their_cka_with_the_layer(tmp_path: Path) -> None:
+    teacher, starts = inputs(tmp_path), {}
+    for share in (1.0, 0.5):
+        stage = StageConfig(stage_name="a", steps=4, learning_rate=0.02, expert_share=share, losses={"expert_cka": 1.0})
+        run = context(tmp_path, teacher, stages=[stage])
+        distill.run(run)
+        log = [json.loads(line) for line in (run.out / "train_log.jsonl").read_text().splitlines()]
+        assert (run.out / "expert_layers.json").exists() == (share < 1)
+        assert log[-1]["expert_cka_loss"] < log[0]["expert_cka_loss"]
+        starts[share] = log[0]["expert_cka_loss"]
+    assert starts[1.0] != starts[0.5]  # other experts are the targets
+    table = json.loads((run.out / "expert_layers.json").read_text())
+    assert table["tokens"] == 8 * TOKENS and set(table["student_layers"]) == {"0", "1"}
+    best = table["student_layers"]["1"]
+    assert [row["rank"] for row in best] == list(range(1, len(best) + 1)) and best[0]["cka"] >= best[-1]["cka"]
 
 
 def test_nothing_pruned_or_no_stages_means_no_training(tmp_path: Path) -> None:

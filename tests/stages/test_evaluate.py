@@ -256,6 +256,7 @@ def test_a_broken_encoder_is_rejected_before_the_first_answer(tmp_path: Path, da
     checkpoint, encoder = tiny_checkpoint(tmp_path, "qwen3_moe"), tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text('{"model_type": "bert"}')
+    (encoder / "model.safetensors").write_bytes(b"x")
     with pytest.raises(InputRejected, match="encoder cannot be used"):
         run(checkpoint, read_instruction_sets([data]), Settings(SHORT, bertscore=encoder), tmp_path / "out")
     assert not (tmp_path / "out" / "answers.jsonl").exists()
