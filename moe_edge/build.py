@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,20 @@ def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
     return {
         "profile": calibration,
         "plan": {earlier.name: sha256_file(earlier)} if earlier else {},
+        "distill": _data_digests(config.distill.data),
         "validate": {heldout.name: sha256_file(heldout)},
     }
+
+
+def _data_digests(data: str) -> dict[str, str]:
+    """Of the files that `distill.data` names: a text, a recipe and its texts, or the manifest of a capture."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        from moe_edge.profiling.recipes import load_recipe
+
+        return {str(file): sha256_file(file) for file in (path, *load_recipe(data).files())}
+    manifest = path / MANIFEST_NAME
+    return {"capture": sha256_file(manifest)} if manifest.is_file() else {}
 
 
 def finish(state: pipeline.Build) -> dict[str, Any]:
@@ -205,6 +218,35 @@ def _as_yaml(data: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
+def distill_student(request: Request, student: str, *, fresh: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Teach a student of the user's own from a mixture; returns the output folder and what was gained.
+
+    Raises:
+        ConfigError: the folder holds a build.
+        InputRejected, ConfigError: as `stages.distill_pair.run`.
+    """
+    from moe_edge.families.loading import resolve_teacher
+    from moe_edge.stages import distill_pair
+
+    config = resolve(request)
+    teacher, headers = inspect_teacher(config)
+    folder = resolve_teacher(student, role="student")
+    out = request.out or Path("runs") / f"{teacher.name}-to-{folder.name}"
+    if (out / "compress").exists():
+        raise ConfigError("the folder holds a build", where=str(out), next_command="--out with another folder")
+    needed = 3 * inspect_checkpoint(folder).total_bytes  # weights, and a checkpoint with Adam's two moments
+    texts = {"student": checkpoint_digest(folder)} | _data_digests(config.distill.data)
+    with pipeline.locked(out):
+        pipeline.check_disk(out, needed)
+        state = pipeline.Build(
+            config, teacher, checkpoint_digest(teacher), out, named_files={"distill": texts}, fresh=fresh,
+            find_stage=lambda _: partial(distill_pair.run, student=folder),
+        )  # fmt: skip
+        pipeline.run_stage(state, pipeline.PAIR_STAGE, force=fresh)
+        pipeline.dismiss_helpers()
+    return out, state.done["distill"].summary
+
+
 def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
     """Export any plain checkpoint as it is: no pruning budget, no training; a cached profile of it lends its imatrix."""
     from moe_edge.stages.export import export_model, plan_job
@@ -235,18 +277,6 @@ def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
         deliver_bundles(out, summary, config, digest)
         write_run_manifest(out, _resolved(config), {"teacher": digest}, _versions())
     return out, summary
-
-
-def verify(path: Path) -> list[str]:
-    """What is wrong with a build's folder, a device bundle or a bundle's .tar, "name: why" each.
-
-    Raises:
-        ConfigError: there is no manifest.
-        InputRejected: the .tar is none of ours.
-    """
-    from moe_edge.export.verification import faults
-
-    return faults(path)
 
 
 def rewrite_report(run: Path) -> dict[str, Any]:

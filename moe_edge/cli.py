@@ -195,7 +195,28 @@ def _stage_command(name: str, text: str) -> None:
 
 _stage_command("profile", "Measure the teacher over the calibration set, once for every target.")
 _stage_command("compress", "Apply the plan: profile and plan are made if they are missing.")
-_stage_command("distill", "Recover quality from the teacher: earlier stages are made if they are missing.")
+
+
+@app.command()
+def distill(
+    teacher: Teacher = None, target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None,
+    student: Annotated[
+        str | None,
+        typer.Option("--student", help="Teach this checkpoint, dense or a mixture, whatever its tokenizer; no build."),
+    ] = None,
+    settings: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Recover quality from the teacher: earlier stages are made if they are missing. Or teach a --student of your own."""
+    request = _request(teacher, target, config, out, None, settings)
+    if student is None:
+        return _build(request, None, "distill", fresh, as_json)
+    from moe_edge.build import distill_student
+
+    folder, summary = distill_student(request, student, fresh=fresh)
+    if as_json:
+        return _print({"out": str(folder), **summary})
+    print(f"{folder / 'distill' / 'model'}: {summary['kept']}; {summary['reason']}")
+    print(f"next: moe-edge export {folder / 'distill' / 'model'} --target TARGET")
 
 
 @app.command()
@@ -222,6 +243,7 @@ def validate(
     settings: SetOption = None,
 ) -> None:  # fmt: skip
     """Compare an artifact with its teacher on held-out text and measure its speed."""
+    _refuse_bad_headers(artifact)
     from moe_edge.build import inspect_teacher, resolve
     from moe_edge.stages.validate import validate_artifact
 
@@ -240,11 +262,19 @@ def bench(
     target: TargetOption = "cpu", out: OutOption = None, settings: SetOption = None,
 ) -> None:  # fmt: skip
     """Measure an artifact's speed and memory in a fresh process."""
+    _refuse_bad_headers(artifact)
     from moe_edge.build import resolve
     from moe_edge.stages.validate import bench_artifact
 
     resolved = resolve(_request(None, target, None, out, device, settings))
     _print(bench_artifact(artifact, resolved, _beside(artifact, out, "bench")))
+
+
+def _refuse_bad_headers(artifact: Path) -> None:
+    """Before anything heavy is imported: a crafted file is refused in a moment."""
+    from moe_edge.devices.detect import refuse_bad_headers
+
+    refuse_bad_headers(artifact)
 
 
 def _beside(artifact: Path, out: Path | None, what: str) -> Path:
@@ -266,10 +296,10 @@ def report(run: Annotated[Path, typer.Argument(help="A build's output folder.")]
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(help="A build's folder, a device bundle or a bundle's .tar.")]) -> None:
     """Check every file against the manifest: its sha256, nothing missing, nothing extra, sane headers."""
-    from moe_edge.build import verify as check
+    from moe_edge.export.verification import faults
 
-    if faults := check(path):
-        raise InputRejected("not what its manifest says", where=str(path), why="; ".join(faults))
+    if found := faults(path):
+        raise InputRejected("not what its manifest says", where=str(path), why="; ".join(found))
     print(f"{path}: every delivered file has its recorded sha256")
 
 

@@ -3,7 +3,8 @@
 teacher -> profile -> plan -> compress -> distill -> export -> validate -> report. A stage is skipped when the key in its
 folder's manifest equals the key of what would be computed now and the files still have their digests. A stage writes into
 its own folder; its manifest is written last. After a kill the folder has no manifest: the stage runs again and may resume
-from what it finds there, provided that the folder was begun for the same key.
+from what it finds there, provided that the folder was begun for the same key. Of several processes (profiling/ranks.py) the
+leader decides, writes and runs what is not shared; the others take part in the stages of SHARED.
 """
 
 import logging
@@ -13,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from moe_edge import __version__
 from moe_edge.contracts import interrupts
@@ -35,7 +37,7 @@ from moe_edge.contracts.manifest import (
 )
 from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.memory import PeakRss
-from moe_edge.profiling.ranks import Ranks, current_ranks
+from moe_edge.profiling.ranks import current_ranks, lost_processes_named
 from moe_edge.storage.cache import publish_profile, reuse_profile
 from moe_edge.storage.delivery import deliver
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
@@ -71,7 +73,7 @@ def _descend(data: Any, dotted: str) -> Any:
 
 _RUNTIMES = ("llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai")
 STAGES: tuple[Stage, ...] = (
-    Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=2),
+    Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=3),
     Stage(
         "plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",),
         ("matplotlib", "llama-cpp-python"), schema=3,
@@ -88,7 +90,9 @@ STAGES: tuple[Stage, ...] = (
     ),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
-SHARED_STAGE = STAGE_NAMES.index("profile")  # the one in which several processes can take part
+# `moe-edge distill --student`: the same stage for a student that no plan made
+PAIR_STAGE = Stage("distill", ("distill", "calibration", "profile.logits"), (), ("accelerate",))
+SHARED = ("profile", "distill")  # the stages in which several processes take part
 
 
 def load_stage(name: str) -> StageRun:
@@ -148,13 +152,19 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         EnvironmentProblem: another build holds it, or it cannot be written.
     """
-    if not current_ranks().leads:
-        out.mkdir(parents=True, exist_ok=True)
+    ranks, lock = current_ranks(), FileLock(out / ".lock")
+    ranks.lead(partial(_acquire, lock, out))
+    try:
         yield
-        return
+    finally:
+        if ranks.leads:
+            (out / ".lock.json").unlink(missing_ok=True)
+            lock.release()
+
+
+def _acquire(lock: BaseFileLock, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
         lock.acquire(timeout=0)
     except Timeout as error:
         raise EnvironmentProblem(
@@ -164,13 +174,8 @@ def locked(out: Path) -> Iterator[None]:
         ) from error
     except PermissionError as error:
         raise EnvironmentProblem("the output folder cannot be written", where=str(out), why=str(error)) from error
-    try:
-        holder = {"pid": os.getpid(), "host": os.uname().nodename, "since": time.strftime("%F %T")}
-        write_json_atomic(out / ".lock.json", holder)
-        yield
-    finally:
-        (out / ".lock.json").unlink(missing_ok=True)
-        lock.release()
+    holder = {"pid": os.getpid(), "host": os.uname().nodename, "since": time.strftime("%F %T")}
+    write_json_atomic(out / ".lock.json", holder)
 
 
 def _holder(out: Path) -> str:
@@ -189,22 +194,30 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
     """
     first = STAGE_NAMES.index(start) if start else 0
     last = STAGE_NAMES.index(until) if until else len(STAGES) - 1
-    if current_ranks().world > 1 and last > SHARED_STAGE:
+    if current_ranks().world > 1 and STAGE_NAMES[last] not in SHARED:
         raise ConfigError(
-            f"only the stage '{STAGE_NAMES[SHARED_STAGE]}' can be shared by several processes",
-            next_command="accelerate launch ... -m moe_edge profile ..., then the build in one process",
+            f"several processes can share {' and '.join(SHARED)}, but not '{STAGE_NAMES[last]}'",
+            next_command="accelerate launch ... -m moe_edge distill ..., then the build in one process",
         )
     for position, stage in enumerate(STAGES[: last + 1]):
         interrupts.check()
         if start and position < first:
-            _adopt(build, stage)
+            build.done[stage.name] = current_ranks().lead(partial(_adopted, build, stage))
+            build.cached[stage.name] = True
         else:
             run_stage(build, stage, force=build.fresh or start is not None)
         if stage.name == "export":
             deliver(build.out, build.folder("distill") / "model", build.folder("export"))
+    dismiss_helpers()
 
 
-def _adopt(build: Build, stage: Stage) -> None:
+def dismiss_helpers() -> None:
+    """End every process but the leader: what the stages found is its to write and report."""
+    if not current_ranks().leads:
+        raise SystemExit(0)
+
+
+def _adopted(build: Build, stage: Stage) -> Manifest:
     """Take an earlier stage as it lies there, also when a user edited its files."""
     folder = build.folder(stage.name)
     manifest = read_manifest(folder)
@@ -219,37 +232,36 @@ def _adopt(build: Build, stage: Stage) -> None:
         manifest.files = hash_folder(folder)
         manifest.digest, manifest.edited = content_digest(manifest.files), True
         write_text_atomic(folder / MANIFEST_NAME, manifest.to_json())
-    build.done[stage.name], build.cached[stage.name] = manifest, True
+    return manifest
 
 
 def run_stage(build: Build, stage: Stage, force: bool = False) -> None:
-    """Reuse the stage's folder if it is what would be computed now, else run the stage."""
+    """Reuse the stage's folder if it is what would be computed now, else run the stage, in all processes if it is shared."""
     ranks = current_ranks()
     if not ranks.leads:
-        _help(build, stage, ranks)
+        logging.getLogger("moe_edge").setLevel(logging.ERROR)  # the leader says the rest, once
+    with lost_processes_named():
+        kept = ranks.lead(partial(_kept, build, stage, force))
+        build.cached[stage.name] = kept is not None
+        if kept is None and stage.name in SHARED:
+            ranks.take_accelerator()
+            if not ranks.leads:
+                build.find_stage(stage.name)(build.context(stage))
+        build.done[stage.name] = kept or ranks.lead(partial(_execute, build, stage))
+
+
+def _kept(build: Build, stage: Stage, force: bool) -> Manifest | None:
+    """The manifest of a folder that can be reused; None when the stage has to run, its folder begun."""
     folder, key = build.folder(stage.name), build.key(stage)
     if not force:
         if stage.name == "profile":
             reuse_profile(folder, key)
         if (manifest := _reusable(folder, key)) is not None:
             log.info("%s: nothing to do", stage.name)
-            build.done[stage.name], build.cached[stage.name] = manifest, True
-            ranks.share(False)
-            return
+            return manifest
     begin(folder, key, force)
-    ranks.share(True)
     log.info("%s: running", stage.name)
-    manifest = _execute(build, stage, key)
-    build.done[stage.name], build.cached[stage.name] = manifest, False
-    if stage.name == "profile":
-        publish_profile(folder, key)
-
-
-def _help(build: Build, stage: Stage, ranks: Ranks) -> NoReturn:
-    """Compute this process's share when the leader has begun the stage; the result is the leader's to write and report."""
-    if ranks.share(False):
-        build.find_stage(stage.name)(build.context(stage))
-    raise SystemExit(0)
+    return None
 
 
 def _reusable(folder: Path, key: str) -> Manifest | None:
@@ -281,8 +293,8 @@ def begin(folder: Path, key: str, force: bool = False) -> None:
     write_text_atomic(begun, key)
 
 
-def _execute(build: Build, stage: Stage, key: str) -> Manifest:
-    context, started = build.context(stage), time.monotonic()
+def _execute(build: Build, stage: Stage) -> Manifest:
+    context, key, started = build.context(stage), build.key(stage), time.monotonic()
     with PeakRss(interval_s=RSS_INTERVAL_S) as memory:
         summary = build.find_stage(stage.name)(context)
     (context.out / BEGUN).unlink()
@@ -294,6 +306,8 @@ def _execute(build: Build, stage: Stage, key: str) -> Manifest:
         cost=Cost(seconds=round(time.monotonic() - started, 3), peak_rss_mib=memory.peak_rss_mib),
     )  # fmt: skip
     write_text_atomic(context.out / MANIFEST_NAME, manifest.to_json())
+    if stage.name == "profile":
+        publish_profile(context.out, key)
     return manifest
 
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_edge import cli
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.contracts.manifest import MANIFEST_SCHEMA, Manifest
 from moe_edge.storage.folders import hash_folder
@@ -25,22 +24,6 @@ def run(*arguments, cwd=None, timeout=120, **environment):
         [sys.executable, "-m", "moe_edge", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=cwd,
         env=os.environ | {"PYTHONPATH": os.getcwd(), "COLUMNS": "200"} | environment,
     )  # fmt: skip
-
-
-@pytest.fixture
-def called(monkeypatch, capsys):
-    """Run the CLI in this process: faster, for what needs no second process."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["moe-edge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        text = capsys.readouterr()
-        return stop.value.code, text.out, text.err
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield call
-    signal.signal(signal.SIGTERM, handler)
 
 
 def test_help_is_quick_to_load_nothing_heavy():
@@ -125,12 +108,53 @@ def test_a_hostile_chat_template_is_refused_before_anything_is_written(called, t
     assert not (tmp_path / "o" / "export").exists()
 
 
-def test_a_crafted_gguf_is_refused_in_a_moment(called, tmp_path):
-    (tmp_path / "x.gguf").write_bytes(HUGE_ARRAY)
+HEAVY = ("torch", "transformers", "llama_cpp", "onnxruntime")
+
+
+def light(*arguments):
+    """Run the CLI in a fresh process: exit code, stderr, and which heavy modules it imported on its way out."""
+    probe = (
+        "import sys, moe_edge.cli as cli\n"
+        f"try:\n cli.main(sys.argv[1:])\nfinally:\n print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stderr, done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", ["bench", "validate", "verify"])
+def test_a_crafted_gguf_is_refused_in_a_moment(tmp_path, command):
+    """Before torch or a runtime is imported, let alone a worker started: that alone takes longer than the two seconds."""
+    bad = tmp_path / "x.gguf"
+    bad.write_bytes(HUGE_ARRAY)
+    assert len(HUGE_ARRAY) == 49
+    options = ["--teacher", tmp_path] if command == "validate" else []
+    if command == "verify":
+        files = hash_folder(tmp_path)
+        manifest = Manifest(schema=MANIFEST_SCHEMA, stage="bundle", key="k", digest="d", files=files)
+        (tmp_path / "manifest.json").write_text(manifest.to_json())
     started = time.monotonic()
-    code, _, err = called("bench", tmp_path / "x.gguf", "--out", tmp_path / "o")
+    code, err, imported = light(command, tmp_path if command == "verify" else bad, *options)
     assert code == 4 and "array of 9223372036854775808" in err and "Traceback" not in err
-    assert time.monotonic() - started < 20  # the worker that opens it is a new process, which imports the runtimes
+    assert imported == "[]" and time.monotonic() - started < 20
+    if command == "verify":
+        code, err, _ = light("verify", bad)
+        assert code == 4 and "array of 9223372036854775808" in err, "the file alone, without a manifest"
+
+
+def test_crafted_folders_are_refused_as_early(tmp_path):
+    checkpoint, graph = tmp_path / "hf", tmp_path / "onnx"
+    for folder in (checkpoint, graph):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "genai_config.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(b"\xff" * 64)
+    (graph / "model.onnx").write_bytes(b"\xff" * 64)
+    for folder in (checkpoint, graph):
+        code, err, imported = light("bench", folder, "--out", tmp_path / "o")
+        assert code == 4 and folder.name in err and "Traceback" not in err and imported == "[]"
+    assert not (tmp_path / "o").exists()
 
 
 def test_verify_names_the_file_and_ends_with_four(called, tmp_path):

@@ -37,6 +37,7 @@ def test_a_shipped_target_is_complete(name):
     gates = target.gates
     assert gates.kl_to_student_nats and gates.kl_to_teacher_nats and gates.top1_agreement_to_teacher
     assert gates.host_speed == (name == "cpu")
+    assert target.system == ("android" if name.startswith("mobile") else "linux")
     if not gates.host_speed:
         usable = target.hardware.memory_bytes.value * target.hardware.usable_share.value
         assert target.budget.weights < target.budget.peak_memory <= usable

@@ -18,8 +18,8 @@ from moe_edge.contracts.capability_table import (
     RuntimeName,
 )
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.rotary_scaling import MAX_RAD_PER_TOKEN, is_defined, rounding_error
 from moe_edge.contracts.spec import FEATURES, ModelSpec
-from moe_edge.contracts.yarn import MAX_RAD_PER_TOKEN, rounding_error
 
 __all__ = [
     "CAPABILITIES", "NEVER", "RUNTIME_OF_FORMAT", "advice", "capability", "refusals", "require_exportable",
@@ -163,14 +163,11 @@ def _rotary_mismatches(row: Capability, spec: ModelSpec) -> list[tuple[bool, str
     rope = spec.rope_scaling
     if rope is None or "scaled_rotary" not in row.computes:
         return []
-    if rope["rope_type"] != "yarn" or not {"factor", "original_max_position_embeddings"} <= rope.keys():
-        return [
-            (
-                True,
-                f"computes scaled rotary embeddings of type yarn only, with their factor; this model has {dict(rope)}",
-            )
-        ]
-    if not row.rounds_yarn:
+    if rope["rope_type"] not in row.rotary_types or not is_defined(rope):
+        types = " and ".join(row.rotary_types)
+        why = f"computes scaled rotary embeddings of type {types} only, with their parameters; this model has {dict(rope)}"
+        return [(True, why)]
+    if not row.rounds_yarn or rope["rope_type"] != "yarn":
         return []
     error = rounding_error(rope, spec.rotary_dim, spec.rope_theta)
     return [
@@ -224,7 +221,7 @@ def advice(
     if row.rounds_yarn and rope is not None and rope["rope_type"] == "yarn" and not rope.get("truncate", True):
         found.append(
             f"{runtime} rounds yarn's range to whole columns, this model does not (truncate: false): positions drift apart "
-            f"by {rounding_error(rope, spec.rotary_dim, spec.rope_theta):.0e} rad per token (contracts/yarn.py)."
+            f"by {rounding_error(rope, spec.rotary_dim, spec.rope_theta):.0e} rad per token (contracts/rotary_scaling.py)."
         )
     if on_gpu and row.fused_on_gpu and not _fused(experts_kept):
         found.append(

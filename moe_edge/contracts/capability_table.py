@@ -49,6 +49,7 @@ class Capability:
     alternating_windows: bool = False  # a window in layers 0, 2, ..., none in layers 1, 3, ...
     swiglu: tuple[float, float] | None = None  # the only alpha and limit of a clamped SwiGLU; None: any
     rotary_multiple: int = 1  # of the columns of a head that rotate
+    rotary_types: tuple[str, ...] = ("yarn",)  # of scaled rotary embeddings, where it computes them at all
     rounds_yarn: bool = False  # to whole columns, and knows only its default scale of attention
     yarn_scales_all: bool = False  # by mscale_all_dim, which must be given and equal mscale
     group_score: Literal["max", "top2_sum"] | None = None  # the only one that the graph computes; None: any
@@ -182,7 +183,9 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("llama_cpp", "qwen3"): replace(_GGUF_DENSE, architecture="qwen3"),
     ("llama_cpp", "qwen2"): replace(_GGUF_DENSE, architecture="qwen2", square_attention=True),
     ("llama_cpp", "mistral"): replace(_GGUF_DENSE, architecture="llama"),
-    ("llama_cpp", "llama"): replace(_GGUF_DENSE, architecture="llama"),
+    ("llama_cpp", "llama"): replace(
+        _GGUF, architecture="llama", computes=_DENSE | {"scaled_rotary"}, rotary_types=("llama3",)
+    ),
     ("llama_cpp", "granite"): replace(_GGUF_DENSE, architecture="granite", computes=_DENSE | _GRANITE),
     ("ort", "qwen3_moe"): replace(_ONNX, architecture="qwen3"),
     ("ort", "qwen2_moe"): replace(_ONNX, architecture="qwen2"),
@@ -196,7 +199,12 @@ CAPABILITIES: dict[tuple[RuntimeName, str], Capability] = {
     ("ort", "qwen2"): replace(_ONNX, architecture="qwen2", computes=_DENSE),
     ("ort", "mistral"): replace(_ONNX, architecture="mistral", computes=_DENSE),
     ("ort", "granite"): replace(_ONNX, architecture="granite", computes=_GRANITE | _DENSE),
-    ("ort", "llama"): replace(_ONNX, architecture="llama", computes=_DENSE | {"output_bias"}),
+    ("ort", "llama"): replace(
+        _ONNX,
+        architecture="llama",
+        computes=_DENSE | {"output_bias", "scaled_rotary"},
+        rotary_types=("llama3",),
+    ),
     ("ort", "lfm2_moe"): replace(_ONNX, architecture="lfm2_moe", computes=_LFM2 | {"routed_scale"}),
     ("ort", "qwen3_5_moe"): replace(_ONNX_LATER, architecture="qwen3_5_text", computes=_QWEN3_5),
     ("ort", "glm4_moe"): replace(_ONNX, architecture="llama", computes=_GLM4 | {"groups"}),

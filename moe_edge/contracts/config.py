@@ -19,6 +19,7 @@ Loss = Literal[
     "cka", "mse", "cosine", "procrustes",  # on the outputs of layers
     "expert_cka", "expert_diversity",  # on the outputs of experts
     "load_balance", "importance", "router_z", "routing_kl",  # on routers
+    "uld", "projected_kl",  # on logits, also where student and teacher have different tokenizers
 ]  # fmt: skip
 
 
@@ -215,6 +216,9 @@ class DistillConfig(BaseModel):
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
     skew: float = Field(
         0.1, gt=0, lt=1, description="skew_kl, skew_reverse_kl: share of the other side that is mixed in"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the matrix products; the weights stay float32. auto: bfloat16 on an accelerator"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")

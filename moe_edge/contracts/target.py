@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe_edge.contracts.units import ByteSize, Seconds, Share
 
+System = Literal["linux", "android"]
 _CLOSED = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -96,6 +97,9 @@ class Target(BaseModel):
         None, gt=0, description="tokens; the plan may halve context_length down to this when nothing else fits"
     )
     runtime: RuntimeOptions = Field(RuntimeOptions(), description="how the runtimes are started")
+    system: System = Field(
+        "linux", description="of the device; a bundle for android brings a shell script that needs no Python"
+    )
     device: str = Field("local", description="default device: local | ssh://user@host[:port] | adb:SERIAL")
     budget: Budget = Field(Budget(), description="what the plan must meet; all that are given hold together")
     gates: Gates = Field(Gates(), description="limits for what is measured on the finished artifact")

@@ -1,10 +1,15 @@
-"""What kind of model lies at a path, told by its content and never by its name."""
+"""What kind of model lies at a path, told by its content and never by its name; and is its header sane.
+
+Nothing here needs torch or a runtime, so that a command refuses a crafted file before it has imported any of them.
+"""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.runtimes.gguf_header import parts_of
+from moe_edge.runtimes.gguf_header import check_gguf_header, parts_of
+from moe_edge.runtimes.onnx_header import inspect_onnx
+from moe_edge.storage.safetensors_header import read_header
 
 GGUF_MAGIC = b"GGUF"
 
@@ -43,6 +48,25 @@ def detect(path: Path) -> Kind:
         where=str(path),
         why="an artifact is a GGUF file, a folder with model.onnx, or a folder with config.json and *.safetensors",
     )
+
+
+def refuse_bad_headers(path: Path) -> Kind:
+    """The kind of an artifact whose headers, of all its parts, are sane.
+
+    Raises:
+        ConfigError: nothing is there.
+        InputRejected: it is none of the three kinds, or a header is damaged or crafted.
+    """
+    kind = detect(path)
+    if kind is GGUF:
+        for part in parts_of(path):
+            check_gguf_header(part)
+    elif kind is ONNX:
+        inspect_onnx(path)
+    else:
+        for shard in sorted(path.glob("*.safetensors")):
+            read_header(shard)
+    return kind
 
 
 def weight_bytes(path: Path) -> int:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moe_edge.contracts.errors import DeviceProblem, InputRejected, MoeEdgeError, ResourceProblem
 from moe_edge.contracts.report import Memory, Speed
 from moe_edge.devices.transport import Completed, Transport
-from moe_edge.devices.worker import REJECTED
+from moe_edge.devices.worker import REJECTED, TOO_LARGE
 from moe_edge.metrics.memory import MIB
 from moe_edge.metrics.speed import Run, summarise
 
@@ -114,6 +114,8 @@ def classify(completed: Completed, timeout_s: float) -> Failure | None:
         return None
     if completed.returncode == REJECTED:
         return Failure("rejected", completed.stderr_tail.strip())
+    if completed.returncode == TOO_LARGE:
+        return Failure("oom", completed.stderr_tail.strip())
     if completed.returncode in (-signal.SIGKILL, 137):
         return Failure("oom", "the process was killed, most likely because memory ran out")
     lower = completed.stderr_tail.lower()

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from moe_edge.contracts.errors import MoeEdgeError
+from moe_edge.contracts.errors import MoeEdgeError, ResourceProblem
 from moe_edge.metrics.memory import PeakRss, high_water_bytes, tree_rss_bytes
 
 REJECTED = 3  # the exit status of a job that the runtime refused with a message for the user
+TOO_LARGE = 4  # of one that does not fit into memory
 CONTEXT_MARGIN_TOKENS = 8
 Opener = Callable[..., Any]
 
@@ -34,7 +35,7 @@ def main(opener: Opener | None = None) -> int:
         samples = measure(job, opener or _open)
     except MoeEdgeError as error:
         print(error, file=sys.stderr)
-        return REJECTED
+        return TOO_LARGE if isinstance(error, ResourceProblem) else REJECTED
     with result:
         json.dump(samples, result)
     return 0

@@ -10,7 +10,7 @@ Shape suffixes: N rows, S tokens of a row, V vocabulary.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from moe_edge.distillation.readers import LogitReader, StreamedReader, WholeRead
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.teacher import own_dtype
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_tokenizer
+from moe_edge.families.loading import load_tokenizer, true_vocabulary
 from moe_edge.families.streaming import fits_in_memory
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.formulas.sampling import draw
@@ -148,7 +148,7 @@ def pins_of(teacher: Path, rows: TokenRows, config: CaptureConfig, device: torch
         "teacher": checkpoint_digest(teacher),
         "tokenizer": hashlib.sha256(files.encode()).hexdigest(),
         "chat_template": hashlib.sha256(str(template).encode()).hexdigest(),
-        "vocab": min(family_of(headers.config).spec(headers.config).vocab, len(tokenizer)),
+        "vocab": true_vocabulary(tokenizer, family_of(headers.config).spec(headers.config).vocab),
         "rows": rows.digest,
         "row_count": len(rows.ids_NS),
         "sequence_length": int(rows.ids_NS.shape[1]),
@@ -190,11 +190,19 @@ def capture_shards(
 
 
 def captured_signal(
-    teacher: Path, rows: TokenRows, out: Path, config: CaptureConfig | None = None, device: str | None = None
+    teacher: Path,
+    rows: TokenRows,
+    out: Path,
+    config: CaptureConfig | None = None,
+    device: str | None = None,
+    on_open: Callable[[LogitReader, RowEncoder, dict[str, Any]], None] | None = None,
 ) -> CachedSignal:
     """The teacher's signal on these rows from the folder `out`: captured there now, unless it already is.
 
     A killed capture goes on with the missing shards. The signal is what the profile's cache gives too; close it.
+
+    Args:
+        on_open: called with the teacher and the pins before the first shard, for example to price the capture.
 
     Raises:
         InputRejected: `out` holds another capture; the pins that differ are named.
@@ -206,6 +214,8 @@ def captured_signal(
     if missing:
         encoder = encoder_of(config, rows.ids_NS.shape[1], pins["vocab"])
         with open_teacher(teacher, pins, place, out) as reader:
+            if on_open is not None:
+                on_open(reader, encoder, pins)
             capture_shards(reader, encoder, out, pins, rows.ids_NS, missing)
     if missing or not (out / "manifest.json").is_file():
         finish_capture(out, pins, {"tokens": rows.n_tokens})

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_edge.contracts.errors import MoeEdgeError
+from moe_edge.contracts.errors import ConfigError, MoeEdgeError
 from moe_edge.contracts.progress import track
 from moe_edge.distillation.terms import Stateful
 from moe_edge.storage.tensor_dict import load_tensors, load_weights_file, save_tensors
@@ -23,8 +27,17 @@ from moe_edge.storage.tensor_dict import load_tensors, load_weights_file, save_t
 log = logging.getLogger(__name__)
 MARKER = "complete"
 WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.pt"  # of training whose weights are not sharded
 EXTRAS = "extras.safetensors"  # the state of whatever else was trained, such as a teacher's routers
 SAVE_INTERVAL_S = 120.0
+HEALTH = (
+    "router_entropy",
+    "router_dead_experts",
+    "router_drift_nats",
+    "ka_sampled",
+    "ka_lambda",
+    "sar_drift_nats",
+)  # shown beside the losses
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -39,7 +52,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into `model`, every one of them.
+    """Put a checkpoint's weights into `model`, every one of them, also where FSDP has sharded it.
 
     Raises:
         InputRejected: it is no whole file.
@@ -47,7 +60,12 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """
     what = "a training checkpoint does not fit the student"
     try:
-        result = model.load_state_dict(load_weights_file(checkpoint / WEIGHTS), strict=False)
+        weights = load_weights_file(checkpoint / WEIGHTS)
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            result = set_model_state_dict(model, weights, options=options)
+        else:
+            result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise MoeEdgeError(what, where=str(checkpoint), why=str(error).splitlines()[0]) from error
     tied = getattr(model, "all_tied_weights_keys", {})  # of this model; the class names those of all configurations
@@ -55,6 +73,15 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     if missing or result.unexpected_keys:
         why = f"missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
         raise MoeEdgeError(what, where=str(checkpoint), why=why)
+
+
+def require_same_sharding(checkpoint: Path, sharded: bool) -> None:
+    """Raises ConfigError where the optimizer's state cannot be read, which the Trainer would pass over in silence."""
+    if sharded == (checkpoint / OPTIMIZER).is_file():
+        raise ConfigError(
+            "training that began with sharded weights cannot go on without, nor the other way round",
+            where=str(checkpoint), next_command="launch it as it began, or begin again with --fresh",
+        )  # fmt: skip
 
 
 def save_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
@@ -82,9 +109,24 @@ def history_of(checkpoint: Path) -> list[dict[str, float]]:
     return step_lines(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
 
 
+def _wait(args: TrainingArguments) -> None:
+    """Return when all processes have come here."""
+    if args.world_size > 1:
+        PartialState().wait_for_everyone()
+
+
+def _mark(folder: Path, step: int) -> None:
+    """The checkpoint of `step` is whole: mark it, and delete all others."""
+    newest = folder / f"checkpoint-{step}"
+    (newest / MARKER).touch()
+    for other in folder.glob("checkpoint-*"):
+        if other != newest:
+            shutil.rmtree(other)
+
+
 class SaveByTheClock(TrainerCallback):
-    """Asks for a checkpoint every two minutes and after the last step; keeps only the newest. For one process: the clocks
-    of several would not agree about the step.
+    """Asks for a checkpoint every two minutes and after the last step; keeps only the newest. Of several processes the
+    first one's clock decides for all, and it alone marks and deletes, when all have written their parts.
 
     Args:
         interval_s: 0 saves after every step.
@@ -96,17 +138,17 @@ class SaveByTheClock(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        due = time.monotonic() - self._last_s >= self._interval_s
-        control.should_save = due or state.global_step >= state.max_steps
+        due = [time.monotonic() - self._last_s >= self._interval_s]
+        if args.world_size > 1:
+            broadcast_object_list(due)
+        control.should_save = due[0] or state.global_step >= state.max_steps
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir)
-        newest = folder / f"checkpoint-{state.global_step}"
-        (newest / MARKER).touch()
-        for other in folder.glob("checkpoint-*"):
-            if other != newest:
-                shutil.rmtree(other)
+        _wait(args)
+        if args.should_save:
+            _mark(Path(args.output_dir), state.global_step)
+        _wait(args)
         self._last_s = time.monotonic()
 
 
@@ -130,7 +172,8 @@ class ShowProgress(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
-        shown = {name: logs[name] for name in ("total_loss", "ce_loss", "kl_loss", "cka_loss") if name in logs}
+        losses = ("total_loss", *(name for name in logs if name.endswith("_loss") and name != "total_loss"))
+        shown = {name: logs[name] for name in (*losses, *HEALTH) if name in logs}
         if shown:
             text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
             log.info("step %d/%d: %s", state.global_step, state.max_steps, text)

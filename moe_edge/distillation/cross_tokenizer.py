@@ -11,8 +11,9 @@ a chunk, D model, V teacher vocabulary, W student vocabulary.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,11 +22,13 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.progress import track
 from moe_edge.distillation.losses import LOSSES
-from moe_edge.distillation.terms import Needs, Scene
+from moe_edge.distillation.terms import Heard, Needs, Scene, Term, TermContext
 from moe_edge.distillation.tokenizer_pair import AlignedRow, TokenizerPair, require_same_tokenizer
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts
+from moe_edge.families.loading import true_vocabulary
 from moe_edge.families.taps import body, head
 from moe_edge.formulas.divergence import CHUNK_TOKENS, cross_entropy
 from moe_edge.formulas.head_loss import head_loss
@@ -50,7 +53,7 @@ class CrossTokenizerTerm:
     """
 
     sampled = False
-    needs = Needs()
+    needs = Needs(whole=True)
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class CrossTokenizerTerm:
         self._student, self._teacher = student, teacher.requires_grad_(False).eval()
         self._pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
         self._widths = [
-            min(len(tokenizer), head(model).weight.shape[0])
+            true_vocabulary(tokenizer, head(model).weight.shape[0])
             for model, tokenizer in ((teacher, teacher_tokenizer), (student, student_tokenizer))
         ]
         matched_M2, device = self._pair.matched(*self._widths), next(student.parameters()).device
@@ -178,6 +181,29 @@ class CrossTokenizerTerm:
         places, tokens = self._places, self._tokens
         self._places = self._tokens = 0
         return {f"{self.name}_places": places / tokens} if tokens else {}
+
+
+def _term(name: Literal["uld", "projected_kl"], context: TermContext) -> Term:
+    """The term of a stage; raises ConfigError where the stage knows no tokenizers."""
+    if context.tokenizers is None or context.teacher is None:
+        why = "the texts of both sides must be known, and the teacher in memory"
+        raise ConfigError(f"the loss '{name}' needs both tokenizers", where="distill.stages: losses", why=why)
+    return CrossTokenizerTerm(context.student, context.teacher, *context.tokenizers, name, context.temperature)
+
+
+CROSS_TOKENIZER_TERMS: dict[str, Callable[[TermContext], Term]] = {name: partial(_term, name) for name in ACROSS}
+
+
+@torch.no_grad()
+def held_out_distance(term: CrossTokenizerTerm, student: nn.Module, ids_NS: Tensor) -> float:
+    """What the term says of rows of the student's ids, a mean over them."""
+    total = 0.0
+    for ids_S in track(ids_NS, f"distill: held-out {term.name}"):
+        ids_1S = ids_S.long()[None].to(next(student.parameters()).device)
+        with term.listening(student):
+            body(student)(input_ids=ids_1S, use_cache=False)
+        total += float(term.loss(Scene(ids_1S, torch.ones_like(ids_1S, dtype=torch.bool), Heard())))
+    return total / len(ids_NS)
 
 
 def compares_tokens(loss: str) -> bool:

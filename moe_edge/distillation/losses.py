@@ -62,7 +62,7 @@ LOSSES: dict[str, LossRow] = {
     "importance": LossRow("term", _once),
     "router_z": LossRow("term", _once),
     "routing_kl": LossRow("term", _once, teacher=True),
-    "uld": LossRow("term", _blended, teacher=True),  # this and the next: cross_tokenizer.py; a build has one tokenizer
+    "uld": LossRow("term", _blended, teacher=True),  # this and the next: cross_tokenizer.py
     "projected_kl": LossRow("term", _blended, teacher=True),
 }
 

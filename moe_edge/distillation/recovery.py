@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainerCallback
 
@@ -33,7 +34,7 @@ from moe_edge.distillation.checkpoints import (
     step_of,
 )
 from moe_edge.distillation.losses import of_kind
-from moe_edge.distillation.schedule import StageSchedule, full_rate, micro_rows, multipliers_of
+from moe_edge.distillation.schedule import StageSchedule, full_rate, micro_rows, multipliers_of, rows_of_process
 from moe_edge.distillation.signal import SignalSource
 from moe_edge.distillation.stage_parts import PartsBuilder, stage_blend, stage_weights, wants_live_logits
 from moe_edge.distillation.tensorboard import require_tensorboard, tensorboard_callback
@@ -49,7 +50,8 @@ class Recovery:
     """Everything the stages share.
 
     `signal`: the cached teacher; None where every stage asks the live one. `interval_s`: seconds between checkpoints.
-    `material`: see `PartsBuilder`.
+    `material`: see `PartsBuilder`. `processes`: how many train together, this one being number `rank`; they see the same
+    folder of checkpoints, in which only number 0 writes.
     """
 
     config: DistillConfig
@@ -60,6 +62,8 @@ class Recovery:
     checkpoints: Path
     interval_s: float = SAVE_INTERVAL_S
     material: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    processes: int = 1
 
     def train(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> list[dict[str, Any]]:
         """Train `student` in place through all stages; returns one record per stage with its log."""
@@ -110,8 +114,28 @@ class Recovery:
             return history_of(last)
         if last is not None:
             log.info("distill: resuming '%s' behind step %d of %d", schedule.name, step_of(last), schedule.steps)
+        resume = str(last) if last is not None else None
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return self._sharded_stage(student, schedule, folder, resume)
         trainer = self.trainer(student, schedule, folder)
-        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+        trainer.train(resume_from_checkpoint=resume)
+        return step_lines(trainer.state)
+
+    def _sharded_stage(
+        self, student: nn.Module, schedule: StageSchedule, folder: Path, resume: str | None
+    ) -> list[dict[str, float]]:
+        """FSDP shards what it trains for good: a copy is trained, and `student` takes the whole weights of its last step."""
+        device = next(student.parameters()).device
+        learner = copy.deepcopy(student)
+        student.to("cpu")
+        trainer = self.trainer(learner, schedule, folder)
+        if not trainer.is_fsdp_enabled:
+            log.warning("distill: accelerate shards on accelerators only; every process has the whole weights")
+        trainer.train(resume_from_checkpoint=resume)
+        last = latest_checkpoint(folder)
+        assert last is not None and step_of(last) == schedule.steps
+        load_weights(student, last)
+        student.to(device)
         return step_lines(trainer.state)
 
     def trainer(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> DistillationTrainer:
@@ -120,7 +144,9 @@ class Recovery:
         parts, teacher = builder.build(student, schedule.config)
         return DistillationTrainer(
             model=student,
-            args=training_arguments(self.config, schedule, folder, self.ids_NS.shape[1], width(student)),
+            args=training_arguments(
+                self.config, schedule, folder, self.ids_NS.shape[1], width(student), self.processes
+            ),
             train_dataset=RowDataset(self.ids_NS, schedule.rows),
             lr_multipliers=schedule.config.parameter_lr_multipliers,
             signal=self.signal,
@@ -131,6 +157,8 @@ class Recovery:
         )
 
     def _callbacks(self, schedule: StageSchedule) -> list[TrainerCallback]:
+        if self.rank > 0:
+            return [SaveByTheClock(self.interval_s)]  # the leader says and writes the rest
         shown = ShowProgress(f"distill: {schedule.name}", schedule.steps)
         callbacks: list[TrainerCallback] = [SaveByTheClock(self.interval_s), shown, BalanceAdvice()]
         if self.config.tensorboard:
@@ -139,16 +167,20 @@ class Recovery:
 
 
 def training_arguments(
-    config: DistillConfig, schedule: StageSchedule, folder: Path, row_tokens: int, hidden_size: int
+    config: DistillConfig, schedule: StageSchedule, folder: Path, row_tokens: int, hidden_size: int, processes: int = 1
 ) -> DistillationTrainingArguments:
-    """The Trainer's settings of one stage: one pass over its rows, warm-up, cosine to zero, float32 on a CPU."""
-    rows = micro_rows(config.batch_rows, row_tokens)
+    """The Trainer's settings of one stage: one pass over its rows, warm-up, cosine to zero.
+
+    Several processes take the steps of one: each has its part of the rows of a step.
+    """
+    share = rows_of_process(config.batch_rows, processes)
+    rows = micro_rows(share, row_tokens)
     cuda = torch.cuda.is_available()
     alpha, temperature = stage_blend(config, schedule.config)
     return DistillationTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=config.batch_rows // rows,
+        gradient_accumulation_steps=share // rows,
         num_train_epochs=1,
         learning_rate=full_rate(schedule.config, hidden_size),
         warmup_steps=schedule.warmup_steps,
@@ -157,7 +189,8 @@ def training_arguments(
         save_strategy="no",
         seed=config.seed,
         use_cpu=not cuda,
-        bf16=cuda,
+        ddp_find_unused_parameters=False,  # the loss is made outside of the wrapped forward pass; see `compute_loss`
+        bf16=cuda if config.precision == "auto" else config.precision == "bfloat16",
         activation_checkpointing=config.gradient_checkpointing,
         distillation_alpha=alpha,
         distillation_temperature=temperature,

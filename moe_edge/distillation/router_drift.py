@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_edge.families.routing import is_sigmoid, router_logits, router_tensors
 from moe_edge.families.views import moe_layers
@@ -43,7 +44,8 @@ class RouterSnapshot:
         for view in self._views:
             then = {name: self.tensors[f"{view.index}.{name}"] for name in router_tensors(view)}
             hidden_TD, sigmoid = inputs[view.index], is_sigmoid(view)
-            now_TE = gate_logprobs(router_logits(view, hidden_TD)[:, view.real], sigmoid)
+            now = {name: _whole(parameter) for name, parameter in router_tensors(view).items()}
+            now_TE = gate_logprobs(router_logits(view, hidden_TD, now)[:, view.real], sigmoid)
             then_TE = gate_logprobs(router_logits(view, hidden_TD, then)[:, view.real], sigmoid)
             kl.append((now_TE.exp() * (now_TE - then_TE)).sum(dim=-1).mean())
         return torch.stack(kl).clamp_min(0)
@@ -59,3 +61,8 @@ class RouterSnapshot:
         """Take another snapshot's tensors, as after a resume; the model stays as it is."""
         for key, tensor in self.tensors.items():
             tensor.copy_(tensors[key])
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter that FSDP has sharded, from all processes."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

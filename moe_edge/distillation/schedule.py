@@ -97,6 +97,20 @@ def _steps(stage: StageConfig, config: DistillConfig, rows: int, row_tokens: int
     return max(1, round(stage.share * config.tokens / (config.batch_rows * row_tokens)))
 
 
+def rows_of_process(batch_rows: int, processes: int) -> int:
+    """A process's share of the rows of a step.
+
+    Raises:
+        ConfigError: the processes cannot have equal shares.
+    """
+    if batch_rows % processes:
+        why = f"{processes} processes cannot share them equally, and a step of another size would be another training"
+        next_command = f"--set distill.batch_rows={math.ceil(batch_rows / processes) * processes}"
+        where = f"distill.batch_rows: {batch_rows}"
+        raise ConfigError("the rows of a step cannot be shared", where=where, why=why, next_command=next_command)
+    return batch_rows // processes
+
+
 def micro_rows(batch_rows: int, row_tokens: int) -> int:
     """Rows per forward pass: two where they fit and divide the batch, else one."""
     return 2 if batch_rows % 2 == 0 and 2 * row_tokens <= MICRO_BATCH_TOKENS else 1

@@ -14,11 +14,13 @@ from torch import nn
 
 from moe_edge.contracts.config import DistillConfig, StageConfig
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.distillation.cross_tokenizer import CROSS_TOKENIZER_TERMS, CrossTokenizerTerm, compares_tokens
 from moe_edge.distillation.expert_terms import EXPERT_TERMS
 from moe_edge.distillation.feature_terms import FEATURE_TERMS
 from moe_edge.distillation.losses import LOSSES, active_weights, of_kind
 from moe_edge.distillation.rollouts import Rollouts
 from moe_edge.distillation.router_terms import ROUTER_TERMS
+from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.student_aware_router import StudentAwareRouter
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.teacher_routing import teacher_routing
@@ -27,7 +29,7 @@ from moe_edge.distillation.terms import Needs, Term, TermContext
 from moe_edge.distillation.trainer import Parts
 from moe_edge.families.students import is_mixture
 
-TERMS = {**FEATURE_TERMS, **EXPERT_TERMS, **ROUTER_TERMS}
+TERMS = {**FEATURE_TERMS, **EXPERT_TERMS, **ROUTER_TERMS, **CROSS_TOKENIZER_TERMS}
 
 
 def stage_weights(config: DistillConfig, stage: StageConfig) -> dict[str, float]:
@@ -69,6 +71,19 @@ def wants_teacher(config: DistillConfig, stage: StageConfig) -> bool:
     return wants_live_logits(config, stage) or any(LOSSES[name].teacher for name in stage_weights(config, stage))
 
 
+def losses_on_tokens(config: DistillConfig) -> set[str]:
+    """The active losses of all stages that hold student and teacher against each other token by token."""
+    return {name for stage in config.stages for name in stage_weights(config, stage) if compares_tokens(name)}
+
+
+def require_temperatures(config: DistillConfig, signal: CachedSignal) -> None:
+    """Refuse a cache that cannot say what the stages ask, or the held-out KL at T = 1; raises ConfigError."""
+    signal.require(1.0)
+    for stage in config.stages:
+        if not wants_live_logits(config, stage):
+            signal.require(stage_blend(config, stage)[1])
+
+
 @dataclass(frozen=True)
 class PartsBuilder:
     """Builds the parts of a stage.
@@ -87,7 +102,8 @@ class PartsBuilder:
         """The parts, and the teacher where one is in memory; raises ConfigError where the student cannot have a loss."""
         device, live = next(student.parameters()).device, wants_live_logits(self.config, stage)
         model = teacher_model(self.teacher, device) if wants_teacher(self.config, stage) else None
-        context = TermContext(student, model, stage, **self.material)
+        temperature = stage_blend(self.config, stage)[1]
+        context = TermContext(student, model, stage, temperature=temperature, **self.material)
         terms = [TERMS[name](context) for name in of_kind(stage_weights(self.config, stage), "term")]
         routing = teacher_routing(stage, self.config.seed) if live else None
         needs = reduce(Needs.__or__, (term.needs for term in terms), Needs())
@@ -109,7 +125,7 @@ class PartsBuilder:
                 student, teacher, stage.student_aware_router, self.vocab
             )
         hooks = [*helpers, *stateful.values()]
-        observers = list(hooks)
+        observers = [*hooks, *(term for term in terms if isinstance(term, CrossTokenizerTerm))]
         if is_mixture(student):
             stateful["telemetry"] = RoutingTelemetry(student)
             observers.append(stateful["telemetry"])

@@ -64,7 +64,7 @@ class LiveTeacher:
     def __init__(self, model: nn.Module, needs: Needs, logits: bool = True, routing: Routing | None = None) -> None:
         self.model = model.requires_grad_(False).eval()
         self.needs, self.has_logits, self._routing = needs, logits, routing
-        if not logits and needs:
+        if not logits and needs and not needs.whole:
             del body(model).layers[max(needs.layers | needs.routers) + 1 :]
             gc.collect()
         self._ids_BS: Tensor | None = None  # of the micro-batch that was heard last

@@ -89,7 +89,13 @@ class KnowledgeAugmentation(AllExperts):
     def read(self) -> dict[str, float]:
         pairs, sampled, changed = self._totals.tolist()
         self._totals[:] = 0
-        return {"ka_sampled": sampled / pairs, "ka_changed": changed / pairs} if pairs else {}
+        if not pairs:
+            return {}
+        return {
+            "ka_lambda": self._config.sample_probability,
+            "ka_sampled": sampled / pairs,
+            "ka_changed": changed / pairs,
+        }
 
 
 def _check_count(count: int, experts: int, layer: int) -> None:

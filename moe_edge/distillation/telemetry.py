@@ -4,7 +4,8 @@ router_entropy: of the gates, 1 = undecided, 0 = certain. router_load_variation:
 over their mean. router_dead_experts: share of experts with less than a hundredth of an even load. router_drift_nats: how
 far the gates are from those at the start of the stage, on a sample of tokens. All are means over the MoE layers.
 
-Padding tokens are counted like text; training rows have none. Padding experts (families/padding.py) do not count.
+Padding tokens are counted like text; training rows have none. Padding experts (families/padding.py) do not count. Several
+processes add up what they counted; the drift is that of each one's own sample.
 
 Shape suffixes: L MoE layers, E experts (which layers may have different numbers of), K top-k, T tokens.
 """
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from math import log as ln
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from moe_edge.distillation.router_drift import RouterSnapshot
@@ -75,6 +77,7 @@ class RoutingTelemetry:
     def read(self) -> dict[str, float]:
         if self._drift_L is None:
             return {}
+        self._gather()
         counts = [counts_E.cpu() for counts_E in self._counts]
         self._ring(counts)
         most_L = torch.tensor([ln(experts) if experts > 1 else 1.0 for experts in self._experts])
@@ -88,6 +91,14 @@ class RoutingTelemetry:
         }
         self._clear()
         return numbers
+
+    def _gather(self) -> None:
+        """The sums over all processes, in each."""
+        self._counts = [reduce(counts_E, "sum") for counts_E in self._counts]
+        self._gates = [reduce(gates_E, "sum") for gates_E in self._gates]
+        self._entropy_L = reduce(self._entropy_L, "sum")
+        tokens = torch.tensor(float(self._tokens), dtype=torch.float64)
+        self._tokens = int(reduce(tokens.to(self._entropy_L.device), "sum"))
 
     def _ring(self, counts: Sequence[Tensor]) -> None:
         """One warning per layer when it begins to look collapsed, not one per step."""

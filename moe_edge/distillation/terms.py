@@ -1,8 +1,9 @@
 """What a loss beside those on logits looks like to the trainer, and what it may ask of the teacher.
 
-A term listens while the student runs (hooks that it sets and removes itself) and then judges one micro-batch. It never
-runs a model: the trainer runs the student once, and `LiveTeacher` the teacher at most once per micro-batch, for all
-terms together. Nothing is projected and no term leaves a parameter in the student.
+A term listens while the student runs (hooks that it sets and removes itself) and then judges one micro-batch. It does not
+run a model: the trainer runs the student once, and `LiveTeacher` the teacher at most once per micro-batch, for all
+terms together (but for cross_tokenizer.py, whose teacher reads other tokens). Nothing is projected and no term leaves a
+parameter in the student.
 
 Shape suffixes: N rows, B rows of a micro-batch, S tokens of a row, T = B x S tokens, D model, E experts.
 """
@@ -14,6 +15,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
@@ -27,9 +29,10 @@ class Needs:
 
     layers: frozenset[int] = frozenset()  # outputs of these decoder layers
     routers: frozenset[int] = frozenset()  # router logits, and inputs of the experts, of these decoder layers
+    whole: bool = False  # the term runs the teacher itself, so all of its layers must stay
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(self.layers | other.layers, self.routers | other.routers)
+        return Needs(self.layers | other.layers, self.routers | other.routers, self.whole or other.whole)
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.routers)
@@ -94,6 +97,8 @@ class TermContext:
     expert_layer_cka: Tensor | None = (
         None  # [teacher's MoE layers, its experts, student layers]; where a share is asked
     )
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None  # the student's, the teacher's
+    temperature: float = 1.0  # of the stage
 
     @cached_property
     def layer_map(self) -> dict[int, int]:

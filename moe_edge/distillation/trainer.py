@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from moe_edge.contracts.config import LrMultiplier
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.checkpoints import load_extras, load_weights, save_extras
+from moe_edge.distillation.checkpoints import load_extras, load_weights, require_same_sharding, save_extras
 from moe_edge.distillation.losses import LOSSES, TokenLosses, active_weights, of_kind
 from moe_edge.distillation.schedule import multipliers_of, rate_factor
 from moe_edge.distillation.signal import SignalSource, joined
@@ -237,7 +237,10 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, float]]:
         """Position j is judged on token j + 1 and on the teacher's row j; the last position of a row has no label."""
         if not of_kind(self.weights, "labels", "divergence"):
-            return 0.0 * hidden_BSD.float().sum(), {}  # a micro-batch that no term judges has a gradient, too: zero
+            nothing = 0.0 * hidden_BSD.float().sum()  # a micro-batch that no term judges has a gradient, too: zero
+            if self.accelerator.num_processes > 1:  # which wait for the gradients of every parameter, the head's too
+                nothing = nothing + 0.0 * head(model).weight.float().sum()
+            return nothing, {}
         own_words = "rollout" in inputs  # text that the student wrote is no target
         labels_T = None if own_words else inputs["labels"][:, 1:][chosen_BS[:, :-1]]
         weight_VD = head(model).weight[: self.vocab]
@@ -295,5 +298,6 @@ class DistillationTrainer(Trainer):
         save_extras(folder, self.parts.stateful)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        require_same_sharding(Path(resume_from_checkpoint), self.is_fsdp_enabled)
         load_weights(model or self.model, Path(resume_from_checkpoint))
         load_extras(Path(resume_from_checkpoint), self.parts.stateful)

@@ -113,9 +113,9 @@ def _dtype(entry: TensorEntry) -> np.dtype:
 
 
 def _converted(stored: StoredTensor, reader: TensorReader) -> np.ndarray:
-    """One tensor as it lies in the file; experts are converted one by one."""
+    """One tensor as it lies in the file; experts are converted one by one. Without sources, `convert` makes it."""
     entry = stored.entry
-    out = np.empty(entry.shape, dtype=_dtype(entry))
+    out = np.zeros(entry.shape, dtype=_dtype(entry))
     for expert, part in _parts(entry):
         _fill(out if expert is None else out[expert : expert + 1], assemble(part, reader), part)
     if entry.tensor_class == "shared_router" and not out.any():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moe_edge.contracts.errors import MoeEdgeError
 from moe_edge.contracts.quantization import Mix, chosen_type, tensor_bytes, type_for_row
@@ -67,15 +67,20 @@ def audit(parts: Sequence[Path], checkpoint: Path, recipe: str, mix: Mix | None 
     problems += [f"'{name}' does not belong to this model" for name in actual if name not in wanted]
     problems += [text for name in wanted if name in actual and (text := _difference(wanted[name], actual[name]))]
     if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise MoeEdgeError(
-            "the exported file is not what the recipe says",
-            where=str(parts[0]),
-            why="; ".join(problems[:SHOWN]) + more,
-            next_command="delete the export folder and export again; if it stays, report a bug with this message",
-        )
+        refuse(problems, parts[0])
     fallbacks = Counter(f"{item.named} -> {item.kind}" for item in wanted.values() if item.named != item.kind)
     return _by_class(wanted, actual) | {"fallbacks": dict(sorted(fallbacks.items()))}
+
+
+def refuse(problems: Sequence[str], where: Path) -> NoReturn:
+    """Raises MoeEdgeError with the first problems of a written file."""
+    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise MoeEdgeError(
+        "the exported file is not what was asked for",
+        where=str(where),
+        why="; ".join(problems[:SHOWN]) + more,
+        next_command="delete the export folder and export again; if it stays, report a bug with this message",
+    )
 
 
 def _difference(wanted: Expected, actual: GgufTensor) -> str | None:

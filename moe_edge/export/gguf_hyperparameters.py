@@ -35,7 +35,7 @@ def _attention(writer: GGUFWriter, spec: ModelSpec) -> None:
     writer.add_rope_dimension_count(spec.rotary_dim)
     if "sliding" in spec.layer_kinds and spec.sliding_window:
         writer.add_sliding_window(spec.sliding_window)
-    if spec.rope_scaling is not None:
+    if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "yarn":
         _yarn(writer, spec)
 
 

@@ -84,6 +84,7 @@ TENSOR_NAMES: dict[Key, str] = {
     ("attention_bias", "v_bias"): "blk.{}.attn_v.bias",
     ("attention_bias", "o_bias"): "blk.{}.attn_output.bias",
     ("attention_bias", "sinks"): "blk.{}.attn_sinks.weight",
+    ("attention_bias", "rotary_divisors"): "rope_freqs.weight",
     ("norm", "q_a_norm"): "blk.{}.attn_q_a_norm.weight",
     ("norm", "kv_a_norm"): "blk.{}.attn_kv_a_norm.weight",
     ("attention_other", "q_a"): "blk.{}.attn_q_a.weight",
@@ -169,12 +170,16 @@ def architecture_of(spec: ModelSpec) -> str:
 
 
 def file_entries(entries: list[TensorEntry], spec: ModelSpec) -> list[TensorEntry]:
-    """The entries in file order, with the embedding again as head where the architecture demands an output.weight."""
-    row = capability("llama_cpp", spec.family)
+    """The entries in file order, and what the architecture wants beside them: the embedding again as head where it demands
+    an output.weight, and Llama 3's divisors of the frequencies, which no checkpoint holds and so have no sources.
+    """
+    row, more = capability("llama_cpp", spec.family), []
     if spec.tied_embeddings and row is not None and not row.tied_head:
         embedding = next(entry for entry in entries if entry.tensor_class == "embedding")
-        return [*entries, replace(embedding, tensor_class="head")]
-    return entries
+        more.append(replace(embedding, tensor_class="head"))
+    if spec.rope_scaling is not None and spec.rope_scaling["rope_type"] == "llama3":
+        more.append(TensorEntry("attention_bias", None, "rotary_divisors", (), (spec.rotary_dim // 2,)))
+    return [*entries, *more]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Which of llama.cpp's built-in text splitters a tokenizer.json is, read from its own pre_tokenizer.
 
 What: `pre_tokenizer_name`. Why: llama.cpp implements splitting in C++ and selects it by name (`tokenizer.ggml.pre`); a
-wrong name changes token ids silently. Its own converter compares hashes of token ids per model; the structure itself is
-exact and needs no table of models. Facts: llama.cpp src/llama-vocab.cpp.
+wrong name changes token ids silently. The structure itself is exact and needs no table of models; what it does not decide is
+looked up by a hash of token ids, as llama.cpp's own converter does (gguf_known_hashes.py). Facts: src/llama-vocab.cpp.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.export.gguf_known_hashes import CHECK_TEXT, KNOWN_HASHES, ids_hash
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -43,8 +45,11 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str:
+def pre_tokenizer_name(tokenizer: dict[str, Any], encode: Callable[[str], list[int]]) -> str:
     """llama.cpp's name for the splitting that a parsed byte-level tokenizer.json describes.
+
+    Args:
+        encode: the tokenizer's ids of a text, with its automatic tokens.
 
     Raises:
         InputRejected: llama.cpp has no such splitter under a name that we know; names the option that overrides.
@@ -53,10 +58,13 @@ def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str:
     key = (tuple(steps), bool(tokenizer["model"].get("ignore_merges")))
     if key in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[key]
+    found = ids_hash(encode(CHECK_TEXT))
+    if found in KNOWN_HASHES:
+        return KNOWN_HASHES[found]
     raise InputRejected(
         "llama.cpp has no pre-tokenizer that is known to split like this tokenizer",
         where="tokenizer.json: pre_tokenizer",
-        why=f"splits by {steps}, ignore_merges={key[1]}; known: {', '.join(PRE_TOKENIZERS.values())}",
+        why=f"splits by {steps}, ignore_merges={key[1]}; known: {', '.join(PRE_TOKENIZERS.values())}; nor is its hash {found}",
         next_command="name it yourself: --set export.gguf.pre_tokenizer=NAME (a round trip checks it)",
     )
 

@@ -2,7 +2,8 @@
 
 What: `conversion` gives the function for one tensor of a family. Three things differ: the rows of q and k that rotate (pairs
 instead of halves), norms whose gain is one plus the weight (llama.cpp multiplies by the gain), and linear attention, whose
-value heads transformers groups by key head and llama.cpp deals out in turn, and whose decay is stored as -exp(A).
+value heads transformers groups by key head and llama.cpp deals out in turn, and whose decay is stored as -exp(A). Llama 3's
+scaled rotation, which transformers computes from config.json, is a tensor of divisors.
 Legend: D model width, H heads.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_edge.contracts.rotary_scaling import llama3_divisors
 from moe_edge.contracts.spec import ModelSpec, TensorEntry
 
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -21,6 +23,8 @@ def conversion(entry: TensorEntry, spec: ModelSpec, rotates_pairs: bool) -> Conv
     Args:
         rotates_pairs: does the graph rotate neighbouring columns of a head together?
     """
+    if entry.part == "rotary_divisors":
+        return lambda values: np.asarray(_rotary_divisors(spec), dtype=values.dtype)
     rotation = _rotation(entry, spec) if rotates_pairs and not spec.paired_rotary else None
     if rotation is not None:
         return rotation
@@ -29,6 +33,11 @@ def conversion(entry: TensorEntry, spec: ModelSpec, rotates_pairs: bool) -> Conv
     if entry.part in _TILED:
         return lambda values: _TILED[entry.part](values, spec)
     return lambda values: values
+
+
+def _rotary_divisors(spec: ModelSpec) -> list[float]:
+    assert spec.rope_scaling is not None
+    return llama3_divisors(spec.rope_scaling, spec.rotary_dim, spec.rope_theta)
 
 
 def interleave_rope(weight: np.ndarray, heads: int, kept: int = 0) -> np.ndarray:

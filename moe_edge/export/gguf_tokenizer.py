@@ -8,6 +8,7 @@ tokenizer that is almost right gives a model that is almost sensible, and nothin
 import json
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def gguf_vocabulary(checkpoint: Path, rows: int, pre_tokenizer: str | None) -> V
     if model.get("byte_fallback"):
         scores = _scores(model, tokens)
         return Vocabulary("llama", tokens, types, scores=scores, add_space_prefix=_prepends_space(parsed), **common)
-    pre = pre_tokenizer or pre_tokenizer_name(parsed)
+    pre = pre_tokenizer or pre_tokenizer_name(parsed, partial(tokenizer.encode, verbose=False))
     return Vocabulary("gpt2", tokens, types, pre=pre, merges=_merges(model), **common)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from moe_edge.export.device_runner import score
 from moe_edge.formulas.divergence import teacher_topk
-from moe_edge.runtimes.base import Runtime
+from moe_edge.runtimes.base import Answers, Runtime
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
 
@@ -56,11 +56,15 @@ def from_cache(logits: Path, rows: Path) -> list[Prompt]:
     return found
 
 
-def from_model(model: Runtime, ids_S: np.ndarray) -> list[Prompt]:
+def pieces(ids_S: np.ndarray) -> list[np.ndarray]:
+    """The rows that `from_model` asks the model about."""
+    return [ids_S[start : start + PROMPT_TOKENS] for start in range(0, len(ids_S), PROMPT_TOKENS)][:PROMPTS]
+
+
+def from_model(model: Answers, ids_S: np.ndarray) -> list[Prompt]:
     """A text cut into prompts, with an open model's own answers."""
-    pieces = [ids_S[start : start + PROMPT_TOKENS] for start in range(0, len(ids_S), PROMPT_TOKENS)][:PROMPTS]
     found = []
-    for piece_S in pieces:
+    for piece_S in pieces(ids_S):
         logits_SV = torch.from_numpy(np.ascontiguousarray(model.logits(piece_S)))
         top = teacher_topk(logits_SV, KEPT_IDS, (1.0,), model.vocab)
         found.append(

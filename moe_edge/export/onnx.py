@@ -27,7 +27,8 @@ from moe_edge.families import student_family
 from moe_edge.families.loading import stored_dtype
 from moe_edge.families.pruning import without_padding
 from moe_edge.families.students import load_student
-from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside
 
 logger = logging.getLogger(__name__)
@@ -87,13 +88,14 @@ def export_onnx(
         report = Packer(builder.model, recipe, Importance(imatrix, kept, spec.moe_layers)).run()
         nodes = Counter(node.op_type for node in builder.model.graph)
         ir.save(builder.model, partial / GRAPH, external_data=WEIGHTS, size_threshold_bytes=INLINE_BYTES)
-        _write_companions(builder, checkpoint, partial)
+        _write_companions(builder, headers, partial)
         if provider == "cuda":
             check_cuda_folder(partial)
     return _summary(out, precision, block_size, report, nodes)
 
 
-def _write_companions(builder: Any, checkpoint: Path, out: Path) -> None:
+def _write_companions(builder: Any, headers: CheckpointHeaders, out: Path) -> None:
+    checkpoint = headers.folder
     try:
         write_companions(builder, checkpoint, out)
     except (OSError, ValueError) as error:
@@ -101,6 +103,8 @@ def _write_companions(builder: Any, checkpoint: Path, out: Path) -> None:
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)
+    if headers.packed:
+        write_json_atomic(out / "config.json", headers.config)  # the graph is not in MXFP4
 
 
 def _summary(out: Path, precision: str, block_size: int, report: Report, nodes: Counter[str]) -> dict[str, Any]:

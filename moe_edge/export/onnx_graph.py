@@ -114,6 +114,11 @@ class DecoderGraph:
         self.attention_attrs["q_norm"] = self.attention_attrs["k_norm"] = self.spec.qk_norm != "none"
         super().make_attention_init(config)  # type: ignore[misc]
 
+    def make_rope_init(self, config: Any) -> None:
+        """Of its classes only one knows Llama 3's rotation; the caches are the model's own anyway."""
+        if self.spec.rope_scaling is None or self.spec.rope_scaling["rope_type"] != "llama3":
+            super().make_rope_init(config)  # type: ignore[misc]
+
     def make_intermediate_size_init(self, config: Any) -> None:
         """LFM2's class derives a width from keys that its mixtures lack; ours come with each block."""
 

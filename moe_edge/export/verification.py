@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import get_args
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.runtimes.onnx_header import GRAPH, inspect_onnx
 from moe_edge.storage.files import sha256_file
@@ -19,6 +21,7 @@ from moe_edge.storage.safetensors_header import read_header
 
 MANIFEST_LIMIT_BYTES = 64 << 20
 MEMBER_LIMIT = 10_000
+ACCELERATORS = tuple(name for name in get_args(Provider) if name != "cpu")  # that we write folders for
 DELIVERED = "artifacts"  # of a build's folder; beside it lie the stages, which have their own manifests
 
 
@@ -32,6 +35,8 @@ def faults(path: Path) -> list[str]:
     if path.is_file() and tarfile.is_tarfile(path):
         with _unpacked(path) as folder:
             return faults(folder)
+    if path.is_file() and (fault := _bad_header(path, path.name)):
+        return [fault]  # a model file has no manifest, but what it claims can be checked
     manifest = _manifest(path)
     found = [fault for name, entry in sorted(manifest.files.items()) if (fault := _fault(path, name, entry))]
     return found + [f"{name}: not in the manifest" for name in _extra(path, manifest)]
@@ -73,7 +78,7 @@ def _bad_header(path: Path, name: str) -> str | None:
         if path.suffix == ".gguf":
             check_gguf_header(path)
         elif path.name == GRAPH:
-            inspect_onnx(path.parent)
+            inspect_onnx(path.parent, ACCELERATORS)
         elif path.suffix == ".safetensors":
             read_header(path)
     except InputRejected as error:

@@ -40,7 +40,10 @@ COMMON_REFUSALS: tuple[Refusal, ...] = (
     (lambda v: bool(v.get("mlp_only_layers")), "mlp_only_layers: some layers are dense, every layer must be a MoE"),
     (lambda v: v.get("decoder_sparse_step", 1) != 1, "decoder_sparse_step is not 1: some layers are dense"),
     (lambda v: v.get("hidden_act", "silu") != "silu", "hidden_act is not silu"),
-    (lambda v: "quantization_config" in v, "a quantized checkpoint; start from the float32, float16 or bfloat16 one"),
+    (
+        lambda v: "quantization_config" in v,
+        "a quantized checkpoint; start from the float32, float16 or bfloat16 one (MXFP4 is read, of gpt_oss)",
+    ),
 )
 PLAIN_ROTARY: tuple[Refusal, ...] = (
     (lambda v: rotary(v).scaling is not None, "scaled rotary embeddings (rope_type is not 'default')"),

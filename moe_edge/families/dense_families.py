@@ -55,6 +55,6 @@ DENSE_FAMILIES: dict[str, Family] = {
     ),
     "llama": DenseFamily(
         model_type="llama", defaults=_DEFAULTS, refusals=(_MLP_BIAS,), bias_key="attention_bias", output_bias=True,
-        rotary="plain", dense_layers=_all_layers, more=lambda v: {"sliding_window": None},
+        dense_layers=_all_layers, more=lambda v: {"sliding_window": None},
     ),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """gpt-oss (20B, 120B): biases on the router and inside the experts, a clamped SwiGLU, attention sinks, and a sliding
 window in every second layer.
 
-Expert matrices are stored transposed, gate and up columns alternating. The released checkpoints are MXFP4 and must be
-converted to bfloat16 first.
+Expert matrices are stored transposed, gate and up columns alternating. The released checkpoints hold them in MXFP4, which
+is read as the bfloat16 tensors that it stands for (storage/mxfp4.py).
 """
 
 from collections.abc import Mapping

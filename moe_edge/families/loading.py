@@ -5,6 +5,7 @@ and 5, llama.cpp and vLLM all read the same way (they look for the expert count 
 """
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"
 GENERATION = "generation_config.json"
 _END_FILES = ((GENERATION,), ("config.json",), ("genai_config.json", "model"))  # (file, *keys inside)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# It says that it will unpack MXFP4, and how to avoid that; unpacking is what `load_model` asks for.
+logging.getLogger("transformers.quantizers.quantizer_mxfp4").setLevel(logging.ERROR)
 if not sys.stderr.isatty():
     disable_progress_bar()  # of transformers; a log file is no place for it
 
@@ -46,19 +49,30 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     headers = inspect_checkpoint(Path(path), require_tokenizer=False)
     family_of(headers.config).tensors(headers.config, headers.tensors)
     stored_dtype(headers)
+    config = load_config(path)
+    if headers.packed:
+        config.quantization_config = {
+            "quant_method": "mxfp4",
+            "dequantize": True,
+        }  # removed by transformers once it is done
     model = AutoModelForCausalLM.from_pretrained(
-        str(path), config=load_config(path), dtype=dtype, local_files_only=True, trust_remote_code=False,
+        str(path), config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
         use_safetensors=True,
     )  # fmt: skip
+    if headers.packed:
+        model._weight_conversions = None  # or it would be saved under the names of the packed tensors
     return model.eval()
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """The configuration of a checked folder. Raises InputRejected when transformers refuses it."""
+    """The configuration of a checked folder, without quantization. Raises InputRejected when transformers refuses it."""
     try:
-        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every config class validates in its own way
         raise InputRejected("transformers refuses config.json", where=str(path), why=_first_line(error)) from error
+    if hasattr(config, "quantization_config"):  # MXFP4: every reader unpacks it, and what is saved is plain
+        del config.quantization_config
+    return config
 
 
 def _first_line(error: Exception) -> str:
@@ -96,6 +110,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise InputRejected("the tokenizer cannot be read", where=str(path), why=_first_line(error)) from error
 
 
+def true_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
+    """How many of a head's rows stand for tokens: the ids that the tokenizer can produce; the rows beyond are padding."""
+    return min(rows, max(tokenizer.get_vocab().values()) + 1)
+
+
 def configured_ends(folder: Path) -> dict[str, list[int]]:
     """{configuration file: the ids that it says end a text}, in the order in which they count.
 
@@ -115,8 +134,11 @@ def configured_ends(folder: Path) -> dict[str, list[int]]:
     return ends
 
 
-def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:
+def resolve_teacher(path_or_id: str, revision: str | None = None, role: str = "teacher") -> Path:
     """A folder for a path or a hub id; the hub is asked only for ids, and only for safetensors and text files.
+
+    Args:
+        role: what an error calls the model.
 
     Raises:
         ConfigError: the folder does not exist, or the hub has not given the model.
@@ -125,7 +147,7 @@ def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:
     if path_or_id and folder.is_dir():
         return folder
     if not path_or_id or folder.exists() or not _looks_like_id(path_or_id):
-        raise ConfigError("the teacher is not a folder", where=path_or_id, why="expected a checkpoint folder or hub id")
+        raise ConfigError(f"the {role} is not a folder", where=path_or_id, why="expected a checkpoint folder or hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -133,7 +155,7 @@ def resolve_teacher(path_or_id: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub client raises dozens of types: offline, unknown id, gated, proxy
         why = f"no such folder, and the hub failed: {_first_line(error)}"
         command = f"hf download {path_or_id} --local-dir DIR, then pass DIR"
-        raise ConfigError("the teacher cannot be found", where=path_or_id, why=why, next_command=command) from error
+        raise ConfigError(f"the {role} cannot be found", where=path_or_id, why=why, next_command=command) from error
 
 
 def _looks_like_id(text: str) -> bool:

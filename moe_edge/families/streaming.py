@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.families import family_of
+from moe_edge.families import student_family
+from moe_edge.families.dense import DENSE_TYPES
 from moe_edge.families.loading import load_config, stored_dtype
 from moe_edge.families.taps import body, decoder_layers
 from moe_edge.families.views import MoELayerView, down_project, expert_activations, moe_layers
@@ -39,21 +40,32 @@ MEMORY_SHARE = 0.6  # of what is free may hold the whole model; activations, sum
 Part = int | Literal["embedding", "head", "rest"]  # a number: that decoder layer; rest: norms and the like
 
 
+def free_bytes(device: torch.device, sharers: int = 1) -> int:
+    """Memory that is free on a device now, or one process's share of this machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) // sharers
+
+
 def fits_in_memory(
-    headers: CheckpointHeaders, dtype: torch.dtype, device: torch.device | str = "cpu", sharers: int = 1
-) -> bool:
+    headers: CheckpointHeaders, dtype: torch.dtype, device: torch.device | str = "cpu", sharers: int = 1,
+    *, share: float = MEMORY_SHARE,
+) -> bool:  # fmt: skip
     """May the whole model be loaded in `dtype` now, or is it better streamed?
 
     Args:
         sharers: processes on this machine that load the model at once; each accelerator has memory of its own.
+        share: of what is free that the weights may take.
     """
-    needed = dtype.itemsize * sum(prod(info.shape) for info in headers.tensors.values())
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available // sharers
-    fits = needed <= MEMORY_SHARE * free
-    log.info("the model takes %.1f GiB of %.1f: %s", needed / 2**30, free / 2**30, "whole" if fits else "streamed")
+    needed, free = held_bytes(headers, dtype), free_bytes(torch.device(device), sharers)
+    fits = needed <= share * free
+    log.info("the model takes %.1f GiB of %.1f: %s", needed / 2**30, free / 2**30, "fits" if fits else "too large")
     return fits
+
+
+def held_bytes(headers: CheckpointHeaders, dtype: torch.dtype) -> int:
+    """What the whole model's weights take in memory in `dtype`."""
+    return dtype.itemsize * sum(prod(info.shape) for info in headers.tensors.values())
 
 
 def meta_model(headers: CheckpointHeaders, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -62,7 +74,7 @@ def meta_model(headers: CheckpointHeaders, dtype: torch.dtype = torch.float32) -
     Raises:
         InputRejected: unsupported, or its tensors do not fit its config.json.
     """
-    family_of(headers.config).tensors(headers.config, headers.tensors)
+    student_family(headers.config).tensors(headers.config, headers.tensors)
     stored_dtype(headers)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -101,7 +113,7 @@ class StreamedModel(Closing):
         self._names = _names_by_part(self.model, self.layers)
         self._targets = self._targets_by_part(headers)
         if compact:
-            for view in moe_layers(self.model):
+            for view in _moe_layers(self.model):
                 view.experts.forward = partial(experts_one_by_one, view)
         self._load("rest")
 
@@ -178,7 +190,7 @@ class StreamedModel(Closing):
         """Empty tensors of the parameters' shapes and final dtypes; some stay in float32 whatever the model's dtype."""
         float32 = [re.compile(key.replace("*", ".*")) for key in self.model._get_dtype_plan(self.dtype)]
         stacks = {
-            id(tensor) for view in moe_layers(self.model) for tensor in view.experts.parameters() if tensor.ndim == 3
+            id(tensor) for view in _moe_layers(self.model) for tensor in view.experts.parameters() if tensor.ndim == 3
         }
         smaller = of_experts if of_experts.itemsize < self.dtype.itemsize else self.dtype
         empty = {}
@@ -242,6 +254,11 @@ class StreamedModel(Closing):
             module._buffers[name] = torch.empty_like(buffer, device=self.device)
         if hollow:
             self.model._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def _moe_layers(model: PreTrainedModel) -> list[MoELayerView]:
+    """The MoE layers; a dense student has none."""
+    return [] if model.config.model_type in DENSE_TYPES else moe_layers(model)
 
 
 def _names_by_part(model: PreTrainedModel, layers: list[nn.Module]) -> dict[Part, list[str]]:

@@ -1,17 +1,22 @@
 """One judge of quality: KL divergence, top-1 agreement and perplexity of an artifact's own logits against a reference.
 
 Rows stream through `Judge.add`; only sums are kept. Position s predicts token s + 1, so a row of S tokens gives S - 1
-positions, and all numbers are taken over exactly those. Everything accumulates in float64.
+positions, and all numbers are taken over exactly those. Everything accumulates in float64; the KL is the one formula of
+formulas/divergence.py. Its parts (KL per token, agreement, perplexity) serve the export's parity, too.
 Legend: N rows, S sequence, T positions of a chunk, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.formulas.divergence import forward_kl
 
 CHUNK_ELEMENTS = 1 << 22  # T x V values per float64 chunk, so that a 150 k vocabulary needs no gigabytes
 BOOTSTRAP_SAMPLES = 2000
@@ -107,28 +112,55 @@ def _check_shapes(reference_SV: np.ndarray, artifact_SV: np.ndarray, ids_S: np.n
         raise ValueError(f"rows differ: {len(reference_SV)}, {len(artifact_SV)} logits for {len(ids_S)} tokens")
 
 
-def log_softmax(logits_TV: np.ndarray) -> NDArray[np.float64]:
-    """ln softmax over the last axis in float64."""
-    shifted_TV = logits_TV.astype(np.float64)
-    shifted_TV -= shifted_TV.max(axis=-1, keepdims=True)
-    shifted_TV -= np.log(np.exp(shifted_TV).sum(axis=-1, keepdims=True))
-    return shifted_TV
+def log_probs(logits_TV: np.ndarray) -> Tensor:
+    """ln softmax over the last axis, float64 [T, V]."""
+    return torch.log_softmax(torch.from_numpy(np.asarray(logits_TV, dtype=np.float64)), -1)
+
+
+def chunks(tokens: int, vocab: int) -> Iterator[slice]:
+    """Positions 0 .. tokens in parts of CHUNK_ELEMENTS logits, or of one position."""
+    step = max(1, CHUNK_ELEMENTS // vocab)
+    yield from (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+def kl_per_token(reference_TV: np.ndarray, artifact_TV: np.ndarray) -> NDArray[np.float64]:
+    """KL(softmax(reference) || softmax(artifact)) of every row of logits, [T] nats; NaN where a logit is not finite."""
+    parts = chunks(*reference_TV.shape)
+    kl = [forward_kl(log_probs(reference_TV[part]), log_probs(artifact_TV[part])).numpy() for part in parts]
+    return np.concatenate(kl)
+
+
+def agreement(reference_TV: np.ndarray, artifact_TV: np.ndarray) -> NDArray[np.bool_]:
+    """Where both models think the same token the likeliest, [T]."""
+    same: NDArray[np.bool_] = reference_TV.argmax(-1) == artifact_TV.argmax(-1)
+    return same
+
+
+def perplexity(logits_SV: np.ndarray, ids_S: np.ndarray) -> float | None:
+    """exp of the mean negative log-likelihood of every next token; None where it overflows."""
+    targets_T = ids_S[1:]
+    parts = chunks(len(targets_T), logits_SV.shape[1])
+    total = sum(_nll(log_probs(logits_SV[part]), targets_T[part]) for part in parts)
+    return _perplexity(total / len(targets_T))[0]
 
 
 def row_sums(reference_TV: np.ndarray, artifact_TV: np.ndarray, targets_T: np.ndarray) -> _RowSums:
     """Sums over positions, in chunks: KL(reference || artifact), equal argmax, negative log-likelihoods."""
-    step = max(1, CHUNK_ELEMENTS // reference_TV.shape[1])
     kl = nll = reference_nll = 0.0
     agree = 0
-    for start in range(0, len(targets_T), step):
-        part = slice(start, start + step)
-        p_TV, q_TV = log_softmax(reference_TV[part]), log_softmax(artifact_TV[part])
-        targets_T1 = targets_T[part, None].astype(np.int64)
-        kl += float((np.exp(p_TV) * (p_TV - q_TV)).sum())
-        agree += int((p_TV.argmax(-1) == q_TV.argmax(-1)).sum())
-        nll -= float(np.take_along_axis(q_TV, targets_T1, -1).sum())
-        reference_nll -= float(np.take_along_axis(p_TV, targets_T1, -1).sum())
+    for part in chunks(*reference_TV.shape):
+        p_TV, q_TV = log_probs(reference_TV[part]), log_probs(artifact_TV[part])
+        kl += float(forward_kl(p_TV, q_TV).sum())
+        agree += int(agreement(reference_TV[part], artifact_TV[part]).sum())
+        nll += _nll(q_TV, targets_T[part])
+        reference_nll += _nll(p_TV, targets_T[part])
     return _RowSums(kl, agree, nll, reference_nll, len(targets_T))
+
+
+def _nll(logprobs_TV: Tensor, targets_T: np.ndarray) -> float:
+    """Sum of the negative log-likelihoods of the targets, nats."""
+    targets_T1 = torch.from_numpy(targets_T.astype(np.int64))[:, None]
+    return -float(logprobs_TV.gather(-1, targets_T1).sum())
 
 
 def _perplexity(mean_nll_nats: float) -> tuple[float | None, str | None]:

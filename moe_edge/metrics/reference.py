@@ -14,14 +14,14 @@ from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.contracts.progress import track
 from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.quality import Judge, Score
-from moe_edge.runtimes.base import Runtime
+from moe_edge.runtimes.base import Answers, Runtime
 
 
-def spill_logits(runtime: Runtime, rows_NS: np.ndarray, path: Path, label: str) -> np.ndarray:
+def spill_logits(runtime: Answers, rows_NS: np.ndarray, path: Path, label: str) -> np.ndarray:
     """Write the logits of every row to a raw float32 file and map it read-only.
 
     Args:
-        runtime: an open runtime; the caller closes it.
+        runtime: open; the caller closes it.
         rows_NS: token ids.
         path: the scratch file to create or overwrite.
         label: for the progress bar.

@@ -26,6 +26,16 @@ class Prompt:
     seed: int = 0
 
 
+class Answers(Protocol):
+    """A model that answers whole rows."""
+
+    vocab: int
+
+    def logits(self, ids_S: np.ndarray) -> np.ndarray:
+        """Logits [S, V] float32 of every position."""
+        ...
+
+
 @runtime_checkable
 class Runtime(Protocol):
     """An opened artifact that turns token ids into logits; a context manager that frees everything on exit."""

@@ -7,15 +7,21 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from transformers import DynamicCache
 
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, ResourceProblem
+from moe_edge.contracts.units import format_bytes
 from moe_edge.families.routing_gap import watched_gaps
+from moe_edge.families.streaming import fits_in_memory, held_bytes
 from moe_edge.families.students import is_mixture, load_student, use_fastest_experts
 from moe_edge.runtimes.base import ClosingRuntime, Prompt, checked_tokens
-from moe_edge.runtimes.hf_batch import generate_side_by_side
+from moe_edge.runtimes.hf_batch import equally_long, generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling
+from moe_edge.storage.checkpoint import inspect_checkpoint
+
+LOADABLE_SHARE = 0.9  # of the free memory: a model beyond it would be killed by the system, not refused
 
 
 class HfRuntime(ClosingRuntime):
@@ -29,12 +35,14 @@ class HfRuntime(ClosingRuntime):
     Raises:
         ConfigError: no such folder.
         InputRejected: it cannot be loaded.
+        ResourceProblem: it does not fit into memory.
     """
 
     name = "hf"
 
     def __init__(self, path: Path, threads: int, context_length: int) -> None:
         self.path, self.context_length = Path(path), context_length
+        _refuse_too_large(self.path)
         self._model: torch.nn.Module | None = load_student(self.path)
         self.vocab: int = self._model.config.vocab_size
         self._cache: DynamicCache | None = None
@@ -46,14 +54,27 @@ class HfRuntime(ClosingRuntime):
         """Logits [S, V] float32 of every position, from an empty context. Raises ConfigError when S is too long."""
         return self._forward(ids_S, None, last_only=False)
 
-    def routing_gaps(self, ids_S: np.ndarray) -> np.ndarray:
-        """Each token's smallest routing gap over all MoE layers, [S] (families/routing_gap.py); infinite without routers."""
-        if not is_mixture(self._open_model()):
-            return np.full(len(ids_S), np.inf, dtype=np.float32)
-        with watched_gaps(self._open_model()) as gaps:
-            self._forward(ids_S, None, last_only=True)
-        smallest: np.ndarray = torch.stack(gaps).amin(0).numpy()
-        return smallest
+    @torch.inference_mode()
+    def read(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """How near each token's routing is to a tie: its smallest gap over all MoE layers (families/routing_gap.py).
+
+        Returns:
+            [S] of each row; infinite where there are no routers.
+
+        Raises:
+            ConfigError: a row is empty, too long, or holds an unknown token.
+        """
+        model, mixture = self._open_model(), is_mixture(self._open_model())
+        given = [checked_tokens(row, 0, self.context_length, self.vocab, self.path) for row in rows]
+        found = [np.full(len(ids_S), np.inf, dtype=np.float32) for ids_S in given]
+        for batch in equally_long(given) if mixture else ():
+            ids_BS = torch.from_numpy(np.stack([given[row] for row in batch]))
+            with watched_gaps(model) as gaps:
+                model(input_ids=ids_BS, use_cache=False, logits_to_keep=1)
+            gap_BS = torch.stack(gaps).amin(0).float().view(ids_BS.shape)
+            for row, gap_S in zip(batch, gap_BS, strict=True):
+                found[row] = gap_S.numpy()
+        return found
 
     def prefill(self, ids_S: np.ndarray) -> np.ndarray:
         """Empty the context, read the prompt, return the last position's logits [V] float32."""
@@ -100,3 +121,14 @@ class HfRuntime(ClosingRuntime):
         out = model(input_ids=ids_1S, past_key_values=cache, use_cache=cache is not None, logits_to_keep=kept)
         logits: np.ndarray = out.logits[0].numpy()
         return logits
+
+
+def _refuse_too_large(path: Path) -> None:
+    headers = inspect_checkpoint(path, require_tokenizer=False)
+    if not fits_in_memory(headers, torch.float32, share=LOADABLE_SHARE):
+        needed, free = held_bytes(headers, torch.float32), psutil.virtual_memory().available
+        raise ResourceProblem(
+            "not measured: the model does not fit into memory",
+            where=str(path), why=f"it takes {format_bytes(needed)} in float32, {format_bytes(free)} are free",
+            next_command="a machine with more memory; the exported files are measured without it",
+        )  # fmt: skip

@@ -6,6 +6,7 @@ replaced: one random state for the whole batch would make an answer depend on it
 Legend: B batch, S sequence, V vocabulary.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from moe_edge.runtimes.base import Prompt
 from moe_edge.runtimes.sampling import RowNoise, Sampling, pick
+
+BATCH_TOKENS = 1024  # of rows that are read together, beside a batch that is decoded
 
 
 class SeededPick(LogitsProcessor):
@@ -70,3 +73,12 @@ def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
     """The tokens before the first stop token."""
     end = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return tokens[:end]
+
+
+def equally_long(rows: Sequence[np.ndarray]) -> list[list[int]]:
+    """The numbers of the rows that are read together: of one length, BATCH_TOKENS tokens at most or one row."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for number, ids_S in enumerate(rows):
+        by_length[len(ids_S)].append(number)
+    sized = [(max(1, BATCH_TOKENS // length), numbers) for length, numbers in by_length.items()]
+    return [numbers[start : start + size] for size, numbers in sized for start in range(0, len(numbers), size)]

@@ -4,7 +4,7 @@ An ONNX graph names the files that hold its weights; a crafted one can name any 
 tensor's location must be a plain file directly in the folder, and its range must lie inside that file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,15 @@ class OnnxHeader:
     context_length: int
 
 
-def inspect_onnx(folder: Path) -> OnnxHeader:
+def inspect_onnx(folder: Path, providers: Collection[str] = ()) -> OnnxHeader:
     """Read genai_config.json and check the graph's external data.
 
+    Args:
+        providers: accelerators whose folders are taken, too; by default only the CPU's, whose layout our runtime reads.
+
     Raises:
-        InputRejected: a file is missing, corrupt, outside the folder or a symbolic link, or a size is impossible.
+        InputRejected: a file is missing, corrupt, outside the folder or a symbolic link, a size is impossible, or the
+            folder was written for another provider.
     """
     config = read_json(folder / CONFIG)
     graph = folder / GRAPH
@@ -46,7 +50,7 @@ def inspect_onnx(folder: Path) -> OnnxHeader:
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(folder, tensor)
-    _refuse_other_provider(config, folder)
+    _refuse_other_provider(config, folder, providers)
     sizes = {
         name: _size(config, path, folder)
         for name, path in {
@@ -116,15 +120,17 @@ def _check_external(folder: Path, tensor: onnx.TensorProto) -> None:
         raise InputRejected("an ONNX data file is truncated", where=where, why=why)
 
 
-def _refuse_other_provider(config: dict[str, Any], folder: Path) -> None:
-    """Raises InputRejected when the folder was written for an accelerator, whose layout the CPU does not read."""
+def _refuse_other_provider(config: dict[str, Any], folder: Path, known: Collection[str]) -> None:
+    """Raises InputRejected when the folder was written for an accelerator that is not among the known."""
     options: Any = config
     for key in ("model", "decoder", "session_options", "provider_options"):
         options = options.get(key) if isinstance(options, dict) else None
-    names = [name for option in options or () if isinstance(option, dict) for name in option]
+    names = [name for option in options or () if isinstance(option, dict) for name in option if name not in known]
     if names:
-        why = f"genai_config.json asks for the provider {', '.join(map(str, names))}"
-        raise InputRejected("this ONNX folder is not for the CPU", where=str(folder), why=why)
+        why = f"genai_config.json asks for the provider {', '.join(names)}"
+        raise InputRejected(
+            f"this ONNX folder is not for {' or '.join(('the CPU', *known))}", where=str(folder), why=why
+        )
 
 
 def _size(config: dict[str, Any], path: str, folder: Path) -> int:

@@ -6,6 +6,7 @@ Not a stage with a key: it only assembles what the stages delivered, after they 
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def write_bundles(
     inputs: Mapping[str, str], versions: Mapping[str, str],
 ) -> list[str]:  # fmt: skip
     """Write out/artifacts/bundle/FORMAT and FORMAT.tar, or remove them where the configuration wants none.
+
+    A graph for CUDA is a bundle of its own, onnx-cuda, experimental: its golden scores are those of its twin for the CPU.
 
     Args:
         out: the build's folder; `out/export/golden.json` and `out/artifacts` are read.
@@ -50,10 +53,20 @@ def write_bundles(
         )
     golden, written = read_json(out / "export" / GOLDEN), []
     for row in _main(artifacts):
-        folder = top / row["format"]
-        write_bundle(_contents(out, row, config, name, golden, inputs, versions), folder)
-        written.append(folder.relative_to(out).as_posix())
+        contents = _contents(out, row, config, name, golden, inputs, versions)
+        bundles = {row["format"]: contents}
+        if row["format"] == "onnx" and config.export.onnx.provider == "cuda":
+            bundles["onnx-cuda"] = _for_cuda(contents)
+        for kind, content in bundles.items():
+            write_bundle(content, top / kind)
+            written.append((top / kind).relative_to(out).as_posix())
     return written
+
+
+def _for_cuda(contents: Contents) -> Contents:
+    """The graph that lies inside the CPU's folder; it computes in float16 where that one computes in float32."""
+    label = contents.quantization.replace("fp32", "fp16")
+    return replace(contents, artifact=contents.artifact / "cuda", quantization=label, provider="cuda")
 
 
 def _main(artifacts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -77,5 +90,5 @@ def _contents(
             "threads": runtime.threads, "gpu_layers": runtime.gpu_layers, "kv_cache": runtime.kv_cache,
             "context_length": config.target.context_length,
         },
-        inputs=inputs, versions=versions,
+        inputs=inputs, versions=versions, system=config.target.system,
     )  # fmt: skip

@@ -19,29 +19,32 @@ from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals, require_exportable
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.onnx_bits import Provider
+from moe_edge.contracts.errors import InputRejected, ResourceProblem
+from moe_edge.contracts.onnx_bits import LayerBits, Provider
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.devices.host import threads_for
 from moe_edge.export.golden import from_cache
 from moe_edge.export.imatrix import dense_imatrix
 from moe_edge.export.onnx import export_onnx
-from moe_edge.export.parity import prompt_ids
+from moe_edge.export.onnx_audit import audit_onnx
+from moe_edge.export.parity_rows import prompt_ids
 from moe_edge.families import student_family
 from moe_edge.families.counting import count_params
+from moe_edge.families.first_layers import layers_within, write_first_layers
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.stages.bundle import GOLDEN
 from moe_edge.stages.export_gguf import export_gguf
 from moe_edge.stages.export_job import Job, Reopened
-from moe_edge.stages.export_parity import judge_exports
+from moe_edge.stages.export_parity import Judge, judge_exports
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
-from moe_edge.storage.files import read_json, write_json_atomic
+from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
-ONNX_CLASSES = "onnx_classes.json"  # bytes and bits per weight by tensor class
-FP32_MEMORY_SHARE = 0.4  # of the free memory: beyond it the fp32 graph is not built and the report says so
+FP32_MEMORY_SHARE = (
+    0.4  # of the free memory: beyond it only the first layers are judged in float32, and the report says so
+)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -178,36 +181,55 @@ def _export_onnx(job: Job, artifacts: list[dict[str, Any]], reopened: list[Reope
             provider=provider, **more,
         )  # fmt: skip
 
-    full = job.out / "reference" / "onnx-fp32"
-    if 4 * job.params_total < FP32_MEMORY_SHARE * psutil.virtual_memory().available:
-        _once(full, lambda path: write(path, "fp32"))
-        reopened.append(Reopened("onnx fp32", "ort", full))
-    else:
-        notes.append(
-            "the fp32 ONNX graph was not built: it would not fit this machine's memory; parity rests on the GGUF"
-        )
+    def audit(path: Path, precision: str, layer_bits: LayerBits | None = None, provider: Provider = "cpu") -> Any:
+        return audit_onnx(path, job.model, precision, options.block_size, layer_bits, provider)
+
+    reopened.append(_full_precision_onnx(job, notes))
     path = job.out / "onnx"
-    _once(path, lambda path: _told(job, write(path, job.precision, layer_bits=options.layer_bits)))
+    _once(path, lambda path: write(path, job.precision, layer_bits=options.layer_bits))
+    told = audit(path, job.precision, options.layer_bits)
     label = f"{job.precision}-mix" if options.layer_bits else job.precision
-    told = read_json(job.out / ONNX_CLASSES) if (job.out / ONNX_CLASSES).is_file() else {}
     artifacts.append(_artifact(job, "onnx", "ort", "artifacts/onnx", path, label) | told)
     reopened.append(Reopened(f"onnx {label} delivered", "ort", path, artifacts[-1]["path"]))
     if options.provider == "cuda":
         precision = "fp16" if job.precision == "fp32" else job.precision
         _once(path / "cuda", lambda path: write(path, precision, "cuda", layer_bits=options.layer_bits))
+        audit(path / "cuda", precision, options.layer_bits, "cuda")
         notes.append(
             "artifacts/onnx/cuda is experimental: a float16 graph for ONNX Runtime's CUDA provider, quantized alike. Its "
-            "structure was checked; it was not run, and no number of this report is about it."
+            "structure, bits and bytes were checked; it was not run, and no number of this report is about it."
         )
 
 
-def _told(job: Job, summary: dict[str, Any]) -> None:
-    """Keep what the exporter says of the tensor classes, for an export that is killed after it and goes on."""
-    classes = {
-        "bytes_by_class": summary["bytes_by_class"],
-        "bits_per_weight_by_class": summary["bits_per_weight"],
-    }
-    write_json_atomic(job.out / ONNX_CLASSES, classes)
+def _full_precision_onnx(job: Job, notes: list[str]) -> Reopened:
+    """The graph in float32, of the whole student or of as many of its first layers as fit into memory.
+
+    Raises:
+        ResourceProblem: not even the first layer with experts fits, so that nothing would show that the graph is right.
+    """
+    folder, weights = job.out / "reference", FP32_MEMORY_SHARE * psutil.virtual_memory().available / 4
+    if job.params_total < weights:
+        return Reopened("onnx fp32", "ort", _float32_graph(job, job.model, folder / "onnx-fp32"))
+    layers = layers_within(inspect_checkpoint(job.model), weights)
+    if layers <= min(job.spec.moe_layers, default=0):
+        raise ResourceProblem(
+            "the ONNX graph cannot be compared with the student",
+            where=str(job.model), why="not even its first layers fit into memory in float32",
+            next_command="--set export.formats=[gguf], or a machine with more memory",
+        )  # fmt: skip
+    student = folder / f"first-{layers}-layers"
+    _once(student, lambda path: write_first_layers(job.model, layers, path))
+    graph = _float32_graph(job, student, folder / f"onnx-fp32-first-{layers}-layers")
+    part = f"the first {layers} of {job.spec.layers} layers"
+    notes.append(f"the float32 ONNX graph of the whole student would not fit into memory: {part} were compared instead")
+    return Reopened(f"onnx fp32 ({part})", "ort", graph, student=student)
+
+
+def _float32_graph(job: Job, student: Path, folder: Path) -> Path:
+    """An audited graph in float32, built once."""
+    _once(folder, lambda path: export_onnx(student, path, precision="fp32"))
+    audit_onnx(folder, student, "fp32", job.config.export.onnx.block_size)
+    return folder
 
 
 def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, quantization: str) -> dict[str, Any]:
@@ -221,9 +243,8 @@ def _artifact(job: Job, kind: str, runtime: str, delivered: str, path: Path, qua
 
 def _judge(job: Job, exports: list[Reopened]) -> list[dict[str, Any]]:
     """Compare every file with the student; writes parity.json and the golden prompts of the device bundles."""
-    verdict = judge_exports(
-        job.model, exports, threads=_threads(job), context_length=job.spec.context_length, prompts=job.prompts
-    )
+    judge = Judge(job.model, job.spec.family, _threads(job), job.spec.context_length)
+    verdict = judge_exports(judge, exports, job.prompts)
     write_json_atomic(job.out / "parity.json", verdict.rows)
     write_json_atomic(job.out / GOLDEN, verdict.golden)
     return verdict.rows

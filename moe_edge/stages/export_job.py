@@ -38,3 +38,4 @@ class Reopened:
     runtime: str
     path: Path
     delivered: str | None = None  # its place in the build's folder, where it is delivered
+    student: Path | None = None  # what it is compared with, where that is not the student: its first layers

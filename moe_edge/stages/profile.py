@@ -25,7 +25,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.imatrix import write_imatrix_gguf
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_model, load_tokenizer
+from moe_edge.families.loading import load_model, load_tokenizer, true_vocabulary
 from moe_edge.families.streaming import StreamedModel, fits_in_memory
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.profiling.calibration import calibration_rows
@@ -50,6 +50,7 @@ class Job:
 
     context: StageContext
     spec: ModelSpec
+    vocab: int  # true vocabulary
     rows: TokenRows
     ranks: Ranks
     device: torch.device
@@ -68,7 +69,7 @@ class Job:
     def cache_writer(self, path: Path) -> LogitCacheWriter:
         wanted = self.context.config.profile.logits
         temperatures = sorted({1.0, *wanted.temperatures})
-        return LogitCacheWriter(path, self.spec.vocab, wanted.k, temperatures, self.identity)
+        return LogitCacheWriter(path, self.vocab, wanted.k, temperatures, self.identity)
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def run(context: StageContext) -> dict[str, Any]:
     recipe, tokenizer = load_recipe(config.calibration.recipe), load_tokenizer(context.teacher)
     asked = config.calibration
     rows = calibration_rows(recipe, tokenizer, asked.tokens, asked.sequence_length, asked.seed)
-    job = _job(context, headers, spec, rows)
+    job = _job(context, headers, spec, true_vocabulary(tokenizer, spec.vocab), rows)
     sums = _pass(job)
     job.ranks.wait()
     return _results(job, sums, recipe) if job.ranks.leads else {}
@@ -99,7 +100,7 @@ def _check(config: BuildConfig, spec: ModelSpec) -> None:
         )
 
 
-def _job(context: StageContext, headers: CheckpointHeaders, spec: ModelSpec, rows: TokenRows) -> Job:
+def _job(context: StageContext, headers: CheckpointHeaders, spec: ModelSpec, vocab: int, rows: TokenRows) -> Job:
     ranks, cuda = current_ranks(), torch.cuda.is_available()
     device = torch.device(f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if cuda else "cpu")
     dtype = context.config.teacher.dtype
@@ -109,10 +110,10 @@ def _job(context: StageContext, headers: CheckpointHeaders, spec: ModelSpec, row
         "teacher": context.teacher_digest,
         "tokenizer": tokenizer.hexdigest(),
         "calibration": rows.digest,
-        "vocab": str(spec.vocab),
+        "vocab": str(vocab),
     }
     mode = ranks.share(_mode(context, headers, DTYPES[dtype], device, ranks) if ranks.leads else "")
-    return Job(context, spec, rows, ranks, device, dtype, mode, identity)
+    return Job(context, spec, vocab, rows, ranks, device, dtype, mode, identity)
 
 
 def _mode(
@@ -137,7 +138,7 @@ def _pass(job: Job) -> PassSums:
     folder.mkdir(parents=True, exist_ok=True)
     cache = job.cache_writer(job.logits(job.ranks.rank))
     settings: dict[str, Any] = {"partial": folder, "identity": identity}
-    settings["on_logits"] = cache_logits(cache, job.spec.vocab)
+    settings["on_logits"] = cache_logits(cache, job.vocab)
     with cache if work.shards else nullcontext():
         if job.mode == "whole":
             model = load_model(job.context.teacher, DTYPES[job.dtype])

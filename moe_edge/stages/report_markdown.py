@@ -185,7 +185,7 @@ def _parity_row(row: dict[str, Any]) -> tuple[str, ...]:
     tokenizer = row.get("tokenizer")
     return (
         row["artifact"], number(row["kl_nats"]), number(row["max_abs_logit"]),
-        f"{row['clear_tokens']}/{row['n_tokens']}", number(row["top1_agreement"]),
+        f"{row['clear_tokens']}/{row.get('clear_candidates', row['n_tokens'])}", number(row["top1_agreement"]),
         f"{number(row['perplexity'])} ({number(row['student_perplexity'])})",
         f"{row['greedy_equal']}/{row['greedy_compared']}", "same" if tokenizer and tokenizer["equal"] else "n/a",
         _OUTCOME[row["passed"]] + (f" ({row['rule']})" if row.get("rule") else ""),

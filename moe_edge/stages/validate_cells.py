@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from moe_edge.contracts.config import BuildConfig, ValidateConfig
+from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.contracts.manifest import canonical_sha256, content_digest
 from moe_edge.contracts.progress import track
 from moe_edge.contracts.report import Artifact, Memory, Quality, Speed
@@ -24,6 +25,7 @@ from moe_edge.metrics.quality import Score
 from moe_edge.metrics.reference import judge_runtime, judge_spilled, spill_logits
 from moe_edge.runtimes import open_runtime
 from moe_edge.runtimes.gguf_header import parts_of
+from moe_edge.runtimes.hf_streamed import StreamedStudent
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import hash_folder
 
@@ -156,8 +158,22 @@ def _keep(path: Path, cell: BaseModel) -> None:
 
 
 def _reference(session: Session, candidate: Candidate, scratch: Path) -> np.ndarray:
-    with session.open(candidate) as runtime:
+    """Logits [N, S, V] of the teacher or the student, on disk."""
+    with _open_reference(session, candidate) as runtime:
         return spill_logits(runtime, session.rows_NS, scratch / f"{candidate.role}.f32", f"{candidate.role} logits")
+
+
+def _open_reference(session: Session, candidate: Candidate) -> Any:
+    """As `session.open`; a checkpoint that does not fit into memory has read all rows layer by layer."""
+    try:
+        return session.open(candidate)
+    except ResourceProblem as problem:
+        if candidate.fields["runtime"] != "hf":
+            raise
+        log.warning("%s: it is read layer by layer", problem.why)
+    student = StreamedStudent(candidate.location, session.threads, session.rows_NS.shape[1])
+    student.read(list(session.rows_NS))
+    return student
 
 
 def _judge(session: Session, candidate: Candidate, references: dict[str, np.ndarray]) -> Quality:

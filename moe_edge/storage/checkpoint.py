@@ -16,6 +16,7 @@ from safetensors import safe_open
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.storage.digests import remembered_sha256
 from moe_edge.storage.files import read_json, refuse_lfs_pointer
+from moe_edge.storage.mxfp4 import dequantize, is_mxfp4, unpacked
 from moe_edge.storage.safetensors_header import TensorInfo, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,7 +44,12 @@ class CheckpointHeaders:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    total_bytes: int  # of all tensors, without headers
+    total_bytes: int  # of all tensors as they are read, without headers
+
+    @property
+    def packed(self) -> bool:
+        """Are there MXFP4 tensors in the files? `config` and `tensors` describe the model without them (mxfp4.py)."""
+        return any(info.packed is not None for info in self.tensors.values())
 
 
 def inspect_checkpoint(folder: Path, require_tokenizer: bool = True) -> CheckpointHeaders:
@@ -58,6 +64,8 @@ def inspect_checkpoint(folder: Path, require_tokenizer: bool = True) -> Checkpoi
     config = read_json(folder / "config.json")
     _refuse_foreign_code(config, folder / "config.json")
     tensors = _read_tensors(folder)
+    if is_mxfp4(config):
+        tensors, config = unpacked(tensors, folder), {k: v for k, v in config.items() if k != "quantization_config"}
     if require_tokenizer:
         _check_tokenizer(folder)
     return CheckpointHeaders(folder, config, tensors, sum(info.bytes for info in tensors.values()))
@@ -171,13 +179,18 @@ class TensorReader:
         return iter(self.headers.tensors)
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype. Raises InputRejected when there is none of this name."""
+        """The tensor in its stored dtype, MXFP4 as bfloat16. Raises InputRejected when there is none of this name."""
         info = self.headers.tensors.get(name)
         if info is None:
             raise InputRejected("no such tensor", where=f"{self.headers.folder}: {name}")
+        if info.packed is not None:
+            return dequantize(self._stored(info.packed.blocks), self._stored(info.packed.scales))
+        return self._stored(info)
+
+    def _stored(self, info: TensorInfo) -> torch.Tensor:
         if info.file not in self._open:
             self._open[info.file] = safe_open(str(self.headers.folder / info.file), framework="pt")
-        tensor: torch.Tensor = self._open[info.file].get_tensor(name)
+        tensor: torch.Tensor = self._open[info.file].get_tensor(info.name)
         return tensor
 
 
@@ -187,7 +200,7 @@ def checkpoint_digest(folder: Path) -> str:
     Hashes of large files are remembered (see digests.py), so that only the first call reads them.
     """
     headers = inspect_checkpoint(folder, require_tokenizer=False)
-    names = {info.file for info in headers.tensors.values()} | {"config.json"}
+    names = {name for info in headers.tensors.values() for name in info.files} | {"config.json"}
     names |= {path.name for path in tokenizer_files(folder)}
     names |= {name for name in (INDEX, "generation_config.json") if (folder / name).is_file()}
     digest = hashlib.sha256()

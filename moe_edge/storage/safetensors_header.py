@@ -23,6 +23,14 @@ DTYPE_BYTES = {
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The two tensors of a file that stand for one of the model (mxfp4.py)."""
+
+    blocks: "TensorInfo"
+    scales: "TensorInfo"
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a checkpoint: where it lies and how large it is."""
 
@@ -32,6 +40,14 @@ class TensorInfo:
     shape: tuple[int, ...]
     bytes: int
     offset: int  # of its first byte in the file
+    packed: Packed | None = (
+        None  # what lies in the file instead; dtype, shape and bytes are those of the unpacked tensor
+    )
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that hold it."""
+        return {self.file} if self.packed is None else {self.packed.blocks.file, self.packed.scales.file}
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -23,6 +23,7 @@ from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.checkpoint import INDEX, SINGLE, CheckpointHeaders
 from moe_edge.storage.files import write_json_atomic
+from moe_edge.storage.mxfp4 import dequantize
 from moe_edge.storage.safetensors_header import DTYPE_BYTES, TensorInfo
 
 PIECE_BYTES = 32 * 2**20
@@ -57,12 +58,18 @@ class PieceReader(Closing):
         return self.headers.tensors[name]
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start..stop in the stored dtype, in memory of their own.
+        """Rows start..stop in the stored dtype, MXFP4 as bfloat16, in memory of their own.
 
         Raises:
             InputRejected: no such tensor, or the file has become shorter than its header says.
         """
         info = self.info(name)
+        if info.packed is not None:
+            parts = (info.packed.blocks, info.packed.scales)
+            return dequantize(*(self._stored_rows(part, start, stop) for part in parts))
+        return self._stored_rows(info, start, stop)
+
+    def _stored_rows(self, info: TensorInfo, start: int, stop: int | None) -> Tensor:
         shape = info.shape or (1,)
         stop = shape[0] if stop is None else stop
         row_bytes = info.bytes // max(shape[0], 1)
@@ -70,7 +77,7 @@ class PieceReader(Closing):
         file = self._file(info.file)
         file.seek(info.offset + start * row_bytes)
         if file.readinto(raw) != len(raw):
-            raise InputRejected("the file is truncated", where=f"{self.headers.folder / info.file}: {name}")
+            raise InputRejected("the file is truncated", where=f"{self.headers.folder / info.file}: {info.name}")
         if not raw:
             return torch.empty((stop - start, *shape[1:]), dtype=TORCH_DTYPES[info.dtype])
         values = torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype])

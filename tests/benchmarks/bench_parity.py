@@ -5,7 +5,8 @@
 Each family is exported as a user would do it, GGUF and ONNX one after the other (a refusal of one must not hide the other):
 6 experts, top-2, random weights of a trained model's scale, sizes of 256 so that K-quants apply. The numbers are those of
 the export's own parity.json, against transformers in float32. max|d| and greedy tokens are of GGUF F16 and ONNX fp32, KL of
-the delivered Q4_K_M and int4 files; `clear` are the tokens whose routers are all further than .001 from a tie. Random models
+the delivered Q4_K_M and int4 files; `clear` are the tokens of short rows whose
+routers, and those of the tokens before them, are all further from a tie than .001 (ONNX) or .005 (GGUF). Random models
 are the worst case of a quantizer: their routers and logits are no trained ones. One JSON line per export, then a Markdown
 table; a refusal stands there with its reason.
 """
@@ -24,12 +25,14 @@ import torch
 from moe_edge.families.dense import DENSE_OF, build_dense
 from moe_edge.families.loading import save_student
 from moe_edge.formulas.ffn import Ffn
-from tests.export.gguf_models import REPRESENTABLE
+from tests.export.gguf_models import LLAMA3, REPRESENTABLE, llama_checkpoint
 from tests.export.onnx_models import CASES
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint, tiny_model
 
 SIZE = {"hidden": 256, "width": 256}
-DENSE = tuple(f"dense {dense}" for dense in dict.fromkeys(DENSE_OF.values()))
+# llama: what a user brings; llama 3: with the scaled rotation of 3.1 and 3.2, on positions that need it
+LLAMAS: dict[str, dict[str, Any]] = {"dense llama": {}, "dense llama 3": {"rope_parameters": LLAMA3}}
+DENSE = (*(f"dense {dense}" for dense in dict.fromkeys(DENSE_OF.values())), *LLAMAS)
 FULL = {"gguf": "gguf F16", "onnx": "onnx fp32"}
 Row = dict[str, Any]
 
@@ -46,11 +49,18 @@ def main() -> None:
 
 def _lines(families: list[str], work: Path) -> Iterator[Row]:
     for family in families:
-        model = _dense(work, family.removeprefix("dense ")) if family.startswith("dense ") else _mixture(work, family)
+        model = _model(work, family)
         for file_format in FULL:
             row = {"benchmark": "parity", "family": family, "format": file_format} | _exported(model, file_format, work)
             print(json.dumps(row), flush=True)
             yield row
+
+
+def _model(work: Path, family: str) -> Path:
+    if family in LLAMAS:
+        sizes = {"hidden_size": SIZE["hidden"], "intermediate_size": SIZE["width"]}
+        return llama_checkpoint(work, family.replace(" ", "-"), **sizes, **LLAMAS[family])
+    return _dense(work, family.removeprefix("dense ")) if family.startswith("dense ") else _mixture(work, family)
 
 
 def _mixture(work: Path, family: str) -> Path:
@@ -86,7 +96,7 @@ def _exported(model: Path, file_format: str, work: Path) -> Row:
     delivered = {name.split()[1]: round(row["kl_nats"], 5) for name, row in rows.items() if "delivered" in name}
     return {
         "exit": 0, "max_abs_logit": full["max_abs_logit"], "clear_max_abs_logit": full["clear_max_abs_logit"],
-        "clear_tokens": full["clear_tokens"], "tokens": full["n_tokens"], "kl_nats": full["kl_nats"],
+        "clear_tokens": full["clear_tokens"], "tokens": full["clear_candidates"], "kl_nats": full["kl_nats"],
         "greedy": f"{full['greedy_equal']}/{full['greedy_compared']}", "delivered_kl_nats": delivered,
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.errors import InputRejected, ResourceProblem
 from moe_edge.devices import worker
 
 VOCAB = 16
@@ -42,6 +42,10 @@ def _reject() -> None:
     raise InputRejected("this file is no model", where="x.gguf")
 
 
+def _too_large() -> None:
+    raise ResourceProblem("not measured: the model does not fit into memory")
+
+
 def _no_memory() -> None:
     raise MemoryError("cannot allocate 9 GiB")
 
@@ -50,6 +54,7 @@ MISBEHAVIOUR = {
     "hang": _hang,
     "reject": _reject,
     "memory": _no_memory,
+    "large": _too_large,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "illegal": lambda: os.kill(os.getpid(), signal.SIGILL),
     "raise": lambda: 1 / 0,

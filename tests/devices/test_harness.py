@@ -53,6 +53,7 @@ def test_runs_of_one_process_do_not_overlap_and_are_in_order() -> None:
     [
         ("reject", "rejected", "no model"),
         ("memory", "oom", "9 GiB"),
+        ("large", "oom", "not measured: the model does not fit into memory"),
         ("killed", "oom", "memory ran out"),
         ("illegal", "crash", "SIGILL"),
         ("raise", "crash", "ZeroDivisionError"),

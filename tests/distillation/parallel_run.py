@@ -40,10 +40,10 @@ def main(folder: Path, backend: str) -> None:
         (out / "log.json").write_text(json.dumps({"losses": losses, "parameter": kind}))
 
 
-def shard_on_cpu(trainer: DistillationTrainer) -> None:
+def shard_on_cpu(trainer: DistillationTrainer, layer: str = "Qwen3MoeDecoderLayer") -> None:
     """accelerate shards weights on accelerators only; its sharding itself runs on CPUs as well, once its state says so."""
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Qwen3MoeDecoderLayer"],
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[layer],
         state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False,
     )  # fmt: skip
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}

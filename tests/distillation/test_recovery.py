@@ -9,9 +9,9 @@ import torch
 from transformers import TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
-from moe_edge.contracts.errors import EnvironmentProblem, MoeEdgeError
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, MoeEdgeError
 from moe_edge.distillation import tensorboard
-from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights
+from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights, require_same_sharding
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
@@ -126,6 +126,14 @@ def test_a_foreign_checkpoint_is_refused(teacher: Path, straight: object) -> Non
         load_weights(tiny_student("qwen2_moe"), latest_checkpoint(teacher.parent / "straight" / "1-all"))
 
 
+def test_sharded_training_does_not_go_on_unsharded(teacher: Path, straight: object) -> None:
+    checkpoint = latest_checkpoint(teacher.parent / "straight" / "1-all")
+    assert checkpoint is not None
+    require_same_sharding(checkpoint, sharded=False)
+    with pytest.raises(ConfigError, match="sharded weights cannot go on without"):
+        require_same_sharding(checkpoint, sharded=True)
+
+
 def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = recovery(teacher, "events/checkpoints")
     work = replace(work, config=CONFIG.model_copy(update={"tensorboard": True}))
@@ -138,3 +146,13 @@ def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.M
     work.check(tiny_student(), schedules)
     work.train(tiny_student(), schedules)
     assert list((teacher.parent / "events" / "tensorboard").glob("all/events.*"))
+
+
+def test_bfloat16_products_give_about_the_same_losses(
+    teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]]
+) -> None:
+    config = CONFIG.model_copy(update={"precision": "bfloat16"})
+    _, records = train(replace(recovery(teacher, "bfloat16", interval_s=1e9), config=config))
+    exact = [entry["kl_loss"] for record in straight[1] for entry in record["log"]]
+    rough = [entry["kl_loss"] for record in records for entry in record["log"]]
+    assert rough != exact and rough == pytest.approx(exact, rel=0.1)

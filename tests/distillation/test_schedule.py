@@ -11,6 +11,7 @@ from moe_edge.distillation.schedule import (
     micro_rows,
     multipliers_of,
     rate_factor,
+    rows_of_process,
     schedule_stages,
     split_rows,
 )
@@ -113,3 +114,9 @@ def test_nothing_to_train_is_an_error() -> None:
 )
 def test_the_automatic_rate_falls_with_the_width(asked, width, rate):
     assert full_rate(StageConfig(stage_name="all", share=1.0, learning_rate=asked), width) == pytest.approx(rate)
+
+
+def test_processes_share_a_step_or_are_refused() -> None:
+    assert [rows_of_process(8, processes) for processes in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match="(?s)batch_rows: 8.*3 processes.*batch_rows=9"):
+        rows_of_process(8, 3)

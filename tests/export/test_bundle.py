@@ -175,10 +175,6 @@ def test_a_split_file_travels_with_all_its_parts(made, tmp_path):
     assert faults(tmp_path / "b") == [] and faults(tmp_path / "b.tar") == []
     code, result = run(tmp_path / "b", "--no-speed")
     assert code == 0 and result["quality"]["kl_nats"] < 1e-4
-    assert (
-        f"adb push {' '.join(f'model/{part.name}' for part in parts)} llama-bench"
-        in (tmp_path / "b/README.md").read_text()
-    )
     (tmp_path / "b/model" / parts[-1].name).unlink()
     assert faults(tmp_path / "b") == [f"model/{parts[-1].name}: missing"]
 
@@ -255,6 +251,15 @@ def test_an_onnx_graph_that_points_outside_is_a_fault(made, tmp_path):
     assert fault.startswith("model/model.onnx:") and "outside" in fault
 
 
+def test_an_onnx_folder_for_a_provider_that_we_never_write_is_a_fault(made, tmp_path):
+    write_bundle(contents(made, "onnx"), tmp_path / "b")
+    config = json.loads((tmp_path / "b/model/genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}, {"x.so": {}}]
+    forged(tmp_path / "b", "model/genai_config.json", json.dumps(config).encode())
+    (fault,) = faults(tmp_path / "b")
+    assert fault.startswith("model/model.onnx:") and "not for the CPU or cuda" in fault and "provider x.so" in fault
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../b"])
 def test_names_that_leave_the_folder_are_not_followed(made, tmp_path, name):
     write_bundle(contents(made, "gguf"), tmp_path / "b")
@@ -325,5 +330,6 @@ def test_the_readme_has_commands_for_the_targets_settings(made):
     runtime = {"threads": 6, "gpu_layers": -1, "context_length": 4096, "kv_cache": "q8_0"}
     text = readme(contents(made, "gguf", runtime=runtime, target="jetson"))
     assert "llama-cli -m model/m.gguf -t 6 -ngl -1 -c 4096 -fa on -ctk q8_0 -ctv q8_0" in text
-    assert "llama-bench -m model/m.gguf -t 6 -ngl -1" in text and "adb push" in text
+    assert "llama-bench -m model/m.gguf -t 6 -ngl -1" in text
+    assert "adb" not in text, "a Jetson is no phone"
     assert "max_length=128" in readme(contents(made, "onnx"))

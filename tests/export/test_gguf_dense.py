@@ -9,6 +9,7 @@ import torch
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.export.gguf import write_gguf
+from moe_edge.export.gguf_audit import audit
 from moe_edge.families import DENSE_FAMILIES, family_of, student_family
 from moe_edge.families.dense import DENSE_OF, build_dense, build_single_expert
 from moe_edge.families.loading import save_student
@@ -18,7 +19,7 @@ from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
 from moe_edge.storage.checkpoint import inspect_checkpoint
-from tests.export.gguf_models import representable, some_ids
+from tests.export.gguf_models import LLAMA3, llama_checkpoint, reference_logits, representable, some_ids
 from tests.tiny import tiny_model
 
 WIDTH = 40
@@ -39,12 +40,12 @@ def dense_student(tmp_path: Path, family: str, **options) -> Path:
     return tmp_path / "student"
 
 
-def assert_same(student: Path) -> None:
-    ids = some_ids()
+def assert_same(student: Path, tokens: int = 48) -> None:
+    ids = some_ids(tokens)
     write_gguf(student, student.with_suffix(".gguf"), name="x")
-    with open_runtime("hf", student, threads=1, context_length=128) as expected:
+    with open_runtime("hf", student, threads=1, context_length=256) as expected:
         logits_SV, tokens = expected.logits(ids), generate(expected, ids[:16], 8)
-    with LlamaCppRuntime(student.with_suffix(".gguf"), threads=1, context_length=128, kv_float32=True) as runtime:
+    with LlamaCppRuntime(student.with_suffix(".gguf"), threads=1, context_length=256, kv_float32=True) as runtime:
         assert np.abs(runtime.logits(ids) - logits_SV).max() <= 2e-2
         assert generate(runtime, ids[:16], 8) == tokens
 
@@ -60,6 +61,33 @@ def test_a_dense_student_equals_transformers(tmp_path, family, tied):
     assert header.metadata[f"{architecture}.feed_forward_length"] == WIDTH
     assert not [key for key in header.metadata if "expert" in key]
     assert ("output.weight" in header.tensors) != tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_equals_transformers(tmp_path, tied):
+    student = llama_checkpoint(tmp_path, tie_word_embeddings=tied)
+    assert_same(student)
+    header = check_gguf_header(student.with_suffix(".gguf"))
+    assert header.metadata["general.architecture"] == "llama" and "rope_freqs.weight" not in header.tensors
+
+
+def test_llama_3s_rotation_is_right_far_beyond_its_original_context(tmp_path):
+    student = llama_checkpoint(tmp_path, rope_parameters=LLAMA3)
+    assert_same(student, tokens=200)
+    audit([student.with_suffix(".gguf")], student, "F16")
+    assert check_gguf_header(student.with_suffix(".gguf")).tensors["rope_freqs.weight"].shape == (8,)
+    plain = llama_checkpoint(
+        tmp_path, rope_parameters={"rope_type": "default", "rope_theta": LLAMA3["rope_theta"]}, name="plain"
+    )
+    scaled_SV, plain_SV = (reference_logits(folder, some_ids(200)) for folder in (student, plain))
+    assert np.abs(scaled_SV - plain_SV).max() > 0.5  # so that the test would see a rotation without divisors
+
+
+@pytest.mark.parametrize("changes", [{"rope_type": "dynamic"}, {"rope_type": "linear"}])
+def test_another_scaling_of_a_llama_is_refused_by_name(tmp_path, changes):
+    student = llama_checkpoint(tmp_path, rope_parameters=LLAMA3 | changes)
+    with pytest.raises(InputRejected, match=f"of type llama3 only.*{changes['rope_type']}"):
+        write_gguf(student, tmp_path / "x.gguf", name="x")
 
 
 @pytest.mark.parametrize("family", ["olmoe", "granitemoeshared"])

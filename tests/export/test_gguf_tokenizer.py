@@ -1,20 +1,26 @@
 """Tokenizers in GGUF files: the same ids as transformers, for byte-level and SentencePiece-like BPE, or a refusal."""
 
 import json
+import re
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from llama_cpp import llama_cpp as lib
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.errors import GateFailed, InputRejected
+from moe_edge.export import gguf
 from moe_edge.export import gguf_pretokenizers as known
 from moe_edge.export.gguf import write_gguf
+from moe_edge.export.gguf_known_hashes import CHECK_TEXT, KNOWN_HASHES
 from moe_edge.export.gguf_pretokenizers import pre_tokenizer_name
 from moe_edge.export.gguf_tokenizer import PROBE_TEXT, gguf_vocabulary
+from moe_edge.export.tokenizer_parity import ROUND_TRIP, check_tokenizer
 from moe_edge.families.loading import load_tokenizer
 from moe_edge.runtimes.gguf_header import check_gguf_header
-from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
+from moe_edge.runtimes.llama_cpp import LlamaCppRuntime, load_gguf
 from tests.export.gguf_models import representable
 from tests.tiny import TEXTS
 
@@ -86,6 +92,24 @@ def test_ids_equal_transformers(tmp_path, kind):
             assert runtime.tokenize(text, add_special=True) == tokenizer.encode(text), text
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_file_decodes_the_ids_itself(tmp_path, kind):
+    checkpoint, path = exported(tmp_path, TOKENIZERS[kind]())
+    with LlamaCppRuntime(path, threads=1, context_length=32) as runtime:
+        told = check_tokenizer("gguf F16", load_tokenizer(checkpoint), runtime, path)
+        assert told["text_returns"] and told["tokens"] == len(runtime.tokenize(ROUND_TRIP))
+
+
+def test_ids_that_the_student_decodes_otherwise_are_refused(tmp_path):
+    """Equal ids are not enough: what the device shows must be what the student says."""
+    checkpoint, path = exported(tmp_path)
+    tokenizer = load_tokenizer(checkpoint)
+    with LlamaCppRuntime(path, threads=1, context_length=32) as runtime:
+        tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("3", "4")])
+        with pytest.raises(GateFailed, match="to another text(?s:.*)3 or 33 .* against .*4 or 44 "):
+            check_tokenizer("gguf F16", tokenizer, runtime, path)
+
+
 def test_special_ids_padding_and_template(tmp_path):
     checkpoint, path = exported(tmp_path)
     metadata = check_gguf_header(path).metadata
@@ -116,6 +140,56 @@ def test_an_unknown_splitter_is_refused_and_can_be_named(tmp_path):
         exported(tmp_path, odd, pre_tokenizer="gpt-2")
     with pytest.raises(InputRejected, match="unknown pre-tokenizer"):
         exported(tmp_path, odd, pre_tokenizer="no-such-name")
+
+
+# What GPT-2's expression means, written as tiktoken does: no structure that is known here.
+REWRITTEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def hash_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    return sha256(str(tokenizer.encode(CHECK_TEXT)).encode()).hexdigest()
+
+
+def test_an_unknown_structure_is_named_by_the_hash_of_its_ids(tmp_path, monkeypatch):
+    rewritten = byte_level([pre_tokenizers.Split(Regex(REWRITTEN), "isolated")])
+    with pytest.raises(InputRejected, match=f"nor is its hash {hash_of(rewritten)}"):
+        exported(tmp_path, rewritten)
+    monkeypatch.setitem(KNOWN_HASHES, hash_of(rewritten), "gpt-2")
+    checkpoint, path = exported(tmp_path, rewritten)
+    assert check_gguf_header(path).metadata["tokenizer.ggml.pre"] == "gpt-2"
+    tokenizer = load_tokenizer(checkpoint)
+    with LlamaCppRuntime(path, threads=1, context_length=32) as runtime:
+        for text in SENTENCES:
+            assert runtime.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text
+
+
+def test_what_a_hash_names_is_still_compared(tmp_path, monkeypatch):
+    odd = byte_level([pre_tokenizers.Split(Regex(r"[aeiou]+|[^aeiou]+"), "isolated")])
+    monkeypatch.setitem(KNOWN_HASHES, hash_of(odd), "gpt-2")
+    with pytest.raises(InputRejected, match="differently"):
+        exported(tmp_path, odd)
+
+
+def test_the_structure_comes_before_the_hash(tmp_path, monkeypatch):
+    plain = TOKENIZERS["qwen2"]()
+    monkeypatch.setitem(KNOWN_HASHES, hash_of(plain), "bloom")
+    assert check_gguf_header(exported(tmp_path, plain)[1]).metadata["tokenizer.ggml.pre"] == "qwen2"
+
+
+def test_the_installed_llama_cpp_knows_every_name_in_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "verify_tokenizer", lambda *given: None)  # these ids are not what is asked
+    checkpoint = representable(tmp_path, "mixtral", layers=1, hidden=32, width=32)
+    for name in sorted({*KNOWN_HASHES.values(), *known.PRE_TOKENIZERS.values()}):
+        write_gguf(checkpoint, tmp_path / "x.gguf", name="x", pre_tokenizer=name)
+        lib.llama_model_free(load_gguf(tmp_path / "x.gguf", vocab_only=True))
+    write_gguf(checkpoint, tmp_path / "x.gguf", name="x", pre_tokenizer="bert-bge")
+    with pytest.raises(InputRejected, match="unknown pre-tokenizer"):  # so that the loop can fail
+        load_gguf(tmp_path / "x.gguf", vocab_only=True)
+
+
+def test_every_hash_is_a_sha_256():
+    assert len(KNOWN_HASHES) == 93 and all(re.fullmatch("[0-9a-f]{64}", key) for key in KNOWN_HASHES)
+    assert sha256(CHECK_TEXT.encode()).hexdigest() == "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
 
 
 def test_the_override_is_written(tmp_path):
@@ -155,7 +229,8 @@ def test_the_structure_decides_the_name():
             {
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(parts)},
                 "model": {"ignore_merges": ignore_merges},
-            }
+            },
+            lambda text: [len(text)],
         )
 
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

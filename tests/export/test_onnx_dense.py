@@ -19,7 +19,9 @@ from moe_edge.families.students import describe_student
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.hf import HfRuntime
+from moe_edge.runtimes.ort import OrtRuntime
 from moe_edge.storage.checkpoint import inspect_checkpoint
+from tests.export.gguf_models import LLAMA3, llama_checkpoint, some_ids
 from tests.export.onnx_models import MAX_DIFFERENCE, PROMPT, genai_greedy, hf_logits, kl_nats, ort_logits
 from tests.tiny import tiny_checkpoint, tiny_model
 
@@ -56,6 +58,14 @@ def test_float32_is_exact_and_decodes_the_same_tokens(kind: str, tmp_path: Path)
     answer = genai_greedy(tmp_path / "onnx", 16)
     with HfRuntime(checkpoint, 1, 256) as hf:
         assert answer and answer == generate(hf, PROMPT, 16)[: len(answer)]
+
+
+def test_llama_3s_rotation_is_exact_far_beyond_its_original_context(tmp_path: Path) -> None:
+    folder = llama_checkpoint(tmp_path, rope_parameters=LLAMA3)
+    export_onnx(folder, tmp_path / "onnx", precision="fp32")
+    ids_S = some_ids(200)
+    with OrtRuntime(tmp_path / "onnx", threads=1, context_length=256) as runtime:
+        assert np.abs(runtime.logits(ids_S) - hf_logits(folder, ids_S)).max() <= MAX_DIFFERENCE
 
 
 @pytest.mark.parametrize("kind", DENSE_FAMILIES)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, MoeEdgeError
+from moe_edge.export import onnx_pack
+from moe_edge.export.onnx import export_onnx
 from moe_edge.families.dense import build_dense
 from moe_edge.families.loading import save_student
 from moe_edge.formulas.ffn import Ffn
@@ -62,3 +64,24 @@ def test_a_dense_student_is_exported_and_judged(tmp_path):
     result = stage.export_model(job(dense_student(tmp_path), tmp_path / "out", ONNX))
     assert [row["format"] for row in result["artifacts"]] == ["onnx"] and result["name"].endswith("-dense")
     assert result["parity"][0]["passed"]
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_experts_that_stay_float_fail_the_export(tmp_path, monkeypatch, provider):
+    """In the graph for the CPU and, where only that one goes wrong, in the one for CUDA."""
+    rule_of, made = onnx_pack.rule_of, []
+
+    def forgetful(name):
+        wrong = name.endswith("layers.1/moe/MoE") and len(made) == (3 if provider == "cuda" else 2)
+        return None if wrong else rule_of(name)
+
+    def counted(*given, **options):
+        made.append(given)
+        return export_onnx(*given, **options)
+
+    monkeypatch.setattr(onnx_pack, "rule_of", forgetful)
+    monkeypatch.setattr(stage, "export_onnx", counted)
+    model = tiny_checkpoint(tmp_path, "qwen3_moe")
+    with pytest.raises(MoeEdgeError, match="expert of layer 1 is stored in (32|16) bits, asked for were 4"):
+        stage.export_model(job(model, tmp_path / "out", ONNX, "export.onnx.provider=cuda"))
+    assert len(made) == (3 if provider == "cuda" else 2)

@@ -15,6 +15,7 @@ from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.families import streaming
+from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.formulas.cka import cka_from_hsic
 from moe_edge.profiling import sums
 from moe_edge.stages import profile
@@ -24,7 +25,7 @@ from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
-from tests.tiny import tiny_checkpoint
+from tests.tiny import TOKENIZER_SIZE, tiny_checkpoint
 
 FILES = ["calibration.json", "imatrix.gguf", "logits.h5", "rows.safetensors", "statistics.safetensors"]
 
@@ -66,6 +67,24 @@ def test_everything_is_written_and_fits_together(tmp_path: Path) -> None:
         assert low < mean < high and abs(null) < 0.2
     assert sum(len(ids) for ids in summary["super_experts"]) == 1  # of twelve
     assert "note" not in summary
+
+
+def test_a_padded_head_is_cut_to_the_tokenizers_vocabulary(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "qwen2_moe", vocab=TOKENIZER_SIZE + 60)
+    true = len(load_tokenizer(folder))
+    assert true < inspect_checkpoint(folder).config["vocab_size"]
+    context = _context(tmp_path)
+    profile.run(context)
+    rows = TokenRows.load(context.out / "rows.safetensors")
+    with LogitCache(context.out / "logits.h5", {"teacher": context.teacher_digest}) as cache:
+        assert cache.codec.vocab == true and cache.row(rows.ids_NS[3]).indices_SK.max() < true
+    model = load_model(folder)
+    with torch.no_grad():
+        logits_SV = model(torch.from_numpy(rows.ids_NS[3])[None].long()).logits[0, :, :true]
+    best_S = logits_SV.log_softmax(-1).max(-1).values
+    with LogitCache(context.out / "logits.h5", {"teacher": context.teacher_digest}) as cache:
+        kept_S = torch.as_tensor(cache.row(rows.ids_NS[3]).logprobs_SK).max(-1).values
+    torch.testing.assert_close(kept_S.float(), best_S, atol=0.05, rtol=0)
 
 
 def test_a_killed_stage_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moe_edge.build import Request, build
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.contracts.manifest import read_manifest
-from moe_edge.pipeline import Build, locked, run_stages
-from moe_edge.profiling.ranks import Ranks, current_ranks
+from moe_edge.pipeline import Build, run_stages
+from moe_edge.profiling.ranks import Ranks, current_ranks, lost_processes_named
 from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
 from tests.tiny import tiny_checkpoint
 
@@ -79,5 +79,31 @@ def test_other_stages_run_in_one_process(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     state = Build(None, tmp_path, "digest", tmp_path / "out")  # type: ignore[arg-type]
-    with locked(state.out), locked(state.out), pytest.raises(ConfigError, match="only the stage 'profile'"):
-        run_stages(state, until="plan")  # a helper holds no lock: the leader does
+    for until in ("plan", "validate", None):
+        with pytest.raises(ConfigError, match="(?s)profile and distill, but not.*then the build in one process"):
+            run_stages(state, until=until)
+
+
+def test_a_helper_takes_the_leaders_word_and_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+
+    class Group:
+        def broadcast_object_list(self, held: list[object], src: int) -> None:
+            sent.append(held[0]) if held[0] is not None else held.__setitem__(0, sent.pop())
+
+    monkeypatch.setattr(Ranks, "_group", lambda _: Group())
+    leader, helper, ran = Ranks(0, 2), Ranks(1, 2), []
+    assert leader.lead(lambda: ran.append(1) or "x") == "x"
+    assert helper.lead(lambda: ran.append(2) or "y") == "x" and ran == [1]
+    with pytest.raises(ConfigError, match="no such"):
+        leader.lead(lambda: (_ for _ in ()).throw(ConfigError("no such thing")))
+    with pytest.raises(SystemExit) as stop:
+        helper.lead(lambda: None)
+    assert stop.value.code == ConfigError.exit_code
+
+
+def test_a_lost_process_is_named_and_other_errors_stay() -> None:
+    with pytest.raises(EnvironmentProblem, match="another process of this launch has ended"), lost_processes_named():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError, match="shapes"), lost_processes_named():
+        raise RuntimeError("shapes cannot be multiplied")

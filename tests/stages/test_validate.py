@@ -12,12 +12,14 @@ import pytest
 
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig, CalibrationConfig
-from moe_edge.contracts.errors import DeviceProblem, InputRejected
+from moe_edge.contracts.errors import DeviceProblem, InputRejected, ResourceProblem
 from moe_edge.contracts.report import Artifact
 from moe_edge.contracts.targets_io import load_target
 from moe_edge.devices.transport import Completed
+from moe_edge.devices.worker import TOO_LARGE
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_split import split_gguf
+from moe_edge.runtimes import hf
 from moe_edge.stages import validate, validate_cells
 from moe_edge.stages.validate_cells import Session
 from tests.tiny import tiny_checkpoint
@@ -291,6 +293,34 @@ def test_real_checkpoints_that_differ_fail_the_gate(tmp_path: Path) -> None:
     summary = validate.measure_and_gate(session, candidates[0], None, candidates[1:])
     assert summary["artifacts"][0]["quality"]["kl_nats"] > 0.01
     assert summary["verdict"] == "fail"
+
+
+def test_a_teacher_that_does_not_fit_is_judged_layer_by_layer_and_its_speed_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, other = (tiny_checkpoint(tmp_path, "qwen3_moe", name=f"m{seed}", seed=seed) for seed in (0, 1))
+    write_gguf(other, tmp_path / "m.gguf", name="m")
+    config = _real_text(tmp_path)
+
+    class TooLarge(InstantTransport):
+        def run(self, argv: object, stdin: bytes, timeout_s: float) -> Completed:
+            if Path(json.loads(stdin)["path"]).suffix == ".gguf":
+                return super().run(argv, stdin, timeout_s)
+            return Completed(TOO_LARGE, b"", "not measured: the model does not fit into memory")
+
+    monkeypatch.setattr(validate, "open_transport", lambda address: TooLarge())
+    whole = validate.validate_artifact(tmp_path / "m.gguf", teacher, config)
+    monkeypatch.setattr(hf, "fits_in_memory", lambda *given, **more: False)
+    monkeypatch.setattr(hf, "load_student", lambda *given: pytest.fail("the teacher was loaded whole"))
+    summary = validate.validate_artifact(tmp_path / "m.gguf", teacher, config)
+    assert summary["artifacts"][0]["quality"]["kl_nats"] == pytest.approx(
+        whole["artifacts"][0]["quality"]["kl_nats"], rel=1e-4
+    )
+    speed = summary["baseline"]["speed"]
+    assert speed["decode_tokens_per_s"] is None and "not measured: the model does not fit" in speed["reason"]
+    for wrong in (validate.bench_artifact, partial(validate.validate_artifact, teacher=teacher)):
+        with pytest.raises(ResourceProblem, match="not measured: the model does not fit"):
+            wrong(other, config=config)
 
 
 def test_a_split_file_is_judged_and_hashed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
