@@ -163,6 +163,12 @@ class ModelSpec:
             return list(range(moe.experts))
         return places(moe.experts_per_layer[self.moe_layers.index(layer)], moe.experts, moe.groups)
 
+    def real_shape(self, entry: "TensorEntry") -> tuple[int, ...]:
+        """The shape of one weight without padding experts."""
+        if entry.layer is None or entry.tensor_class not in EXPERT_SIZED or not self.moe.experts_per_layer:
+            return entry.shape
+        return (len(self.real_experts(entry.layer)), *entry.shape[1:])
+
     def kind_of(self, layer: int) -> str:
         """How a layer mixes tokens: full, sliding, conv or linear."""
         return self.layer_kinds[layer] if self.layer_kinds else "full"

@@ -88,8 +88,9 @@ def expected_costs(
         dense = not spec.moe_layers
         bits = 32 if kind is None else bits_of(precision, kind, entry.layer, layer_bits, dense)
         bits = min(bits, widest)
-        size = stored_bytes(entry.tensor_class, entry.shape, bits, block_size)
-        found[kind or PLAIN, entry.layer].add(prod(entry.shape), size, bits)
+        shape = spec.real_shape(entry)  # padding experts are not written
+        size = stored_bytes(entry.tensor_class, shape, bits, block_size)
+        found[kind or PLAIN, entry.layer].add(prod(shape), size, bits)
     return dict(found)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from moe_edge.contracts.spec import EXPERT_OWNED, EXPERT_SIZED, ModelSpec, TensorClass, TensorEntry
+from moe_edge.contracts.spec import EXPERT_OWNED, ModelSpec, TensorClass, TensorEntry
 from moe_edge.families import family_of
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
@@ -29,9 +29,7 @@ def count_params(spec: ModelSpec, entries: Iterable[TensorEntry]) -> ParamCounts
     by_class: Counter[TensorClass] = Counter()
     idle = 0
     for entry in entries:
-        shape = entry.shape
-        if entry.layer is not None and entry.tensor_class in EXPERT_SIZED:
-            shape = (len(spec.real_experts(entry.layer)), *shape[1:])
+        shape = spec.real_shape(entry)
         by_class[entry.tensor_class] += prod(shape)
         idle += prod(shape[1:]) * (shape[0] - spec.moe.top_k) if entry.tensor_class in EXPERT_OWNED else 0
     total = sum(by_class.values())

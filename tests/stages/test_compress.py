@@ -148,8 +148,8 @@ def test_a_wrong_byte_on_disk_is_noticed(tmp_path: Path, no_memory: None, monkey
     context = context_of(tmp_path, tiny_checkpoint(tmp_path, "qwen3_moe"))
     write = streamed.stream_pruned_checkpoint
 
-    def damaged(*arguments: object) -> None:
-        write(*arguments)  # type: ignore[arg-type]
+    def damaged(*arguments: object, **options: object) -> None:
+        write(*arguments, **options)  # type: ignore[arg-type]
         path = Path(str(arguments[-1])) / "model.safetensors"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
