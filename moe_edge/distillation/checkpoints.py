@@ -172,8 +172,8 @@ class ShowProgress(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
-        losses = ("total_loss", *(name for name in logs if name.endswith("_loss") and name != "total_loss"))
-        shown = {name: logs[name] for name in (*losses, *HEALTH) if name in logs}
-        if shown:
+        if "total_loss" in logs:  # not the summary at the end
+            losses = [name for name in logs if name.endswith("_loss") and name != "total_loss"]
+            shown = {name: logs[name] for name in ("total_loss", *losses, *HEALTH) if name in logs}
             text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
             log.info("step %d/%d: %s", state.global_step, state.max_steps, text)
