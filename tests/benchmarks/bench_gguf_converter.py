@@ -57,13 +57,15 @@ def main() -> None:
 def measure(command: Command) -> tuple[float, float]:
     """(seconds, peak USS in MiB) of a command and its children."""
     started, peak = time.perf_counter(), 0
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None:
-        peak = max(peak, _uss(process))
-        time.sleep(SAMPLE_INTERVAL_S)
-    seconds = time.perf_counter() - started
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)[:300]}\n{process.stderr.read().decode()[-2000:]}")
+    with tempfile.TemporaryFile() as said:  # not a pipe, which a talkative child would fill and then wait
+        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        while process.poll() is None:
+            peak = max(peak, _uss(process))
+            time.sleep(SAMPLE_INTERVAL_S)
+        seconds = time.perf_counter() - started
+        if process.returncode != 0:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)[:300]}\n{said.read().decode(errors='replace')[-2000:]}")
     return seconds, peak / MIB
 
 
