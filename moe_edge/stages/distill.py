@@ -39,7 +39,7 @@ from moe_edge.families.students import (
 from moe_edge.profiling.ranks import current_ranks
 from moe_edge.stages.distill_data import CAPTURED, rows_and_signal, term_material
 from moe_edge.stages.distill_outcome import Judge, Measured, Record, require_shareable, train_between, write_outcome
-from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room
+from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room, training_device
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -68,7 +68,7 @@ def _not_to_train(context: StageContext, source: Path) -> str | None:
         return "distill.stages is empty"
     if not Plan.read(context.inputs["plan"] / "plan.json").alters:
         return "the plan changes no expert, so there is nothing to recover"
-    return no_room_for_weights(config, inspect_checkpoint(source), _device())
+    return no_room_for_weights(config, inspect_checkpoint(source), training_device())
 
 
 def _unchanged(context: StageContext, source: Path, reason: str) -> Record:
@@ -80,19 +80,17 @@ def _unchanged(context: StageContext, source: Path, reason: str) -> Record:
     return {"trained": False, "kept": "untrained", "reason": reason, "tokens_trained": 0}
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _distill(context: StageContext, source: Path, rows: TokenRows, signal: CachedSignal) -> Record:
     ids_NS, ranks = rows.ids_NS, current_ranks()
-    fits = ranks.share(fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, _device(), ranks.local_world))
+    fits = ranks.share(
+        fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, training_device(), ranks.local_world)
+    )
     config = recipe_with_room(context.config.distill, fits)
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     _check_teacher(context, source, signal)
-    student = load_student(trainable_folder(source.parent)).to(_device())
-    if reason := ranks.lead(lambda: no_room_for_training(config, student, schedules, _device())):
+    student = load_student(trainable_folder(source.parent)).to(training_device())
+    if reason := ranks.lead(lambda: no_room_for_training(config, student, schedules, training_device())):
         return _unchanged(context, source, reason)
     vocab = true_vocabulary(load_tokenizer(source), student.config.vocab_size)
     recovery = Recovery(

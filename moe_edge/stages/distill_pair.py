@@ -50,7 +50,7 @@ from moe_edge.stages.distill_outcome import (
     train_between,
     write_outcome,
 )
-from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room
+from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room, training_device
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -123,16 +123,18 @@ def _rows_and_signal(context: StageContext, pair: Pair) -> Iterator[tuple[TokenR
 
 def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedSignal | None) -> Record:
     ids_NS, ranks = rows.ids_NS, current_ranks()
-    fits = ranks.share(fits_in_memory(inspect_checkpoint(pair.teacher), torch.float32, _device(), ranks.local_world))
+    fits = ranks.share(
+        fits_in_memory(inspect_checkpoint(pair.teacher), torch.float32, training_device(), ranks.local_world)
+    )
     config = recipe_with_room(context.config.distill, fits)
-    ranks.lead(lambda: no_room_for_weights(config, inspect_checkpoint(pair.student), _device()))
+    ranks.lead(lambda: no_room_for_weights(config, inspect_checkpoint(pair.student), training_device()))
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
-    model = load_student(pair.student).to(_device())
+    model = load_student(pair.student).to(training_device())
     if is_shared_core(model):
         why = "its trainable form belongs to the build that made it"
         raise InputRejected("a student with shared cores is trained by its build", where=str(pair.student), why=why)
-    ranks.lead(lambda: no_room_for_training(config, model, schedules, _device()))
+    ranks.lead(lambda: no_room_for_training(config, model, schedules, training_device()))
     material = {"tokenizers": pair.tokenizers} | measured_material(context, model, rows)
     vocab = true_vocabulary(pair.tokenizers[0], head(model).weight.shape[0])
     recovery = Recovery(
@@ -183,7 +185,3 @@ def _judge(pair: Pair, ids_NS: Any, signal: CachedSignal | None, vocab: int, fit
         return Measured(kl_nats, layer_cka(student, teacher, ids_NS, dict(enumerate(proportional_map(*depths)))))
 
     return same if signal is not None else across
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,6 @@ then refused; the default recipe does without, and the log and the report say so
 
 import logging
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import nn
@@ -17,14 +16,18 @@ from moe_edge.contracts.units import format_bytes
 from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.schedule import StageSchedule, multipliers_of
 from moe_edge.distillation.stage_parts import wants_teacher
-from moe_edge.families.streaming import free_bytes
+from moe_edge.families.streaming import free_bytes, held_bytes
 from moe_edge.profiling.ranks import current_ranks
 from moe_edge.storage.checkpoint import CheckpointHeaders
 
 log = logging.getLogger(__name__)
-WEIGHT_BYTES = 4
 STATE_BYTES = 12  # of a trained weight: its gradient and Adam's two moments
 LESS = "a machine with more memory, distill.stages=[] to go on untrained, or more frozen parameters"
+
+
+def training_device() -> str:
+    """Where students are trained and measured."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def no_room_for_weights(config: DistillConfig, student: CheckpointHeaders, device: str) -> str | None:
@@ -33,8 +36,7 @@ def no_room_for_weights(config: DistillConfig, student: CheckpointHeaders, devic
     Raises:
         ResourceProblem: it cannot, and the stages are the user's own.
     """
-    needed = WEIGHT_BYTES * sum(prod(info.shape) for info in student.tensors.values())
-    return _verdict(config, needed, "the student's weights in float32 need", device)
+    return _verdict(config, held_bytes(student, torch.float32), "the student's weights in float32 need", device)
 
 
 def no_room_for_training(
