@@ -37,6 +37,7 @@ REVERSE = {"reverse_kl": 1.0}
 # What a stage says besides its name and its length; rates of routers and on-policy rows follow the papers' order of size.
 RECIPES: dict[str, Row | None] = {
     "none": None,
+    "default": {},  # the stages of a build without configuration
     "router-only kd": {"losses": {"kl": 1.0}, "parameter_lr_multipliers": ROUTERS_ONLY},
     "ce": {"losses": {"ce": 1.0}, "alpha": 0.0},
     "ce+kl": {"losses": BLEND},
@@ -45,7 +46,9 @@ RECIPES: dict[str, Row | None] = {
     "ce+kl+experts": {"losses": BLEND | {"expert_cka": 0.5}},
     "ce+kl+routing": {"losses": BLEND | {"routing_kl": 0.5}},
     "jsd": {"losses": {"jsd": 1.0}},
+    "kl+cka": {"losses": {"kl": 1.0, "cka": 0.5}},
     "live kl": {"losses": {"kl": 1.0}, "teacher": "live"},
+    "live ce+kl+cka": {"losses": BLEND | {"cka": 0.5}, "teacher": "live"},
     "on-policy rkl": {"losses": REVERSE, "on_policy": ON_POLICY},
     "ka": {"losses": REVERSE, "on_policy": ON_POLICY, "teacher_routing": {"policy": "ka"}},
     "sar": {"losses": REVERSE, "on_policy": ON_POLICY, "student_aware_router": {}},
@@ -90,11 +93,14 @@ def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
     from moe_edge.build import Request, build
 
     stage = RECIPES[name]
-    stages = [] if stage is None else [{"stage_name": "recovery", "share": 1.0, "learning_rate": options.rate} | stage]
     config = options.work / "config.yaml"
     options.work.mkdir(parents=True, exist_ok=True)
     settings: Row = {"plan": {"experts": options.experts, "force": True}}
-    settings["distill"] = {"tokens": options.tokens, "seed": seed, "stages": stages}
+    settings["distill"] = {"tokens": options.tokens, "seed": seed}
+    if stage is None:
+        settings["distill"]["stages"] = []
+    elif stage:
+        settings["distill"]["stages"] = [{"stage_name": "recovery", "share": 1.0, "learning_rate": options.rate} | stage]
     write_json_atomic(config, settings)  # JSON is YAML
     request = Request("cpu", str(options.model), config, options.work / "run", settings=options.set)
     out, _, _ = build(request, until="distill")
@@ -165,7 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint folder of the teacher")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps the build between rows")
-    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES)[:5], metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES)[:6], metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=61440, help="training tokens of every row")
     parser.add_argument("--experts", type=float, default=0.5, help="share of the experts that is kept")
