@@ -8,19 +8,24 @@ weight comes out as 0 is not computed at all, so that alpha = 0 is plain fine-tu
 exactly, not up to round-off. Losses on logits are means over all valid tokens of an optimizer step, however they are
 split into micro-batches.
 
-Shape suffixes: T tokens, t tokens of a chunk, V vocabulary, D model.
+Full logits are never all in memory: where a cached teacher or the text is compared they are made in tiles of tokens and
+vocabulary, where a teacher in memory speaks of the whole vocabulary, for some tokens at a time.
+
+Shape suffixes: T tokens, t tokens of a chunk, V vocabulary, D model, K kept ids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.signal import Signal
-from moe_edge.formulas.divergence import cross_entropy
 from moe_edge.formulas.head_loss import head_loss
+from moe_edge.formulas.head_tiles import kept_logits
+from moe_edge.formulas.logit_views import LogitView, WholeLogits
 from moe_edge.formulas.pair_divergence import divergences
 
 Kind = Literal["labels", "divergence", "term"]
@@ -117,24 +122,47 @@ class TokenLosses:
             signals: the teacher on the same tokens, once per draw; a divergence is their mean.
         """
 
-        def chunk(logits_tV: Tensor, span: slice) -> dict[str, tuple[float, Tensor]]:
-            sums: dict[str, Tensor] = {}
-            if "ce" in self.weights and labels_T is not None:
-                sums["ce"] = cross_entropy(logits_tV, labels_T[span]).sum()
-            for signal in signals:
-                for name, value in self._divergences(logits_tV, signal[span]).items():
-                    sums[name] = sums.get(name, 0.0) + value / len(signals)
-            return {name: (self.weights[name], value) for name, value in sums.items()}
+        ids_TK = _ids_enough(hidden_TD, signals)
+        if ids_TK is None:
+            return head_loss(hidden_TD, head_VD, lambda *chunk: self._on_chunk(*chunk, labels_T, signals))
+        wanted = labels_T if "ce" in self.weights else None
+        temperatures = sorted({self.temperature, *([] if wanted is None else [1.0])})
+        student = kept_logits(hidden_TD, head_VD, ids_TK, temperatures, wanted)
+        sums = self._sums(student, labels_T, signals)
+        total = torch.stack([self.weights[name] * value for name, value in sums.items()]).sum()
+        return total, {name: float(value.detach()) for name, value in sums.items()}
 
-        return head_loss(hidden_TD, head_VD, chunk)
+    def _on_chunk(
+        self, logits_tV: Tensor, span: slice, labels_T: Tensor | None, signals: Sequence[Signal]
+    ) -> dict[str, tuple[float, Tensor]]:
+        labels_t = None if labels_T is None else labels_T[span]
+        sums = self._sums(WholeLogits(logits_tV), labels_t, [signal[span] for signal in signals])
+        return {name: (self.weights[name], value) for name, value in sums.items()}
 
-    def _divergences(self, logits_tV: Tensor, signal: Signal) -> dict[str, Tensor]:
-        """Summed over the chunk; only the forward KL works with every kind of signal."""
+    def _sums(self, student: LogitView, labels_T: Tensor | None, signals: Sequence[Signal]) -> dict[str, Tensor]:
+        """Summed over the tokens."""
+        sums: dict[str, Tensor] = {}
+        if "ce" in self.weights and labels_T is not None:
+            sums["ce"] = student.cross_entropy(labels_T).sum()
+        for signal in signals:
+            for name, value in self._divergences(student, signal).items():
+                sums[name] = sums.get(name, 0.0) + value / len(signals)
+        return sums
+
+    def _divergences(self, student: LogitView, signal: Signal) -> dict[str, Tensor]:
+        """Only the forward KL works with every kind of signal."""
         known, sums = divergences(self.jsd_beta, self.skew), {}
         if "kl" in self.weights:
-            sums["kl"] = signal.forward_kl(logits_tV, self.temperature).sum()
+            sums["kl"] = signal.forward_kl(student, self.temperature).sum()
         others = [name for name in self.weights if name in known]
         if others:
-            pair = signal.pair(logits_tV, self.temperature)
+            pair = signal.pair(student, self.temperature)
             sums |= {name: known[name](*pair).sum() for name in others}
         return sums
+
+
+def _ids_enough(hidden_TD: Tensor, signals: Sequence[Signal]) -> Tensor | None:
+    """The ids whose logits are enough for all signals; None: whole logits are needed."""
+    if not signals:
+        return torch.empty((len(hidden_TD), 0), dtype=torch.long, device=hidden_TD.device)
+    return signals[0].ids if len(signals) == 1 else None

@@ -5,7 +5,8 @@ any divergence can be made; `forward_kl` gives KL(teacher || student). A `Teache
 tail, a `HeadSignal` an imported top-k without tail, a `SampledSignal` a cache of random draws, which knows the forward KL
 only and refuses `pair`; a `HiddenSignal` (teacher.py) is the whole distribution of a live teacher.
 
-A cached row is found by its tokens, so that no other text's targets can slip in.
+`ids` says how little of the student's logits is enough. A cached row is found by its tokens, so that no other text's
+targets can slip in.
 
 Shape suffixes: S tokens of a row, t tokens of a chunk, K kept ids, U unique draws, V vocabulary, C outcomes.
 """
@@ -24,6 +25,7 @@ from torch.nn import functional
 from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.formulas.divergence import coarse_pair, forward_kl, head_pair, temperature_index
+from moe_edge.formulas.logit_views import LogitView
 from moe_edge.formulas.sampling import sampled_kl
 from moe_edge.storage.logit_shards import ShardedLogits
 from moe_edge.storage.logits import LogitCache
@@ -36,18 +38,22 @@ class Signal(Protocol):
     def __getitem__(self, chosen: slice | Tensor) -> Self:
         """On some of these tokens: a span of them, or a mask."""
 
-    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    @property
+    def ids(self) -> Tensor | None:
+        """The ids that it compares one by one, int64 [t, K], -1 = none; None: the whole vocabulary."""
+
+    def pair(self, student: LogitView, temperature: float) -> tuple[Tensor, Tensor]:
         """(teacher, student): log-probabilities at `temperature` over the same C outcomes, [t, C] each.
 
         Args:
-            student_tV: student logits on the same tokens, padding columns already dropped.
+            student: student logits on the same tokens; it knows `ids` at least.
             temperature: the one that the signal was asked for.
 
         Raises:
             ConfigError: this signal does not know the teacher's distribution.
         """
 
-    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
+    def forward_kl(self, student: LogitView, temperature: float) -> Tensor:
         """KL(teacher || student) in nats per token, [t]; arguments as `pair`."""
 
 
@@ -63,12 +69,17 @@ class _Columns(ABC):
         """The signals of several rows, one after the other."""
         return cls(*(torch.cat([getattr(signal, column.name) for signal in signals]) for column in fields(cls)))
 
+    @property
     @abstractmethod
-    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def ids(self) -> Tensor:
+        """As `Signal.ids`."""
+
+    @abstractmethod
+    def pair(self, student: LogitView, temperature: float) -> tuple[Tensor, Tensor]:
         """As `Signal.pair`."""
 
-    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
-        return forward_kl(*self.pair(student_tV, temperature))
+    def forward_kl(self, student: LogitView, temperature: float) -> Tensor:
+        return forward_kl(*self.pair(student, temperature))
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,12 @@ class TeacherSignal(_Columns):
     logprobs_SK: Tensor  # float32 nats, at T = 1
     tail_logmass_S: Tensor  # float32 nats, at the temperature that was asked for
 
-    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return coarse_pair(student_tV, self.indices_SK, self.logprobs_SK, self.tail_logmass_S, temperature)
+    @property
+    def ids(self) -> Tensor:
+        return self.indices_SK
+
+    def pair(self, student: LogitView, temperature: float) -> tuple[Tensor, Tensor]:
+        return coarse_pair(student, self.indices_SK, self.logprobs_SK, self.tail_logmass_S, temperature)
 
 
 @dataclass(frozen=True)
@@ -94,8 +109,12 @@ class HeadSignal(_Columns):
     indices_SK: Tensor  # int64
     logprobs_SK: Tensor  # float32 nats, at T = 1
 
-    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return head_pair(student_tV, self.indices_SK, self.logprobs_SK, temperature)
+    @property
+    def ids(self) -> Tensor:
+        return self.indices_SK
+
+    def pair(self, student: LogitView, temperature: float) -> tuple[Tensor, Tensor]:
+        return head_pair(student, self.indices_SK, self.logprobs_SK, temperature)
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,10 @@ class SampledSignal(_Columns):
     indices_SU: Tensor  # int64
     counts_SU: Tensor  # int64, 0 = no draw
     entropy_S: Tensor  # float32 nats, of the teacher
+
+    @property
+    def ids(self) -> Tensor:
+        return self.indices_SU.masked_fill(self.counts_SU == 0, -1)
 
     @classmethod
     def joined(cls, signals: Sequence[Self]) -> Self:
@@ -117,7 +140,7 @@ class SampledSignal(_Columns):
         ]
         return super().joined(wide)
 
-    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def pair(self, student: LogitView, temperature: float) -> tuple[Tensor, Tensor]:
         raise ConfigError(
             "a loss needs the teacher's distribution, and the logit cache holds random draws",
             where="distill.stages: losses",
@@ -125,8 +148,8 @@ class SampledSignal(_Columns):
             next_command="use the loss 'kl' alone, or capture again without --rs",
         )
 
-    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
-        return sampled_kl(student_tV, self.indices_SU, self.counts_SU, self.entropy_S, temperature)
+    def forward_kl(self, student: LogitView, temperature: float) -> Tensor:
+        return sampled_kl(student, self.indices_SU, self.counts_SU, self.entropy_S, temperature)
 
 
 def joined(signals: Sequence[Any]) -> Any:

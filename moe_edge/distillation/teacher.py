@@ -26,6 +26,7 @@ from moe_edge.families.listening import listening
 from moe_edge.families.students import load_student, use_fastest_experts
 from moe_edge.families.taps import body, head
 from moe_edge.formulas.divergence import dense_pair, forward_kl
+from moe_edge.formulas.logit_views import WholeLogits
 
 Routing = Callable[[nn.Module, int], AbstractContextManager[Any]]
 
@@ -40,15 +41,19 @@ class HiddenSignal:
     def __getitem__(self, chosen: slice | Tensor) -> "HiddenSignal":
         return HiddenSignal(self.hidden_TD[chosen], self.head_VD)
 
-    def pair(self, student_tV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    @property
+    def ids(self) -> None:
+        """As `signal.Signal.ids`: it compares the whole vocabulary."""
+
+    def pair(self, student: WholeLogits, temperature: float) -> tuple[Tensor, Tensor]:
         """As `signal.Signal.pair`; it holds for every temperature."""
         with torch.no_grad():
             teacher_tV = functional.linear(self.hidden_TD.to(self.head_VD.dtype), self.head_VD)
-        return dense_pair(teacher_tV, student_tV, temperature)
+        return dense_pair(teacher_tV, student.logits_TV, temperature)
 
-    def forward_kl(self, student_tV: Tensor, temperature: float) -> Tensor:
+    def forward_kl(self, student: WholeLogits, temperature: float) -> Tensor:
         """As `signal.Signal.forward_kl`."""
-        return forward_kl(*self.pair(student_tV, temperature))
+        return forward_kl(*self.pair(student, temperature))
 
 
 class LiveTeacher:

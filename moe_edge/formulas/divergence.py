@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.formulas.logit_views import LogitView, wide
 
 CACHED_LOGITS = 1 << 17  # logits in one chunk of teacher_topk, which stay in the processor's cache
 CHUNK_TOKENS = 128
@@ -97,13 +98,13 @@ def tempered(logprobs_TK: Tensor, tail_logmass_T: Tensor, temperature: float) ->
         logprobs_TK: log-probabilities at T = 1 (only their differences matter).
         tail_logmass_T: log mass outside K at `temperature`.
     """
-    conditional_TK = torch.log_softmax(_wide(logprobs_TK) / temperature, dim=-1)
-    head_T = torch.log1p(-torch.exp(_wide(tail_logmass_T)).clamp(max=TAIL_LIMIT))
+    conditional_TK = torch.log_softmax(wide(logprobs_TK) / temperature, dim=-1)
+    head_T = torch.log1p(-torch.exp(wide(tail_logmass_T)).clamp(max=TAIL_LIMIT))
     return conditional_TK + head_T.unsqueeze(-1)
 
 
 def coarse_pair(
-    student_TV: Tensor, indices_TK: Tensor, logprobs_TK: Tensor, tail_logmass_T: Tensor, temperature: float = 1.0
+    student: LogitView, indices_TK: Tensor, logprobs_TK: Tensor, tail_logmass_T: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of teacher and student at `temperature` over the k kept ids and, last, one tail bucket.
 
@@ -111,32 +112,30 @@ def coarse_pair(
     teacher is LOG_NOTHING, so that p log p is 0 and no divergence of the pair is NaN.
 
     Args:
-        student_TV: student logits, padding columns already dropped.
+        student: the student's logits, at least those of the kept ids and the log-sum-exp of the rest.
         indices_TK, logprobs_TK: the teacher's kept ids and log-probabilities at T = 1.
         tail_logmass_T: the teacher's log mass outside K at `temperature`.
 
     Returns:
         (teacher, student), each [T, C], float32 or the wider dtype of what was given.
     """
-    if indices_TK.shape[-1] == student_TV.shape[-1]:
-        return head_pair(student_TV, indices_TK, logprobs_TK, temperature)
-    scaled_TV = _wide(student_TV) / temperature
-    kept_TK = scaled_TV.gather(-1, indices_TK)
-    tail_T = _wide(tail_logmass_T).clamp(LOG_NOTHING, math.log(TAIL_LIMIT))
+    if indices_TK.shape[-1] == student.vocab:
+        return head_pair(student, indices_TK, logprobs_TK, temperature)
+    kept_TK, outside_T = student.at(indices_TK) / temperature, student.log_rest(indices_TK, temperature)
+    tail_T = wide(tail_logmass_T).clamp(LOG_NOTHING, math.log(TAIL_LIMIT))
     teacher_TC = torch.cat([tempered(logprobs_TK, tail_T, temperature), tail_T.unsqueeze(-1)], -1)
-    outside_T = torch.logsumexp(scaled_TV.scatter(-1, indices_TK, -torch.inf), -1)
     return teacher_TC, torch.log_softmax(torch.cat([kept_TK, outside_T.unsqueeze(-1)], -1), -1)
 
 
 def head_pair(
-    student_TV: Tensor, indices_TK: Tensor, logprobs_TK: Tensor, temperature: float = 1.0
+    student: LogitView, indices_TK: Tensor, logprobs_TK: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of teacher and student at `temperature` given that the token is one of the k kept, [T, K] each.
 
     For a teacher whose tail is unknown. Exact at every temperature, but blind to the student's mass outside K.
     """
-    kept_TK = _wide(student_TV).gather(-1, indices_TK)
-    return torch.log_softmax(_wide(logprobs_TK) / temperature, -1), torch.log_softmax(kept_TK / temperature, -1)
+    kept_TK = student.at(indices_TK) / temperature
+    return torch.log_softmax(wide(logprobs_TK) / temperature, -1), torch.log_softmax(kept_TK, -1)
 
 
 def dense_pair(
@@ -150,7 +149,7 @@ def dense_pair(
         (teacher, student), each [T, V], float32 or the wider dtype of what was given.
     """
     width = vocab or min(teacher_TV.shape[-1], student_TV.shape[-1])
-    teacher_TV, student_TV = (_wide(logits_TV[:, :width]) / temperature for logits_TV in (teacher_TV, student_TV))
+    teacher_TV, student_TV = (wide(logits_TV[:, :width]) / temperature for logits_TV in (teacher_TV, student_TV))
     return torch.log_softmax(teacher_TV, -1), torch.log_softmax(student_TV, -1)
 
 
@@ -160,7 +159,7 @@ def forward_kl(teacher_TC: Tensor, student_TC: Tensor) -> Tensor:
 
 
 def cached_kl(
-    student_TV: Tensor,
+    student: LogitView,
     indices_TK: Tensor,
     logprobs_TK: Tensor,
     tail_logmass_T: Tensor,
@@ -173,7 +172,7 @@ def cached_kl(
     Returns:
         [T] float32, at least 0.
     """
-    return forward_kl(*coarse_pair(student_TV, indices_TK, logprobs_TK, tail_logmass_T, temperature))
+    return forward_kl(*coarse_pair(student, indices_TK, logprobs_TK, tail_logmass_T, temperature))
 
 
 def _not_negative(kl_T: Tensor) -> Tensor:
@@ -189,11 +188,6 @@ def kl_dense(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0, v
     """
     chunks = zip(torch.split(teacher_TV, CHUNK_TOKENS), torch.split(student_TV, CHUNK_TOKENS), strict=True)
     return torch.cat([forward_kl(*dense_pair(*chunk, temperature, vocab)) for chunk in chunks])
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In float32, or as they are where they are float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def predicts_label(labels_BS: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_edge.formulas.logit_views import LogitView
+
 CHUNK_TOKENS = 128
 MAX_DRAWS = 255  # a count fits one byte
 
@@ -60,13 +62,12 @@ def _inverse_cdf(p_tV: Tensor, draws: int, generator: torch.Generator) -> Tensor
 
 
 def sampled_kl(
-    student_TV: Tensor, indices_TU: Tensor, counts_TU: Tensor, entropy_T: Tensor, temperature: float = 1.0
+    student: LogitView, indices_TU: Tensor, counts_TU: Tensor, entropy_T: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """The estimate of KL(teacher || student) in nats per token, [T] float32 (or float64); unbiased, so it may be negative.
 
     Gradient with respect to student logits, times T: q_j - counts_j / N, whose mean over draws is q_j - p_j.
     """
-    wide_TV = student_TV.to(torch.promote_types(student_TV.dtype, torch.float32)) / temperature
-    log_q_TU = wide_TV.gather(-1, indices_TU) - torch.logsumexp(wide_TV, -1, keepdim=True)
-    share_TU = counts_TU.to(wide_TV.dtype) / counts_TU.sum(-1, keepdim=True)
+    log_q_TU = student.at(indices_TU) / temperature - student.log_all(temperature).unsqueeze(-1)
+    share_TU = counts_TU.to(log_q_TU.dtype) / counts_TU.sum(-1, keepdim=True)
     return -(share_TU * log_q_TU).sum(-1) - entropy_T

@@ -46,6 +46,7 @@ RECIPES: dict[str, Row | None] = {
     "ce+kl+experts": {"losses": BLEND | {"expert_cka": 0.5}},
     "ce+kl+routing": {"losses": BLEND | {"routing_kl": 0.5}},
     "jsd": {"losses": {"jsd": 1.0}},
+    "kl": {"losses": {"kl": 1.0}},
     "kl+cka": {"losses": {"kl": 1.0, "cka": 0.5}},
     "live kl": {"losses": {"kl": 1.0}, "teacher": "live"},
     "live ce+kl+cka": {"losses": BLEND | {"cka": 0.5}, "teacher": "live"},
@@ -100,7 +101,9 @@ def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
     if stage is None:
         settings["distill"]["stages"] = []
     elif stage:
-        settings["distill"]["stages"] = [{"stage_name": "recovery", "share": 1.0, "learning_rate": options.rate} | stage]
+        settings["distill"]["stages"] = [
+            {"stage_name": "recovery", "share": 1.0, "learning_rate": options.rate} | stage
+        ]
     write_json_atomic(config, settings)  # JSON is YAML
     request = Request("cpu", str(options.model), config, options.work / "run", settings=options.set)
     out, _, _ = build(request, until="distill")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.formulas.divergence import cached_kl, forward_kl, head_pair, kl_dense, teacher_topk
+from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.formulas.sampling import draw, sampled_kl
 from moe_edge.profiling.calibration import calibration_rows
 from moe_edge.profiling.recipes import load_recipe
@@ -72,7 +73,7 @@ def renormalised(teacher_SV: Tensor, student_SV: Tensor, k: int, temperature: fl
 def both_renormalised(teacher_SV: Tensor, student_SV: Tensor, k: int, temperature: float) -> Tensor:
     """Teacher and student given that the token is one of the k."""
     values_SK, indices_SK = teacher_SV.topk(k)
-    return forward_kl(*head_pair(student_SV, indices_SK, values_SK, temperature))
+    return forward_kl(*head_pair(WholeLogits(student_SV), indices_SK, values_SK, temperature))
 
 
 def from_file(teacher_SV: Tensor, k: int) -> TeacherRow:
@@ -100,7 +101,7 @@ def gradient_table(teacher_SV: Tensor, student_SV: Tensor, source: str) -> None:
             row = from_file(teacher_SV, k)
             tail_S = torch.from_numpy(row.tail_logmass_SH[:, TEMPERATURES.index(temperature)].copy())
             kept = (torch.from_numpy(row.indices_SK), torch.from_numpy(row.logprobs_SK))
-            ours = error(gradient(cached_kl(student_SV, *kept, tail_S, temperature), student_SV))
+            ours = error(gradient(cached_kl(WholeLogits(student_SV), *kept, tail_S, temperature), student_SV))
             plain = error(gradient(renormalised(teacher_SV, student_SV, k, temperature), student_SV))
             both = error(gradient(both_renormalised(teacher_SV, student_SV, k, temperature), student_SV))
             values = {"with_tail": ours, "teacher_renormalised": plain, "both_renormalised": both}
@@ -109,7 +110,7 @@ def gradient_table(teacher_SV: Tensor, student_SV: Tensor, source: str) -> None:
         generator, total, one = torch.Generator().manual_seed(0), torch.zeros_like(full), 0.0
         for repeat in range(DRAW_SETS):
             drawn = draw(teacher_SV, DRAWS, temperature, generator)
-            slope_SV = gradient(sampled_kl(student_SV, *drawn, temperature), student_SV)
+            slope_SV = gradient(sampled_kl(WholeLogits(student_SV), *drawn, temperature), student_SV)
             one = error(slope_SV) if repeat == 0 else one
             total += slope_SV
         line = {"name": "gradient_error", "teacher": source, "draws": DRAWS, "temperature": temperature}

@@ -15,6 +15,7 @@ from moe_edge.distillation.readers import StreamedReader, WholeReader
 from moe_edge.distillation.signal import SampledSignal, TeacherSignal
 from moe_edge.families.loading import load_model
 from moe_edge.formulas.divergence import teacher_topk
+from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.storage.rows import TokenRows
 from tests.tiny import TOKENIZER_SIZE, tiny_checkpoint, tiny_ids
 
@@ -109,7 +110,7 @@ def test_draws_are_seeded_by_the_row(teacher: Path, tmp_path: Path) -> None:
         assert isinstance(one, SampledSignal)
         assert torch.equal(one.indices_SU, two.indices_SU) and torch.equal(one.counts_SU, two.counts_SU)
         assert (one.counts_SU.sum(-1) == 20).all()
-        assert one.forward_kl(torch.randn(20, signal.vocab), 2.0).isfinite().all()
+        assert one.forward_kl(WholeLogits(torch.randn(20, signal.vocab)), 2.0).isfinite().all()
     assert "20 draws" in signal.description
     with pytest.raises(ConfigError, match="temperature 1"):
         signal.signal(ids_S, 1.0)

@@ -7,6 +7,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.losses import TokenLosses, active_weights
 from moe_edge.distillation.signal import TeacherSignal
 from moe_edge.formulas.divergence import cached_kl, teacher_topk
+from moe_edge.formulas.logit_views import WholeLogits
 
 WEIGHTS = {"ce": 1.0, "kl": 1.0, "cka": 0.05}
 
@@ -32,6 +33,6 @@ def test_blend_equals_its_formula() -> None:
     loss, sums = TokenLosses(weights, 2.0)(hidden, head, labels, [signal])
     logits = hidden @ head.T
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    kl = cached_kl(logits, top.indices_TK, top.logprobs_TK, top.tail_logmass_TH[:, 0], 2.0).sum()
+    kl = cached_kl(WholeLogits(logits), top.indices_TK, top.logprobs_TK, top.tail_logmass_TH[:, 0], 2.0).sum()
     torch.testing.assert_close(loss, 0.7 * ce + 0.3 * 4 * kl)
     assert sums == pytest.approx({"ce": float(ce), "kl": float(kl)}, rel=1e-5)

@@ -13,6 +13,7 @@ from moe_edge.distillation.terms import Needs
 from moe_edge.distillation.trainer import DistillationTrainer, RowDataset
 from moe_edge.families.loading import load_model
 from moe_edge.formulas.divergence import cached_kl, kl_dense, teacher_topk
+from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.formulas.sampling import draw
 from moe_edge.storage.rows import TokenRows
 from tests.distillation.parts import TOKENS, VOCAB, rows, tiny_student, tiny_teacher, write_cache
@@ -55,12 +56,14 @@ def test_cached_and_live_pairs_give_their_kls(tmp_path: Path) -> None:
     student_SV = logits(student, ids_S[None])[0]
     whole = live_signal(teacher, ids_S, 90)
     torch.testing.assert_close(
-        whole.forward_kl(student_SV[:, :90], 2.0), kl_dense(logits(teacher, ids_S[None])[0], student_SV, 2.0, 90)
+        whole.forward_kl(WholeLogits(student_SV[:, :90]), 2.0),
+        kl_dense(logits(teacher, ids_S[None])[0], student_SV, 2.0, 90),
     )
     cached = CachedSignal(tmp_path / "l.h5", {}).signal(ids_S, 2.0)
-    ours = cached.forward_kl(student_SV, 2.0)
-    assert torch.equal(ours, cached_kl(student_SV, cached.indices_SK, cached.logprobs_SK, cached.tail_logmass_S, 2.0))
-    assert (ours <= live_signal(teacher, ids_S).forward_kl(student_SV, 2.0) + 1e-3).all()
+    student = WholeLogits(student_SV)
+    ours = cached.forward_kl(student, 2.0)
+    assert torch.equal(ours, cached_kl(student, cached.indices_SK, cached.logprobs_SK, cached.tail_logmass_S, 2.0))
+    assert (ours <= live_signal(teacher, ids_S).forward_kl(student, 2.0) + 1e-3).all()
 
 
 def live_signal(teacher, ids_S: torch.Tensor, vocab: int | None = None) -> HiddenSignal:
@@ -83,17 +86,17 @@ def test_slices_masks_and_joins_keep_their_form_and_numbers(form: int) -> None:
     student = torch.randn(10, 40)
     both = joined([first, second])
     assert type(both) is type(first)
-    whole = both.forward_kl(student, 2.0)
-    torch.testing.assert_close(whole[:6], first.forward_kl(student[:6], 2.0))
-    torch.testing.assert_close(whole[6:], second.forward_kl(student[6:], 2.0))
+    whole = both.forward_kl(WholeLogits(student), 2.0)
+    torch.testing.assert_close(whole[:6], first.forward_kl(WholeLogits(student[:6]), 2.0))
+    torch.testing.assert_close(whole[6:], second.forward_kl(WholeLogits(student[6:]), 2.0))
     mask = torch.arange(10) % 3 > 0
     for chosen in (slice(3, 8), mask):
-        torch.testing.assert_close(both[chosen].forward_kl(student[chosen], 2.0), whole[chosen])
+        torch.testing.assert_close(both[chosen].forward_kl(WholeLogits(student[chosen]), 2.0), whole[chosen])
 
 
 def test_draws_refuse_every_other_divergence() -> None:
     with pytest.raises(ConfigError, match="forward KL only"):
-        forms()[1].pair(torch.randn(6, 40), 2.0)
+        forms()[1].pair(WholeLogits(torch.randn(6, 40)), 2.0)
 
 
 def test_the_trainer_takes_every_source(tmp_path: Path) -> None:

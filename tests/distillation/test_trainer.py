@@ -20,6 +20,7 @@ from moe_edge.distillation.telemetry import RoutingTelemetry
 from moe_edge.distillation.terms import Needs, TermContext
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
 from moe_edge.formulas.divergence import IGNORED_LABEL, kl_dense
+from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.storage.tensor_dict import load_weights_file, save_tensors
 from tests.distillation.parts import TOKENS, rows, tiny_student, tiny_teacher, write_cache
 
@@ -154,7 +155,7 @@ def test_a_cached_teacher_is_asked_only_where_a_label_is(tmp_path: Path) -> None
     for ids_S in torch.from_numpy(rows()[:4]).long():
         with torch.no_grad():
             student_SV = tiny_student()(ids_S[None]).logits[0]
-        kl_S = signal.signal(ids_S, 2.0).forward_kl(student_SV, 2.0)
+        kl_S = signal.signal(ids_S, 2.0).forward_kl(WholeLogits(student_SV), 2.0)
         expected.append(kl_S[hidden - 1 : -1])  # position j is judged on token j + 1
     assert trainer.state.log_history[0]["kl_loss"] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-4)
 

@@ -15,6 +15,7 @@ from moe_edge.formulas.divergence import (
     temperature_index,
     tempered,
 )
+from moe_edge.formulas.logit_views import WholeLogits
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -39,7 +40,7 @@ def slope(loss_T: Tensor, student: Tensor) -> Tensor:
 def cached(teacher: Tensor, student: Tensor, k: int, temperature: float) -> Tensor:
     top = teacher_topk(teacher, k, TEMPERATURES)
     tail = top.tail_logmass_TH[:, TEMPERATURES.index(temperature)]
-    return cached_kl(student, top.indices_TK, top.logprobs_TK, tail, temperature)
+    return cached_kl(WholeLogits(student), top.indices_TK, top.logprobs_TK, tail, temperature)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

@@ -13,6 +13,7 @@ from moe_edge.formulas.divergence import (
     kl_dense,
     teacher_topk,
 )
+from moe_edge.formulas.logit_views import WholeLogits
 from tests.formulas.test_divergence import TEMPERATURES, logits_pair
 
 
@@ -36,7 +37,7 @@ def slow_coarse(logits_TV: Tensor, indices_TK: Tensor, temperature: float) -> Te
 @pytest.mark.parametrize("k", (1, 16, 399))
 def test_a_coarse_pair_sums_to_one_and_is_the_cached_kl(k: int, temperature: float) -> None:
     teacher, student = logits_pair()
-    pair = coarse_pair(student, *kept(teacher, k, temperature), temperature)
+    pair = coarse_pair(WholeLogits(student), *kept(teacher, k, temperature), temperature)
     for side in pair:
         assert side.shape == (len(teacher), k + 1)
         torch.testing.assert_close(side.exp().sum(-1), torch.ones(len(teacher)), rtol=1e-5, atol=1e-6)
@@ -47,7 +48,7 @@ def test_a_coarse_pair_sums_to_one_and_is_the_cached_kl(k: int, temperature: flo
     torch.testing.assert_close(
         pair[1].double(), slow_coarse(student.double(), indices, temperature), rtol=1e-3, atol=1e-4
     )
-    ours = cached_kl(student, *kept(teacher, k, temperature), temperature)
+    ours = cached_kl(WholeLogits(student), *kept(teacher, k, temperature), temperature)
     assert torch.equal(forward_kl(*pair), ours)
 
 
@@ -75,7 +76,7 @@ def test_gradients_in_float64_equal_the_slow_reference(form: str, temperature: f
     logprobs = torch.log_softmax(teacher, -1).gather(-1, indices)
     slopes = []
     for pair_of in (
-        lambda logits: coarse_pair(logits, indices, logprobs, exact[:, -1], temperature),
+        lambda logits: coarse_pair(WholeLogits(logits), indices, logprobs, exact[:, -1], temperature),
         lambda logits: (exact, slow_coarse(logits, indices, temperature)),
         lambda logits: dense_pair(teacher, logits, temperature),
         lambda logits: tuple(torch.log(torch.softmax(x / temperature, -1)) for x in (teacher, logits)),
@@ -90,7 +91,7 @@ def test_gradients_in_float64_equal_the_slow_reference(form: str, temperature: f
 
 def test_all_ids_kept_leave_no_tail() -> None:
     teacher, student = logits_pair()
-    pair = coarse_pair(student, *kept(teacher, 400, 2.0), 2.0)
+    pair = coarse_pair(WholeLogits(student), *kept(teacher, 400, 2.0), 2.0)
     assert pair[0].shape == pair[1].shape == teacher.shape
     torch.testing.assert_close(forward_kl(*pair), kl_dense(teacher, student, 2.0), rtol=1e-4, atol=1e-5)
 
@@ -101,7 +102,7 @@ def test_an_empty_tail_is_finite_in_every_direction() -> None:
     student.requires_grad_()
     indices, logprobs, tail = kept(teacher, 16, 1.0)
     for mass in (tail, torch.full_like(tail, -torch.inf)):
-        p, q = coarse_pair(student, indices, logprobs, mass, 1.0)
+        p, q = coarse_pair(WholeLogits(student), indices, logprobs, mass, 1.0)
         assert bool((p[:, -1] >= LOG_NOTHING).all())
         both = (p.exp() * (p - q) + q.exp() * (q - p)).sum()
         assert both.isfinite() and torch.autograd.grad(both, student, retain_graph=True)[0].isfinite().all()
@@ -110,6 +111,6 @@ def test_an_empty_tail_is_finite_in_every_direction() -> None:
 def test_a_tail_of_everything_is_finite() -> None:
     _, student = logits_pair()
     indices = torch.arange(4).expand(len(student), 4)
-    p, q = coarse_pair(student, indices, torch.zeros(len(student), 4), torch.zeros(len(student)), 1.0)
+    p, q = coarse_pair(WholeLogits(student), indices, torch.zeros(len(student), 4), torch.zeros(len(student)), 1.0)
     assert p.isfinite().all() and q.isfinite().all()
     torch.testing.assert_close(p.exp().sum(-1), torch.ones(len(student)), rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_edge.formulas.divergence import kl_dense
+from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.formulas.sampling import draw, sampled_kl
 from tests.formulas.test_divergence import logits_pair
 
@@ -21,12 +22,16 @@ def test_the_mean_gradient_is_the_full_kls(temperature: float) -> None:
     full = torch.autograd.grad(kl_dense(teacher.double(), leaf, temperature).sum(), leaf)[0]
     repeats = 4000
     top = draw(teacher.expand(repeats, -1), DRAWS, temperature, generator())
-    loss_T = sampled_kl(leaf.expand(repeats, -1), top.indices_TU, top.counts_TU, top.entropy_T, temperature)
+    loss_T = sampled_kl(
+        WholeLogits(leaf.expand(repeats, -1)), top.indices_TU, top.counts_TU, top.entropy_T, temperature
+    )
     mean = torch.autograd.grad(loss_T.mean(), leaf)[0]
     p_V = torch.softmax(teacher[0].double() / temperature, -1)
     deviation_V = (p_V * (1 - p_V) / DRAWS / repeats).sqrt() / temperature
     assert ((mean - full).abs()[0] < 4.5 * deviation_V).all()
-    one = torch.autograd.grad(sampled_kl(leaf, *(column[:1] for column in top), temperature).sum(), leaf)[0]
+    one = torch.autograd.grad(sampled_kl(WholeLogits(leaf), *(column[:1] for column in top), temperature).sum(), leaf)[
+        0
+    ]
     assert (one - full).norm() > 10 * (mean - full).norm()  # a single draw is noisy: the mean is what is unbiased
 
 
@@ -34,7 +39,7 @@ def test_the_mean_value_is_the_full_kl() -> None:
     teacher, student = logits_pair(tokens=4, vocab=50)
     repeats = 3000
     top = draw(teacher.repeat(repeats, 1), DRAWS, 1.0, generator(1))
-    ours = sampled_kl(student.repeat(repeats, 1), *top).view(repeats, 4)
+    ours = sampled_kl(WholeLogits(student.repeat(repeats, 1)), *top).view(repeats, 4)
     error = ours.mean(0) - kl_dense(teacher, student)
     assert (error.abs() < 4.5 * ours.std(0) / repeats**0.5).all()
 

@@ -17,6 +17,7 @@ from moe_edge import cli
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.capture import CaptureConfig
 from moe_edge.distillation.signal import CachedSignal, HeadSignal, TeacherSignal
+from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.stages.logits import CaptureRequest, capture, estimate
 from moe_edge.stages.logits_exchange import export_plain_logits, import_plain_logits
 from moe_edge.storage.logit_shards import ShardedLogits
@@ -146,7 +147,7 @@ def test_a_file_without_tokens_and_tail(teacher: Path, cache: Path, tmp_path: Pa
     head, full = ours.signal(ids_S, 2.5), whole.signal(ids_S, 2.0)
     assert isinstance(head, HeadSignal)  # float16 has ties, so that neighbours may have changed places
     assert torch.equal(head.indices_SK.sort(-1).values, full.indices_SK.sort(-1).values)
-    p_SK, q_SK = head.pair(torch.randn(64, ours.vocab), 2.5)
+    p_SK, q_SK = head.pair(WholeLogits(torch.randn(64, ours.vocab)), 2.5)
     torch.testing.assert_close(p_SK, torch.log_softmax(full.logprobs_SK / 2.5, -1), rtol=0.02, atol=0.03)
     torch.testing.assert_close(q_SK.exp().sum(-1), torch.ones(64))
 

@@ -10,6 +10,7 @@ import torch
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.formulas.divergence import TopK, cached_kl, kl_dense, teacher_topk
+from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.storage.logit_codec import RowCodec
 from moe_edge.storage.logits import LogitCache, LogitCacheWriter, TeacherRow, row_key
 
@@ -42,7 +43,9 @@ def write(path: Path, seeds: range, identity: dict[str, str] = IDENTITY) -> None
 
 def read_kl(row: TeacherRow, student: torch.Tensor, temperature: float) -> torch.Tensor:
     tail = torch.from_numpy(row.tail_logmass_SH[:, TEMPERATURES.index(temperature)].copy())
-    return cached_kl(student, torch.from_numpy(row.indices_SK), torch.from_numpy(row.logprobs_SK), tail, temperature)
+    return cached_kl(
+        WholeLogits(student), torch.from_numpy(row.indices_SK), torch.from_numpy(row.logprobs_SK), tail, temperature
+    )
 
 
 def test_rows_come_back_by_content(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_gradient_is_closer_than_top_64_renormalised(tmp_path: Path, temperature
     assert (ours - full).norm() < 0.5 * (other - full).norm()
     exact = teacher_topk(teacher, K, TEMPERATURES)
     tail = exact.tail_logmass_TH[:, TEMPERATURES.index(temperature)]
-    unquantised = cached_kl(student, exact.indices_TK, exact.logprobs_TK, tail, temperature)
+    unquantised = cached_kl(WholeLogits(student), exact.indices_TK, exact.logprobs_TK, tail, temperature)
     best = torch.autograd.grad(unquantised.sum(), student)[0]
     assert (ours - full).norm() < 1.05 * (best - full).norm()
 
