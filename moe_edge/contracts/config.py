@@ -193,15 +193,6 @@ class StageConfig(BaseModel):
     parameter_lr_multipliers: list[LrMultiplier] = [LrMultiplier(pattern=".*", lr_multiplier=1.0)]
 
 
-_EXPERTS_FIRST = [
-    LrMultiplier(
-        pattern=r"\.experts\.|\.shared_expert|\.shared_mlp\.|mlp\.gate\.|\.router\.|mlp\.(gate|up|down)_proj",
-        lr_multiplier=1.0,
-    ),
-    LrMultiplier(pattern=".*", lr_multiplier=0.0),
-]
-
-
 class DistillConfig(BaseModel):
     model_config = _CLOSED
     data: str = Field(
@@ -222,10 +213,7 @@ class DistillConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")
-    stages: list[StageConfig] = [
-        StageConfig(stage_name="experts", share=0.5, parameter_lr_multipliers=_EXPERTS_FIRST),
-        StageConfig(stage_name="all", share=0.5),
-    ]
+    stages: list[StageConfig] = [StageConfig(stage_name="all", share=1.0)]
     seed: int = 0
 
 

@@ -37,7 +37,6 @@ REVERSE = {"reverse_kl": 1.0}
 # What a stage says besides its name and its length; rates of routers and on-policy rows follow the papers' order of size.
 RECIPES: dict[str, Row | None] = {
     "none": None,
-    "default": {},  # the stages of a build without configuration
     "router-only kd": {"losses": {"kl": 1.0}, "parameter_lr_multipliers": ROUTERS_ONLY},
     "ce": {"losses": {"ce": 1.0}, "alpha": 0.0},
     "ce+kl": {"losses": BLEND},
@@ -57,6 +56,15 @@ RECIPES: dict[str, Row | None] = {
     "sar, every 4": {"losses": REVERSE, "on_policy": ON_POLICY, "student_aware_router": {"every": 4}},
     "sar, every 16": {"losses": REVERSE, "on_policy": ON_POLICY, "student_aware_router": {"every": 16}},
 }
+EXPERTS_ONLY = [
+    {"pattern": r"\.(experts|shared_experts?|shared_mlp)\.|" + ROUTER_PATTERN, "lr_multiplier": 1.0},
+    {"pattern": ".*", "lr_multiplier": 0.0},
+]
+TWO_STAGES = [
+    {"stage_name": "experts", "share": 0.5, "parameter_lr_multipliers": EXPERTS_ONLY},
+    {"stage_name": "all", "share": 0.5},
+]
+RECIPES["experts, then all"] = {"stages": TWO_STAGES}
 RECIPES |= {
     f"ka, M {draws}, lambda {chance:g}": {
         "losses": REVERSE,
@@ -93,17 +101,10 @@ def _lines(options: argparse.Namespace) -> Iterator[Row]:
 def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
     from moe_edge.build import Request, build
 
-    stage = RECIPES[name]
     config = options.work / "config.yaml"
     options.work.mkdir(parents=True, exist_ok=True)
     settings: Row = {"plan": {"experts": options.experts, "force": True}}
-    settings["distill"] = {"tokens": options.tokens, "seed": seed}
-    if stage is None:
-        settings["distill"]["stages"] = []
-    elif stage:
-        settings["distill"]["stages"] = [
-            {"stage_name": "recovery", "share": 1.0, "learning_rate": options.rate} | stage
-        ]
+    settings["distill"] = {"tokens": options.tokens, "seed": seed, "stages": _stages(RECIPES[name], options.rate)}
     write_json_atomic(config, settings)  # JSON is YAML
     request = Request("cpu", str(options.model), config, options.work / "run", settings=options.set)
     out, _, _ = build(request, until="distill")
@@ -111,6 +112,13 @@ def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
     line = {"benchmark": "distill", "row": name, "seed": seed, "tokens": options.tokens, "kept": options.experts}
     line |= {"seconds": round(manifest["cost"]["seconds"], 1), "peak_rss_mib": manifest["cost"]["peak_rss_mib"]}
     return line | _score(options, out) | _answers(options, out)
+
+
+def _stages(recipe: Row | None, rate: str) -> list[Row]:
+    if recipe is None:
+        return []
+    stages: list[Row] = recipe.get("stages") or [{"stage_name": "recovery", "share": 1.0} | recipe]
+    return [{"learning_rate": rate} | stage for stage in stages]
 
 
 @torch.inference_mode()
@@ -174,7 +182,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint folder of the teacher")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps the build between rows")
-    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES)[:6], metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES)[:5], metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=61440, help="training tokens of every row")
     parser.add_argument("--experts", type=float, default=0.5, help="share of the experts that is kept")
