@@ -36,6 +36,7 @@ REVERSE = {"reverse_kl": 1.0}
 
 # What a stage says besides its name and its length; rates of routers and on-policy rows follow the papers' order of size.
 RECIPES: dict[str, Row | None] = {
+    "teacher": None,  # measured against itself
     "none": None,
     "router-only kd": {"losses": {"kl": 1.0}, "parameter_lr_multipliers": ROUTERS_ONLY},
     "ce": {"losses": {"ce": 1.0}, "alpha": 0.0},
@@ -101,6 +102,10 @@ def _lines(options: argparse.Namespace) -> Iterator[Row]:
 def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
     from moe_edge.build import Request, build
 
+    line = {"benchmark": "distill", "row": name, "seed": seed, "tokens": options.tokens, "kept": options.experts}
+    if name == "teacher":
+        line |= {"tokens": 0, "kept": 1.0, "seconds": 0.0, "peak_rss_mib": None}
+        return line | _score(options, options.model) | _answers(options, options.model)
     config = options.work / "config.yaml"
     options.work.mkdir(parents=True, exist_ok=True)
     settings: Row = {"plan": {"experts": options.experts, "force": True}}
@@ -109,9 +114,9 @@ def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
     request = Request("cpu", str(options.model), config, options.work / "run", settings=options.set)
     out, _, _ = build(request, until="distill")
     manifest = json.loads((out / "distill" / "manifest.json").read_text())
-    line = {"benchmark": "distill", "row": name, "seed": seed, "tokens": options.tokens, "kept": options.experts}
     line |= {"seconds": round(manifest["cost"]["seconds"], 1), "peak_rss_mib": manifest["cost"]["peak_rss_mib"]}
-    return line | _score(options, out) | _answers(options, out)
+    student = out / "distill" / "model"
+    return line | _score(options, student) | _answers(options, student)
 
 
 def _stages(recipe: Row | None, rate: str) -> list[Row]:
@@ -122,9 +127,9 @@ def _stages(recipe: Row | None, rate: str) -> list[Row]:
 
 
 @torch.inference_mode()
-def _score(options: argparse.Namespace, out: Path) -> Row:
+def _score(options: argparse.Namespace, folder: Path) -> Row:
     """KL to the teacher, perplexity and the load entropy of the routers on held-out text."""
-    teacher, student = load_model(options.model), load_student(out / "distill" / "model")
+    teacher, student = load_model(options.model), load_student(folder)
     held = heldout_rows("default", load_tokenizer(options.model), options.heldout_tokens, 512)
     judge = Judge()
     for ids_S in held.ids_NS:
@@ -141,13 +146,13 @@ def _score(options: argparse.Namespace, out: Path) -> Row:
     }  # fmt: skip
 
 
-def _answers(options: argparse.Namespace, out: Path) -> Row:
-    """ROUGE-L of the F16 GGUF on instructions, by set and, where rows have one, by category."""
+def _answers(options: argparse.Namespace, student: Path) -> Row:
+    """ROUGE-L of the F16 GGUF on instructions with its interval, by set and, where rows have one, by category."""
     scores: Row = {}
     if not options.evaluate:
         return scores
-    folder, common = out.parent / "evaluate", [sys.executable, "-m", "moe_edge"]
-    export = ["export", str(out / "distill" / "model"), "--target", "cpu", "--out", str(folder / "export")]
+    folder, common = options.work / "evaluate", [sys.executable, "-m", "moe_edge"]
+    export = ["export", str(student), "--target", "cpu", "--out", str(folder / "export")]
     formats = ["--set", "export.formats=[gguf]", "--set", "export.gguf.types=[F16]", "--set", "export.bundle=false"]
     subprocess.run([*common, *export, *formats], check=True, stdout=subprocess.DEVNULL)
     (file,) = (folder / "export" / "artifacts" / "gguf").glob("*.gguf")
@@ -158,7 +163,8 @@ def _answers(options: argparse.Namespace, out: Path) -> Row:
         done = subprocess.run([*common, *asked], check=True, stdout=subprocess.PIPE, text=True)
         name = f"rouge_l_{Path(data).parent.name or Path(data).stem}"
         for found in json.loads(done.stdout)["sets"].values():
-            scores[name] = found["metrics"]["rouge_l"]["value"]
+            rouge = found["metrics"]["rouge_l"]
+            scores |= {name: rouge["value"], f"{name}_ci95": rouge["ci95"]}
             parts = {part: one["metrics"]["rouge_l"]["value"] for part, one in found["categories"].items()}
             scores |= {f"{name}_by_category": parts} if parts else {}
     return scores
@@ -182,7 +188,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint folder of the teacher")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps the build between rows")
-    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES)[:5], metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES)[1:6], metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=61440, help="training tokens of every row")
     parser.add_argument("--experts", type=float, default=0.5, help="share of the experts that is kept")
