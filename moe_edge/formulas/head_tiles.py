@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_edge.formulas.logit_views import KeptLogits
+from moe_edge.formulas.logit_views import KeptLogits, wide
 
 TILE_TOKENS, TILE_IDS = 512, 4096  # 8 MiB of float32
 
@@ -35,7 +35,7 @@ class _Tile(NamedTuple):
     ids: slice
 
     def logits(self, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
-        return hidden_TD[self.tokens] @ weight_VD[self.ids].T
+        return wide(hidden_TD[self.tokens] @ weight_VD[self.ids].T)
 
     def cells(self, ids_TK: Tensor, labels_T: Tensor) -> _Cells:
         start, stop = self.ids.start, self.ids.stop
@@ -59,32 +59,33 @@ class _Kept(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, labels_T: Tensor, heats: Sequence[float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, heat_H = len(hidden_TD), hidden_TD.new_tensor(heats)
-        kept_TK, label_T = hidden_TD.new_zeros(ids_TK.shape), hidden_TD.new_zeros(labels_T.shape)
-        log_rest_TH = hidden_TD.new_full((tokens, len(heats)), -torch.inf)
-        for tile in _tiles(tokens, len(weight_VD)):
+        ctx.heats, like = heats, wide(hidden_TD[:0])
+        kept_TK, label_T = like.new_zeros(ids_TK.shape), like.new_zeros(labels_T.shape)
+        log_rest_TH = like.new_full((len(hidden_TD), len(heats)), -torch.inf)
+        for tile in _tiles(len(hidden_TD), len(weight_VD)):
             logits_tv, cells = tile.logits(hidden_TD, weight_VD), tile.cells(ids_TK, labels_T)
             kept_TK[tile.tokens][cells.rows, cells.ranks] = logits_tv[cells.rows, cells.columns]
             label_T[tile.tokens][cells.label_rows] = logits_tv[cells.label_rows, cells.label_columns]
             logits_tv[cells.rows, cells.columns] = -torch.inf
             rest_tH = log_rest_TH[tile.tokens]
             rest_tH.copy_(torch.logaddexp(rest_tH, _log_sums(logits_tv, heats)))
-        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, labels_T, log_rest_TH, heat_H)
+        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, labels_T, log_rest_TH)
         return kept_TK, label_T, log_rest_TH
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, ids_TK, labels_T, log_rest_TH, heat_H = ctx.saved_tensors
+        hidden_TD, weight_VD, ids_TK, labels_T, log_rest_TH = ctx.saved_tensors
         slope_TK, slope_T, slope_TH = slopes
         grad_TD = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for tile in _tiles(len(hidden_TD), len(weight_VD)):
                 cells = tile.cells(ids_TK, labels_T)
-                rest_tH, slope_tH = log_rest_TH[tile.tokens], slope_TH[tile.tokens] / heat_H
-                slope_tv = _softmax_slope(tile.logits(hidden_TD, weight_VD), rest_tH, slope_tH, heat_H.tolist())
+                sums_tH = log_rest_TH[tile.tokens], slope_TH[tile.tokens]
+                slope_tv = _softmax_slope(tile.logits(hidden_TD, weight_VD), *sums_tH, ctx.heats)
                 slope_tv[cells.rows, cells.columns] = slope_TK[tile.tokens][cells.rows, cells.ranks]
                 slope_tv[cells.label_rows, cells.label_columns] += slope_T[tile.tokens][cells.label_rows]
+                slope_tv = slope_tv.to(weight_VD.dtype)
                 if grad_TD is not None:
                     grad_TD[tile.tokens].addmm_(slope_tv, weight_VD[tile.ids])
                 if grad_VD is not None:
@@ -98,11 +99,14 @@ def _log_sums(logits_tv: Tensor, heats: Sequence[float]) -> Tensor:
 
 
 def _softmax_slope(logits_tv: Tensor, rest_tH: Tensor, slope_tH: Tensor, heats: Sequence[float]) -> Tensor:
-    """sum_h slope_h exp(z / heat_h - rest_h): what flows to the logits through the log-sum-exps; overwrites them if it can."""
+    """sum_h slope_h / heat_h exp(z / heat_h - rest_h): what flows to the logits through the log-sum-exps.
+
+    Overwrites the logits where there is but one temperature.
+    """
     parts = []
     for index, heat in enumerate(heats):
         scaled_tv = logits_tv / heat if len(heats) > 1 else logits_tv.div_(heat)
-        parts.append(scaled_tv.sub_(rest_tH[:, index, None]).exp_().mul_(slope_tH[:, index, None]))
+        parts.append(scaled_tv.sub_(rest_tH[:, index, None]).exp_().mul_(slope_tH[:, index, None] / heat))
     return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 

@@ -87,6 +87,18 @@ def test_a_frozen_head_has_no_gradient(inputs: Inputs) -> None:
     assert weight.grad is None
 
 
+def test_bfloat16_is_summed_up_in_float32(inputs: Inputs) -> None:
+    hidden, weight = (tensor.detach().bfloat16().requires_grad_() for tensor in inputs[:2])
+    ids = inputs[2].topk(4).indices
+    view, whole = kept_logits(hidden, weight, ids, [1.0]), WholeLogits(hidden @ weight.T)
+    assert view.log_all(1.0).dtype == view.at(ids).dtype == torch.float32
+    torch.testing.assert_close(view.log_all(1.0), whole.log_all(1.0), rtol=1e-5, atol=1e-5)
+    ours, plain = (torch.autograd.grad(one.log_all(1.0).sum(), (hidden, weight)) for one in (view, whole))
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("label", (-100, VOCAB))
 def test_a_label_outside_of_the_vocabulary_is_an_error(inputs: Inputs, label: int) -> None:
     labels = torch.full((TOKENS,), label)
