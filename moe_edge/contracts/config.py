@@ -203,7 +203,9 @@ class DistillConfig(BaseModel):
     tokens: int = Field(65536, gt=0, description="tokens over all stages")
     alpha: float = Field(0.98, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")
     temperature: float = Field(1, gt=0)
-    batch_rows: int = Field(4, ge=1, description="rows per optimizer step")
+    batch_rows: int = Field(
+        1, ge=1, description="rows per optimizer step; of several processes each takes its share of them"
+    )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="jsd: weight of the teacher in the mixture")
     skew: float = Field(
         0.1, gt=0, lt=1, description="skew_kl, skew_reverse_kl: share of the other side that is mixed in"
@@ -213,7 +215,7 @@ class DistillConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")
-    stages: list[StageConfig] = [StageConfig(stage_name="all", share=1.0)]
+    stages: list[StageConfig] = [StageConfig(stage_name="all", share=1.0, teacher="live")]
     seed: int = 0
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_edge.contracts.artifacts import StageContext
-from moe_edge.contracts.config import BuildConfig, Loss, StageConfig
+from moe_edge.contracts.config import BuildConfig, DistillConfig, Loss, StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.alignment import layer_cka
 from moe_edge.distillation.cross_tokenizer import CrossTokenizerTerm, held_out_distance
@@ -94,8 +94,12 @@ def _recipe(config: BuildConfig, pair: Pair) -> BuildConfig:
     if "stages" not in distill.model_fields_set:
         kind = SAME if pair.same_tokens else ACROSS
         log.info("distill: no stages are given; one with %s", ", ".join(f"{name} {kind[name]:g}" for name in kind))
-        stage = StageConfig(stage_name="all", share=1.0, losses=kind, layer_map="proportional")
-        return config.model_copy(update={"distill": distill.model_copy(update={"stages": [stage]})})
+        stage = StageConfig(stage_name="all", share=1.0, losses=kind, layer_map="proportional", teacher="live")
+        given = distill.model_fields_set | (
+            set() if pair.same_tokens else {"stages"}
+        )  # without a cache all of it is needed
+        chosen = DistillConfig.model_construct(given, **(dict(distill) | {"stages": [stage]}))
+        return config.model_copy(update={"distill": chosen})
     if not distill.stages:
         raise ConfigError("there is nothing to train", where="distill.stages", why="the list is empty")
     if any(stage.losses.get("routing_kl") for stage in distill.stages):

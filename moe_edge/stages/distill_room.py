@@ -79,4 +79,4 @@ def recipe_with_room(config: DistillConfig, fits: bool) -> DistillConfig:
 
 def _from_cache(stage: StageConfig) -> StageConfig:
     losses = {name: weight for name, weight in stage.losses.items() if not LOSSES[name].teacher}
-    return stage.model_copy(update={"losses": losses})
+    return stage.model_copy(update={"losses": losses, "teacher": "cached"})

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from moe_edge import build as building
 from moe_edge import cli
 from moe_edge.build import Request
-from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.distillation.capture import CaptureConfig
 from moe_edge.families.loading import load_tokenizer, resolve_teacher
 from moe_edge.families.students import load_student
+from moe_edge.stages import distill_pair
 from moe_edge.stages.logits import CaptureRequest, capture
 from tests.tiny import TEXTS, tiny_checkpoint, tiny_tokenizer
 
@@ -48,14 +49,33 @@ def dense(folder: Path, tokenizer: PreTrainedTokenizerFast, layers: int = 1) -> 
     return folder
 
 
+def without_stages(teacher: Path, tmp_path: Path, text: Path) -> Request:
+    wanted = request(teacher, tmp_path / "out", text)
+    return replace(wanted, settings=[one for one in wanted.settings if "stages" not in one])
+
+
 @pytest.mark.parametrize("merges", [280, 320])
 def test_without_stages_every_pair_has_a_recipe(merges: int, teacher: Path, text: Path, tmp_path: Path) -> None:
     student = dense(tmp_path / "student", tiny_tokenizer(merges))
-    wanted = request(teacher, tmp_path / "out", text)
-    wanted = replace(wanted, settings=[one for one in wanted.settings if "stages" not in one])
-    _, summary = building.distill_student(wanted, str(student))
+    _, summary = building.distill_student(without_stages(teacher, tmp_path, text), str(student))
     losses = {"ce_loss", "projected_kl_loss"} if merges == 280 else {"ce_loss", "kl_loss", "cka_loss"}
     assert losses <= set(summary["stages"][0]["first_and_last"]) and summary["kept"] == "trained"
+
+
+@pytest.mark.parametrize("merges", [280, 320])
+def test_a_teacher_that_does_not_fit_teaches_from_the_cache_or_not_at_all(
+    merges: int, teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill_pair, "fits_in_memory", lambda *_: False)
+    student, wanted = dense(tmp_path / "student", tiny_tokenizer(merges)), without_stages(teacher, tmp_path, text)
+    if merges == 280:
+        with pytest.raises(ResourceProblem, match="does not fit in memory beside the student"):
+            building.distill_student(wanted, str(student))
+        return
+    monkeypatch.setattr("moe_edge.distillation.stage_parts.teacher_model", lambda *_: pytest.fail("loaded"))
+    _, summary = building.distill_student(wanted, str(student))
+    assert set(summary["stages"][0]["first_and_last"]) == {"total_loss", "ce_loss", "kl_loss"}
+    assert summary["kept"] == "trained" and "does not fit" in summary["cka"]
 
 
 def test_an_edited_text_is_noticed(teacher: Path, text: Path, tmp_path: Path) -> None:
