@@ -36,7 +36,13 @@ from moe_edge.distillation.checkpoints import (
 from moe_edge.distillation.losses import of_kind
 from moe_edge.distillation.schedule import StageSchedule, full_rate, micro_rows, multipliers_of, rows_of_process
 from moe_edge.distillation.signal import SignalSource
-from moe_edge.distillation.stage_parts import PartsBuilder, stage_blend, stage_weights, wants_live_logits
+from moe_edge.distillation.stage_parts import (
+    PartsBuilder,
+    stage_blend,
+    stage_weights,
+    teacher_source,
+    wants_live_logits,
+)
 from moe_edge.distillation.tensorboard import require_tensorboard, tensorboard_callback
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
 from moe_edge.families.students import use_fastest_experts
@@ -77,9 +83,9 @@ class Recovery:
             history = self._stage(student, schedule, self.checkpoints / f"{index}-{schedule.name}")
             tokens = len(schedule.rows) * self.ids_NS.shape[1]
             seconds = round(time.monotonic() - started, 1)
-            records.append(
-                {"stage": schedule.name, "steps": schedule.steps, "tokens": tokens, "log": history, "seconds": seconds}
-            )
+            source = teacher_source(self.config, schedule.config)
+            record = {"stage": schedule.name, "steps": schedule.steps, "tokens": tokens, "teacher": source}
+            records.append(record | {"log": history, "seconds": seconds})
             gc.collect()
         student.requires_grad_(True).eval()
         student.config = config

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -70,6 +70,13 @@ def wants_live_logits(config: DistillConfig, stage: StageConfig) -> bool:
 def wants_teacher(config: DistillConfig, stage: StageConfig) -> bool:
     """Must the teacher be in memory in this stage?"""
     return wants_live_logits(config, stage) or any(LOSSES[name].teacher for name in stage_weights(config, stage))
+
+
+def teacher_source(config: DistillConfig, stage: StageConfig) -> Literal["live", "cached", "none"]:
+    """Where the losses on logits have the teacher's word from; none: no loss compares distributions."""
+    if wants_live_logits(config, stage):
+        return "live"
+    return "cached" if of_kind(stage_weights(config, stage), "divergence") else "none"
 
 
 def losses_on_tokens(config: DistillConfig) -> set[str]:

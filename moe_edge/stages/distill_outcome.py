@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -114,9 +115,18 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _stage_summary(record: Record) -> Record:
-    first, last = record["log"][0], record["log"][-1]
-    losses = {name: [first[name], last[name]] for name in first if name.endswith("_loss")}
-    return {name: record[name] for name in ("stage", "steps", "tokens")} | {"first_and_last": losses}
+    """Losses as means over the first and the last tenth of the steps: a step may be one row, and rows differ."""
+    log, names = record["log"], ("stage", "steps", "tokens", "teacher")
+    tenth = max(1, len(log) // 10)
+    losses = dict.fromkeys(name for step in log for name in step if name.endswith("_loss"))
+    ends = {name: [_mean(name, log[:tenth]), _mean(name, log[-tenth:])] for name in losses}
+    return {name: record[name] for name in names} | {"first_and_last": ends}
+
+
+def _mean(loss: str, steps: list[Record]) -> float | None:
+    """None where no step has it: rows that the student wrote have no cross-entropy."""
+    found = [step[loss] for step in steps if loss in step]
+    return mean(found) if found else None
 
 
 def write_outcome(out: Path, records: list[Record], summary: Record) -> None:

@@ -137,9 +137,11 @@ def _distillation(report: ReportV1) -> str:
         return ""
     lines = ["## Distillation", inert(summary.get("reason", ""))]
     if summary.get("trained"):
-        lines.append(table(("", "first or before", "last or after"), _training_rows(summary)))
+        lines.append(table(("", "first tenth, or before", "last tenth, or after"), _training_rows(summary)))
+        sources = ", ".join(f"{inert(one['stage'])} {inert(one.get('teacher', 'cached'))}" for one in summary["stages"])
         lines.append(
-            f"{summary['tokens_trained']} tokens trained; the {inert(summary['kept'])} student went on. "
+            f"{summary['tokens_trained']} tokens trained (logits of the teacher: {sources}); "
+            f"the {inert(summary['kept'])} student went on. "
             f"Held-out KL here: {inert(summary['held_out_kl'])}, {summary['held_out_tokens']} calibration tokens that "
             f"were not trained on. CKA: {inert(summary['cka'])}."
         )

@@ -59,7 +59,9 @@ def test_without_stages_every_pair_has_a_recipe(merges: int, teacher: Path, text
     student = dense(tmp_path / "student", tiny_tokenizer(merges))
     _, summary = building.distill_student(without_stages(teacher, tmp_path, text), str(student))
     losses = {"ce_loss", "projected_kl_loss"} if merges == 280 else {"ce_loss", "kl_loss", "cka_loss"}
-    assert losses <= set(summary["stages"][0]["first_and_last"]) and summary["kept"] == "trained"
+    (stage,) = summary["stages"]
+    assert losses <= set(stage["first_and_last"]) and summary["kept"] == "trained"
+    assert stage["teacher"] == ("none" if merges == 280 else "live")
 
 
 @pytest.mark.parametrize("merges", [280, 320])

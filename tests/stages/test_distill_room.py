@@ -55,12 +55,18 @@ def test_a_teacher_that_does_not_fit_beside_the_student(tmp_path: Path, monkeypa
     monkeypatch.setattr(distill, "fits_in_memory", lambda *_: False)
     monkeypatch.setattr("moe_edge.distillation.stage_parts.teacher_model", lambda *_: pytest.fail("loaded"))
     run = context(tmp_path)
-    losses = distill.run(run)["stages"][0]["first_and_last"]
-    assert set(losses) == {"total_loss", "ce_loss", "kl_loss"}
+    (stage,) = distill.run(run)["stages"]
+    assert stage["teacher"] == "cached" and set(stage["first_and_last"]) == {"total_loss", "ce_loss", "kl_loss"}
     config = DistillConfig.model_validate({"stages": own(kl=1.0, cka=0.5)})
     with pytest.raises(ResourceProblem, match="does not fit in memory beside the student"):
         distill_room.recipe_with_room(config, fits=False)
     assert distill_room.recipe_with_room(config, fits=True) is config
+
+
+def test_a_teacher_that_fits_is_asked_itself(tmp_path: Path) -> None:
+    (stage,) = distill.run(context(tmp_path))["stages"]
+    assert stage["teacher"] == "live"
+    assert set(stage["first_and_last"]) == {"total_loss", "ce_loss", "kl_loss", "cka_loss"}
 
 
 def _parameters(folder: Path) -> int:

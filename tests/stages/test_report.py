@@ -76,7 +76,7 @@ def _summaries(**validate: Any) -> dict[str, dict[str, Any]]:
             "cka": "debiased linear CKA",
             "before": {"kl_nats": 0.3, "cka_mean": 0.9, "cka_by_layer": [0.9]},
             "after": {"kl_nats": 0.06, "cka_mean": 0.97, "cka_by_layer": [0.97]},
-            "stages": [{"stage": "experts", "steps": 8, "tokens": 9, "first_and_last": {"total_loss": [2.5, 2.1]}}],
+            "stages": [{"stage": "experts", "teacher": "live", "first_and_last": {"total_loss": [2.5, 2.1]}}],
             "notes": ["a note of distill"],
         },
         "export": {
@@ -215,6 +215,7 @@ def test_the_page_says_everything_and_the_verdict_first(tmp_path: Path) -> None:
         "of the student 0.0512 (held-out text)",
         "| teacher-student CKA, mean over layers | 0.9000 | 0.9700 |",
         "| experts: total loss | 2.50 | 2.10 |",
+        "65536 tokens trained (logits of the teacher: experts live); the trained student went on",
         "| gguf F16 |",
         "16/16",
         "| 240/256 |",
