@@ -46,7 +46,7 @@ class Signal(Protocol):
         """(teacher, student): log-probabilities at `temperature` over the same C outcomes, [t, C] each.
 
         Args:
-            student: student logits on the same tokens; it knows `ids` at least.
+            student: student logits on the same tokens; it knows `ids` at least, all of them where these are None.
             temperature: the one that the signal was asked for.
 
         Raises:

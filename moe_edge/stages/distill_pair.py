@@ -95,10 +95,10 @@ def _recipe(config: BuildConfig, pair: Pair) -> BuildConfig:
         kind = SAME if pair.same_tokens else ACROSS
         log.info("distill: no stages are given; one with %s", ", ".join(f"{name} {kind[name]:g}" for name in kind))
         stage = StageConfig(stage_name="all", share=1.0, losses=kind, layer_map="proportional", teacher="live")
-        given = distill.model_fields_set | (
-            set() if pair.same_tokens else {"stages"}
-        )  # without a cache all of it is needed
-        chosen = DistillConfig.model_construct(given, **(dict(distill) | {"stages": [stage]}))
+        fields = set(distill.model_fields_set)
+        if not pair.same_tokens:
+            fields.add("stages")  # as if the user's own: there is no cache that could do with less
+        chosen = DistillConfig.model_construct(fields, **(dict(distill) | {"stages": [stage]}))
         return config.model_copy(update={"distill": chosen})
     if not distill.stages:
         raise ConfigError("there is nothing to train", where="distill.stages", why="the list is empty")
