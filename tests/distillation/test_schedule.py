@@ -32,11 +32,18 @@ def test_the_last_rows_are_held_out() -> None:
 
 
 def test_shares_of_the_token_budget() -> None:
-    first, second = schedule_stages(DistillConfig(), range(122), 512)
+    halves = [StageConfig(stage_name=name, share=0.5) for name in "ab"]
+    first, second = schedule_stages(DistillConfig(batch_rows=4, stages=halves), range(122), 512)
     assert first.steps + second.steps == 65536 // (4 * 512)
     assert first.warmup_steps == 2
     seen = first.rows + second.rows
     assert sorted(seen[:122]) == list(range(122)), "no row twice before every row once"
+
+
+def test_the_default_is_one_stage_of_single_rows_under_a_live_teacher() -> None:
+    (stage,) = schedule_stages(DistillConfig(), range(122), 512)
+    assert stage.steps == 65536 // 512 and stage.config.teacher == "live"
+    assert all(row.lr_multiplier == 1.0 for row in stage.config.parameter_lr_multipliers)
 
 
 def test_steps_epochs_and_seeds() -> None:
