@@ -39,7 +39,13 @@ from moe_edge.families.students import (
 from moe_edge.profiling.ranks import current_ranks
 from moe_edge.stages.distill_data import CAPTURED, rows_and_signal, term_material
 from moe_edge.stages.distill_outcome import Judge, Measured, Record, require_shareable, train_between, write_outcome
-from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room, training_device
+from moe_edge.stages.distill_room import (
+    no_room_for_training,
+    no_room_for_weights,
+    recipe_with_room,
+    room_for_teacher,
+    training_device,
+)
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -92,6 +98,9 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     student = load_student(trainable_folder(source.parent)).to(training_device())
     if reason := ranks.lead(lambda: no_room_for_training(config, student, schedules, training_device())):
         return _unchanged(context, source, reason)
+    if not ranks.share(room_for_teacher(inspect_checkpoint(context.teacher), student, schedules, training_device())):
+        config = recipe_with_room(config, fits=False)
+        schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     vocab = true_vocabulary(load_tokenizer(source), student.config.vocab_size)
     recovery = Recovery(
         config, ids_NS, signal, vocab, context.teacher, context.out / "checkpoints",

@@ -50,7 +50,13 @@ from moe_edge.stages.distill_outcome import (
     train_between,
     write_outcome,
 )
-from moe_edge.stages.distill_room import no_room_for_training, no_room_for_weights, recipe_with_room, training_device
+from moe_edge.stages.distill_room import (
+    no_room_for_training,
+    no_room_for_weights,
+    recipe_with_room,
+    room_for_teacher,
+    training_device,
+)
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows
@@ -139,6 +145,9 @@ def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedS
         why = "its trainable form belongs to the build that made it"
         raise InputRejected("a student with shared cores is trained by its build", where=str(pair.student), why=why)
     ranks.lead(lambda: no_room_for_training(config, model, schedules, training_device()))
+    if not ranks.share(room_for_teacher(inspect_checkpoint(pair.teacher), model, schedules, training_device())):
+        config = recipe_with_room(config, fits=False)
+        schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     material = {"tokenizers": pair.tokenizers} | measured_material(context, model, rows)
     vocab = true_vocabulary(pair.tokenizers[0], head(model).weight.shape[0])
     recovery = Recovery(

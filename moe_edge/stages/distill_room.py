@@ -43,10 +43,24 @@ def no_room_for_training(
     config: DistillConfig, student: nn.Module, schedules: Sequence[StageSchedule], device: str
 ) -> str | None:
     """The same of gradients and optimizer, with the student in memory."""
+    return _verdict(config, _state_bytes(student, schedules), "gradients and Adam's moments need", device)
+
+
+def room_for_teacher(
+    teacher: CheckpointHeaders, student: nn.Module, schedules: Sequence[StageSchedule], device: str
+) -> bool:
+    """With the student in memory: is there room for its training and for the teacher at once?"""
+    needed = held_bytes(teacher, torch.float32) + _state_bytes(student, schedules)
+    return needed <= free_bytes(torch.device(device), current_ranks().local_world)
+
+
+def _state_bytes(student: nn.Module, schedules: Sequence[StageSchedule]) -> int:
+    """Gradients and optimizer of the stage that trains most."""
     named = dict(student.named_parameters())
     rates = [multipliers_of(list(named), schedule.config.parameter_lr_multipliers) for schedule in schedules]
-    most = max(sum(named[name].numel() for name, rate in rate_of.items() if rate > 0) for rate_of in rates)
-    return _verdict(config, STATE_BYTES * most, "gradients and Adam's moments need", device)
+    return STATE_BYTES * max(
+        sum(named[name].numel() for name, rate in rate_of.items() if rate > 0) for rate_of in rates
+    )
 
 
 def _verdict(config: DistillConfig, needed: int, what: str, device: str) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig, DistillConfig
 from moe_edge.contracts.errors import ResourceProblem
+from moe_edge.families.students import load_student
 from moe_edge.stages import distill, distill_room
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.stages.test_distill import NORMS, digests, inputs
@@ -67,6 +68,25 @@ def test_a_teacher_that_fits_is_asked_itself(tmp_path: Path) -> None:
     (stage,) = distill.run(context(tmp_path))["stages"]
     assert stage["teacher"] == "live"
     assert set(stage["first_and_last"]) == {"total_loss", "ce_loss", "kl_loss", "cka_loss"}
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_training_and_teacher_are_asked_for_together(
+    spare: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = context(tmp_path)
+    student = load_student(tmp_path / "compress" / "model")
+    state = 12 * sum(tensor.numel() for tensor in student.parameters())
+    teacher = 4 * _parameters(run.teacher)
+    monkeypatch.setattr(distill_room, "free_bytes", lambda *_: state + teacher + spare)
+    (stage,) = distill.run(run)["stages"]
+    assert stage["teacher"] == ("cached" if spare < 0 else "live")
+    mine = context(tmp_path / "mine", stages=[{"stage_name": "a", "steps": 2, "losses": {"kl": 1.0, "cka": 0.5}}])
+    if spare < 0:
+        with pytest.raises(ResourceProblem, match="does not fit in memory beside the student"):
+            distill.run(mine)
+    else:
+        assert distill.run(mine)["trained"]
 
 
 def _parameters(folder: Path) -> int:
