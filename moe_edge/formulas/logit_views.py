@@ -82,8 +82,6 @@ class KeptLogits:
 
     def log_all(self, temperature: float) -> Tensor:
         rest_T = self.log_rest_TH[:, self.temperatures.index(temperature)]
-        if not self.ids_TK.shape[-1]:
-            return rest_T
         kept_TK = (self.logits_TK / temperature).masked_fill(self.ids_TK < 0, -torch.inf)
         return torch.logsumexp(torch.cat([kept_TK, rest_T[:, None]], -1), -1)
 

@@ -88,9 +88,8 @@ def _unchanged(context: StageContext, source: Path, reason: str) -> Record:
 
 def _distill(context: StageContext, source: Path, rows: TokenRows, signal: CachedSignal) -> Record:
     ids_NS, ranks = rows.ids_NS, current_ranks()
-    fits = ranks.share(
-        fits_in_memory(inspect_checkpoint(context.teacher), torch.float32, training_device(), ranks.local_world)
-    )
+    headers = inspect_checkpoint(context.teacher)
+    fits = ranks.share(fits_in_memory(headers, torch.float32, training_device(), ranks.local_world))
     config = recipe_with_room(context.config.distill, fits)
     train_rows, held_out_rows = split_rows(len(ids_NS))
     schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
@@ -98,7 +97,7 @@ def _distill(context: StageContext, source: Path, rows: TokenRows, signal: Cache
     student = load_student(trainable_folder(source.parent)).to(training_device())
     if reason := ranks.lead(lambda: no_room_for_training(config, student, schedules, training_device())):
         return _unchanged(context, source, reason)
-    if not ranks.share(room_for_teacher(inspect_checkpoint(context.teacher), student, schedules, training_device())):
+    if not ranks.share(room_for_teacher(headers, student, schedules, training_device())):
         config = recipe_with_room(config, fits=False)
         schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     vocab = true_vocabulary(load_tokenizer(source), student.config.vocab_size)

@@ -133,9 +133,8 @@ def _rows_and_signal(context: StageContext, pair: Pair) -> Iterator[tuple[TokenR
 
 def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedSignal | None) -> Record:
     ids_NS, ranks = rows.ids_NS, current_ranks()
-    fits = ranks.share(
-        fits_in_memory(inspect_checkpoint(pair.teacher), torch.float32, training_device(), ranks.local_world)
-    )
+    headers = inspect_checkpoint(pair.teacher)
+    fits = ranks.share(fits_in_memory(headers, torch.float32, training_device(), ranks.local_world))
     config = recipe_with_room(context.config.distill, fits)
     ranks.lead(lambda: no_room_for_weights(config, inspect_checkpoint(pair.student), training_device()))
     train_rows, held_out_rows = split_rows(len(ids_NS))
@@ -145,7 +144,7 @@ def _distill(context: StageContext, pair: Pair, rows: TokenRows, signal: CachedS
         why = "its trainable form belongs to the build that made it"
         raise InputRejected("a student with shared cores is trained by its build", where=str(pair.student), why=why)
     ranks.lead(lambda: no_room_for_training(config, model, schedules, training_device()))
-    if not ranks.share(room_for_teacher(inspect_checkpoint(pair.teacher), model, schedules, training_device())):
+    if not ranks.share(room_for_teacher(headers, model, schedules, training_device())):
         config = recipe_with_room(config, fits=False)
         schedules = schedule_stages(config, train_rows, ids_NS.shape[1])
     material = {"tokenizers": pair.tokenizers} | measured_material(context, model, rows)

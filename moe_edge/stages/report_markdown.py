@@ -138,7 +138,9 @@ def _distillation(report: ReportV1) -> str:
     lines = ["## Distillation", inert(summary.get("reason", ""))]
     if summary.get("trained"):
         lines.append(table(("", "first tenth, or before", "last tenth, or after"), _training_rows(summary)))
-        sources = ", ".join(f"{inert(one['stage'])} {inert(one.get('teacher', 'cached'))}" for one in summary["stages"])
+        sources = ", ".join(
+            f"{inert(one['stage'])} {inert(one.get('teacher', 'unknown'))}" for one in summary["stages"]
+        )
         lines.append(
             f"{summary['tokens_trained']} tokens trained (logits of the teacher: {sources}); "
             f"the {inert(summary['kept'])} student went on. "

@@ -38,12 +38,14 @@ def _slopes(loss: Tensor, leaves: tuple[Tensor, ...]) -> Iterator[Tensor]:
     yield from torch.autograd.grad(loss, leaves)
 
 
-def _agree(inputs: Inputs, ids: Tensor, temperatures: list[float], labels: Tensor | None, loss: Any) -> None:
+def _pairs(
+    inputs: Inputs, ids: Tensor, temperatures: list[float], labels: Tensor | None, loss: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """A loss and its gradients of hidden states and head: on tiles, on whole logits."""
     hidden, weight, _ = inputs
     tiled: LogitView = kept_logits(hidden, weight, ids, temperatures, labels)
     whole: LogitView = WholeLogits(hidden @ weight.T)
-    for ours, plain in zip(*(_slopes(loss(view), (hidden, weight)) for view in (tiled, whole)), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
+    return list(zip(*(_slopes(loss(view), (hidden, weight)) for view in (tiled, whole)), strict=True))
 
 
 @pytest.mark.parametrize("temperature", (1.0, 2.0))
@@ -59,7 +61,8 @@ def test_the_blend_with_a_cached_teacher(inputs: Inputs, temperature: float, k: 
         value = cached_kl(student, *kept) if divergence == "kl" else of[divergence](*coarse_pair(student, *kept))
         return 0.3 * student.cross_entropy(labels).sum() + value.sum()
 
-    _agree(inputs, top.indices_TK, sorted({1.0, temperature}), labels, loss)
+    for ours, plain in _pairs(inputs, top.indices_TK, sorted({1.0, temperature}), labels, loss):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("temperature", (1.0, 2.0))
@@ -67,13 +70,17 @@ def test_random_draws_whose_rows_are_filled_up(inputs: Inputs, temperature: floa
     drawn = draw(inputs[2], 20, temperature, torch.Generator().manual_seed(0))
     assert (drawn.counts_TU == 0).any()
     ids = drawn.indices_TU.masked_fill(drawn.counts_TU == 0, -1)
-    _agree(inputs, ids, [temperature], None, lambda student: sampled_kl(student, *drawn, temperature).sum())
+    pairs = _pairs(inputs, ids, [temperature], None, lambda student: sampled_kl(student, *drawn, temperature).sum())
+    for ours, plain in pairs:
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
 
 
 def test_cross_entropy_alone(inputs: Inputs) -> None:
     labels = torch.randint(0, VOCAB, (TOKENS,))
     nothing = torch.empty((TOKENS, 0), dtype=torch.long)
-    _agree(inputs, nothing, [1.0], labels, lambda student: student.cross_entropy(labels).sum())
+    pairs = _pairs(inputs, nothing, [1.0], labels, lambda student: student.cross_entropy(labels).sum())
+    for ours, plain in pairs:
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
 
 
 def test_a_frozen_head_has_no_gradient(inputs: Inputs) -> None:

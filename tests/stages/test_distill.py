@@ -252,8 +252,8 @@ def test_students_of_other_actions_are_trained_and_leave_a_plain_model(tmp_path:
             if name.endswith(("output_wrapper.scale", "mlp.down_proj.weight")):
                 parameter.mul_(-1)
     compress.write_student(applied, teacher, tmp_path / "compress")
-    frozen = [LrMultiplier(pattern=r"\.mlp\.", lr_multiplier=1.0), LrMultiplier(pattern=".*", lr_multiplier=0.0)]
-    stages = [StageConfig(stage_name="experts", steps=8, learning_rate=0.02, parameter_lr_multipliers=frozen)]
+    experts = [LrMultiplier(pattern=r"\.mlp\.", lr_multiplier=1.0), LrMultiplier(pattern=".*", lr_multiplier=0.0)]
+    stages = [StageConfig(stage_name="experts", steps=8, learning_rate=0.02, parameter_lr_multipliers=experts)]
     run = context(tmp_path, teacher, alpha=1.0, stages=stages)
     summary = distill.run(run)
     assert summary["kept"] == "trained" and summary["after"]["kl_nats"] < summary["before"]["kl_nats"]
