@@ -22,7 +22,6 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from moe_edge import __version__
-from moe_edge.contracts import interrupts
 from moe_edge.contracts.artifacts import StageContext, StageRun
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, ResourceProblem
@@ -37,7 +36,8 @@ from moe_edge.contracts.manifest import (
 )
 from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.memory import PeakRss
-from moe_edge.profiling.ranks import current_ranks, lost_processes_named
+from moe_edge.process import interrupts
+from moe_edge.process.ranks import current_ranks, lost_processes_named
 from moe_edge.storage.cache import publish_profile, reuse_profile
 from moe_edge.storage.delivery import deliver
 from moe_edge.storage.files import write_json_atomic, write_text_atomic

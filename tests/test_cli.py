@@ -30,7 +30,7 @@ def test_help_is_quick_to_load_nothing_heavy():
     done = run("--help")
     assert done.returncode == 0 and "build" in done.stdout
     heavy = "('torch', 'transformers', 'llama_cpp', 'onnxruntime')"
-    probe = f"import moe_edge.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    probe = f"import moe_edge.cli.main, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -114,7 +114,7 @@ HEAVY = ("torch", "transformers", "llama_cpp", "onnxruntime")
 def light(*arguments):
     """Run the CLI in a fresh process: exit code, stderr, and which heavy modules it imported on its way out."""
     probe = (
-        "import sys, moe_edge.cli as cli\n"
+        "import sys, moe_edge.cli.main as cli\n"
         f"try:\n cli.main(sys.argv[1:])\nfinally:\n print([name for name in {HEAVY} if name in sys.modules])"
     )
     done = subprocess.run(
@@ -218,7 +218,7 @@ def test_a_full_disk_is_six(called, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x.bin")
 
-    monkeypatch.setattr("moe_edge.build.resolve", full)
+    monkeypatch.setattr("moe_edge.api.resolve", full)
     code, _, err = called("build")
     assert code == 6 and "disk is full" in err and "resumes" in err
 
@@ -239,9 +239,9 @@ def test_missed_gates_are_ten_and_bugs_are_one(called, monkeypatch):
     def missed(*_):
         raise GateFailed("missed", why="KL")
 
-    monkeypatch.setattr("moe_edge.build.resolve", missed)
+    monkeypatch.setattr("moe_edge.api.resolve", missed)
     assert called("build")[0] == 10
-    monkeypatch.setattr("moe_edge.build.resolve", lambda *_: 1 / 0)
+    monkeypatch.setattr("moe_edge.api.resolve", lambda *_: 1 / 0)
     code, _, err = called("build")
     assert code == 1 and "bug in moe-edge" in err
 

@@ -19,7 +19,7 @@ import torch
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.contracts.plan import Plan
 from moe_edge.distillation.checkpoints import latest_checkpoint, step_of
-from moe_edge.families.loading import load_model
+from moe_edge.models.loading import load_model
 from moe_edge.pipeline import STAGE_NAMES
 from tests.tiny import tiny_checkpoint
 
@@ -207,7 +207,7 @@ def kill_in(stage: str, teacher: Path, run: Path, cache: Path) -> None:
 
 
 SAVES_EVERY_STEP = (
-    "import moe_edge.distillation.checkpoints as c; c.SAVE_INTERVAL_S = 0.0; from moe_edge.cli import main; main()"
+    "import moe_edge.distillation.checkpoints as c; c.SAVE_INTERVAL_S = 0.0; from moe_edge.cli.main import main; main()"
 )
 FORTY_STEPS = "distill.stages=[{stage_name: all, steps: 40, learning_rate: 0.001}]"
 

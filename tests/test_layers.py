@@ -1,6 +1,7 @@
-"""Imports point down the layers, rooms of one layer never import each other, and stages never import stages."""
+"""Imports point down the layers, rooms of one layer never import each other, and no modules import each other in a circle."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,61 +11,75 @@ import moe_edge
 PACKAGE = Path(moe_edge.__file__).parent
 LAYERS = [
     ["contracts"],
-    ["formulas", "storage"],
+    ["formulas", "storage", "process"],
     ["families"],
-    ["runtimes"],
+    ["models"],
+    ["runtimes", "texts"],
     ["metrics", "demo"],
     ["profiling", "compression", "distillation", "export", "devices"],
+    ["planning", "evaluation", "reporting"],
     ["stages"],
     ["pipeline"],
-    ["build", "doctor", "evaluate_cli", "logits_cli", "tables_cli"],
+    ["api"],
     ["cli"],
     ["__main__", "optimum_register"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-
-
-def imported_rooms(path: Path) -> set[tuple[str, str]]:
-    """(room, dotted module) of every import of moe_edge in a file, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        found |= {(name.split(".")[1], name) for name in names if name.startswith("moe_edge.")}
-    return {(room, name) for room, name in found if room in LEVEL}
+STAGES = {path.stem for path in (PACKAGE / "stages").glob("[a-z]*.py")}
 
 
 def modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if "_data" not in path.parts)
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_point_down(path):
-    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if here == "__init__":
-        return
-    wrong = [name for room, name in imported_rooms(path) if room != here and LEVEL[room] >= LEVEL[here]]
-    assert not wrong, f"{here} may not import {wrong}"
+def dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("[a-z]*.py")), ids=lambda path: path.stem)
-def test_stages_do_not_import_stages(path):
-    stage_names = {"profile", "plan", "compress", "distill", "export", "validate"}
-    wrong = [
-        name
-        for _, name in imported_rooms(path)
-        if name.startswith("moe_edge.stages.") and name.split(".")[2] in stage_names - {path.stem}
-    ]
-    assert not wrong
+def imported(path: Path) -> set[str]:
+    """Every moe_edge name that a file imports, dotted, inside functions and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("moe_edge.")}
+
+
+def breaches(path: Path, here: str) -> list[str]:
+    """What a file of the room `here` may not import."""
+    names = sorted(imported(path))
+    rooms = {name: name.split(".")[1] for name in names if name.split(".")[1] in LEVEL}
+    wrong = [name for name, room in rooms.items() if room != here and LEVEL[room] >= LEVEL[here]]
+    if here == "stages":
+        wrong += [name for name in names if name.split(".")[1] == here and name.split(".")[2] in STAGES - {path.stem}]
+    return wrong
+
+
+def test_imports_point_down():
+    rooms = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    found = {dotted(path): breaches(path, room) for path, room in rooms.items() if room != "__init__"}
+    assert len(found) > 150 and {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = {dotted(path): path for path in modules()}
+    graph = {
+        name: {one if one in known else one.rpartition(".")[0] for one in imported(path)} - {name}
+        for name, path in known.items()
+    }
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+    assert order.index("moe_edge.contracts.errors") < order.index("moe_edge.pipeline")
 
 
 def test_every_module_says_what_it_does():
     silent = [
-        path for path in modules() if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+        path for path in modules() if (text := path.read_text()).strip() and not ast.get_docstring(ast.parse(text))
     ]
     assert not silent
 
@@ -75,7 +90,8 @@ def test_contracts_need_no_torch():
         assert "import torch" not in text and "from torch" not in text, path
 
 
-def test_the_walk_sees_violations(tmp_path):
+def test_the_walk_sees_breaches(tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text("def f():\n    from moe_edge.stages import plan\n")
-    assert imported_rooms(bad) == {("stages", "moe_edge.stages.plan")}
+    assert breaches(bad, "planning") == ["moe_edge.stages.plan"]
+    assert breaches(bad, "stages") == ["moe_edge.stages.plan"] and breaches(bad, "pipeline") == []

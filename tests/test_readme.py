@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from moe_edge.cli import app
+from moe_edge.cli.main import app
 from moe_edge.families import FAMILIES
 
 TOP = Path(__file__).resolve().parent.parent

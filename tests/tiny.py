@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from moe_edge.demo.tokenizer import build_tokenizer
 from moe_edge.families import FAMILIES
-from moe_edge.families.loading import student_config
+from moe_edge.models.loading import student_config
 from tests.families.tiny_configs import HEADS, KV_HEADS, TINY, Sizes
 
 FAMILY_NAMES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from moe_edge.contracts.capabilities import PADDING
-from moe_edge.families.loading import load_model, save_student
-from moe_edge.families.padding import deciding_bias
-from moe_edge.families.pruning import prune
-from moe_edge.families.views import moe_layers
+from moe_edge.models.loading import load_model, save_student
+from moe_edge.models.padding import deciding_bias
+from moe_edge.models.pruning import prune
+from moe_edge.models.views import moe_layers
 from tests.tiny import tiny_checkpoint
 
 PADDABLE = tuple(PADDING)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 import torch
 
-from moe_edge.compression.layer_fit import LayerFit
-from moe_edge.compression.layers import Applied, Layer, Material, kept_in, work_on_layers
-from moe_edge.compression.walk import student_routing
+from moe_edge.compression.layers import Applied, Layer, Material, kept_in, student_routing, work_on_layers
+from moe_edge.compression.refit import LayerFit
 from moe_edge.contracts.plan import Plan
-from moe_edge.families.dense import (
+from moe_edge.formulas.dense import mean_gates
+from moe_edge.formulas.ffn import Ffn, concatenate
+from moe_edge.models.dense import (
     build_dense,
     build_single_expert,
     check_single_expert,
@@ -23,10 +24,8 @@ from moe_edge.families.dense import (
     shared_gate,
     shared_network,
 )
-from moe_edge.families.expert_weights import expert_width, read_expert
-from moe_edge.families.views import MoELayerView, moe_layers
-from moe_edge.formulas.dense import mean_gates
-from moe_edge.formulas.ffn import Ffn, concatenate
+from moe_edge.models.views import MoELayerView, moe_layers
+from moe_edge.models.weights import expert_width, read_expert
 
 RESCALINGS = 2  # sweeps over the experts' factors
 

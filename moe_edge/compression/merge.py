@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_edge.compression.layer_fit import EQUAL
 from moe_edge.compression.layers import Applied, Layer
+from moe_edge.compression.refit import EQUAL
 from moe_edge.contracts.plan import Plan
-from moe_edge.families.expert_weights import read_expert
-from moe_edge.families.views import expert_activations, expert_outputs
 from moe_edge.formulas.cka import cka_from_hsic
 from moe_edge.formulas.ffn import Ffn, neuron_rows, weighted_mean
 from moe_edge.formulas.merging import PairTest, neuron_matching, ratio_error, substitution
+from moe_edge.models.views import expert_activations, expert_outputs
+from moe_edge.models.weights import read_expert
 from moe_edge.storage.statistics import Statistics
 
 MATCHING_TOKENS = 1024  # on which the neurons of two experts are compared

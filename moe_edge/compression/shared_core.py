@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from moe_edge.compression.layer_fit import LayerFit
 from moe_edge.compression.layers import Applied, Layer, Material, work_on_layers
+from moe_edge.compression.refit import LayerFit
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.plan import Plan
-from moe_edge.families.expert_weights import read_expert, write_expert
-from moe_edge.families.pruning import prune
-from moe_edge.families.shared_core import SharedCoreExperts, shared_core_model
-from moe_edge.families.views import MoELayerView, down_project, moe_layers
 from moe_edge.formulas.shared_core import ExpertData, SharedCore, fit_shared_core, fold
+from moe_edge.models.pruning import prune
+from moe_edge.models.shared_core import SharedCoreExperts, shared_core_model
+from moe_edge.models.views import MoELayerView, down_project, moe_layers
+from moe_edge.models.weights import read_expert, write_expert
 
 DEFAULT_RANK = 16
 SAMPLE_TOKENS = 512  # on which the neurons of two experts are compared

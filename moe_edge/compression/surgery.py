@@ -10,8 +10,8 @@ from moe_edge.compression.merge import merge_layer
 from moe_edge.compression.shared_core import share_core
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.plan import Action, Plan
-from moe_edge.families.pruning import prune
-from moe_edge.families.views import moe_layers
+from moe_edge.models.pruning import prune
+from moe_edge.models.views import moe_layers
 
 
 def drop(applied: Applied, plan: Plan, material: Material) -> None:

@@ -43,7 +43,7 @@ from moe_edge.demo.corpus import (
 )
 from moe_edge.demo.model import DemoShape, balance_loss, build_config, build_model
 from moe_edge.demo.tokenizer import build_tokenizer
-from moe_edge.families.kernels import SORTED_LOOP
+from moe_edge.models.kernels import SORTED_LOOP
 
 PROBE_STEPS = 3
 

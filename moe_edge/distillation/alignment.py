@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_edge.contracts.progress import track
-from moe_edge.families.listening import listening
-from moe_edge.families.taps import body, decoder_layers
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
 from moe_edge.formulas.cka_loss import MIN_TOKENS, hsic_triple, kept_tokens, usable_tokens
+from moe_edge.models.taps import body, decoder_layers, listening
+from moe_edge.process.progress import track
 
 LAYER_SHARES = (1 / 3, 2 / 3)  # of the depth: where losses compare teacher and student
 

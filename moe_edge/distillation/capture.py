@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.contracts.progress import track
 from moe_edge.distillation.readers import LogitReader, StreamedReader, WholeReader
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.teacher import own_dtype
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_tokenizer, true_vocabulary
-from moe_edge.families.streaming import fits_in_memory
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.formulas.sampling import draw
+from moe_edge.models.loading import load_tokenizer, true_vocabulary
+from moe_edge.models.streaming import fits_in_memory
+from moe_edge.process.progress import track
 from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.logit_codec import RowCodec

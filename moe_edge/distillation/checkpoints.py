@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
-from moe_edge.contracts.progress import track
 from moe_edge.distillation.terms import Stateful
+from moe_edge.process.progress import track
 from moe_edge.storage.tensor_dict import load_tensors, load_weights_file, save_tensors
 
 log = logging.getLogger(__name__)

@@ -23,16 +23,16 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.contracts.progress import track
 from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.terms import Heard, Needs, Scene, Term, TermContext
 from moe_edge.distillation.tokenizer_pair import AlignedRow, TokenizerPair, require_same_tokenizer
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts
-from moe_edge.families.loading import true_vocabulary
-from moe_edge.families.taps import body, head
 from moe_edge.formulas.divergence import CHUNK_TOKENS, cross_entropy
 from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.uld import NextSpan, hybrid_distance, projected_kl
+from moe_edge.models.loading import true_vocabulary
+from moe_edge.models.taps import body, head
+from moe_edge.process.progress import track
 
 log = logging.getLogger(__name__)
 ACROSS: tuple[Literal["uld", "projected_kl"], ...] = ("uld", "projected_kl")

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_edge.contracts.progress import track
 from moe_edge.distillation.losses import TokenLosses
 from moe_edge.distillation.signal import SignalSource
-from moe_edge.families.taps import body, head
+from moe_edge.models.taps import body, head
+from moe_edge.process.progress import track
 
 
 @torch.no_grad()

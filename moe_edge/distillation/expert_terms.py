@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from moe_edge.distillation.alignment import aligned_layers
 from moe_edge.distillation.feature_terms import spread
 from moe_edge.distillation.terms import HearsNothing, Needs, Scene, Term, TermContext, student_layers, unfit
-from moe_edge.families.expert_outputs import differentiable_outputs
-from moe_edge.families.listening import listening
-from moe_edge.families.taps import body, width
-from moe_edge.families.views import MoELayerView, expert_outputs, moe_layers, route, router_scores
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
 from moe_edge.formulas.cka_loss import MIN_TOKENS, cka_pair, mean_pairwise_cka, usable_tokens
 from moe_edge.formulas.expert_groups import expert_owners, group_outputs, group_usage
+from moe_edge.models.shared_core import differentiable_outputs
+from moe_edge.models.taps import body, listening, width
+from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route, router_scores
 
 log = logging.getLogger(__name__)
 TOKENS = 256  # of a micro-batch: every expert runs on them

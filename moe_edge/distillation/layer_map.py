@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.alignment import layer_cka_matrix
-from moe_edge.families.taps import decoder_layers
 from moe_edge.formulas.layer_map import best_monotone_map, proportional_map
+from moe_edge.models.taps import decoder_layers
 
 log = logging.getLogger(__name__)
 MAP_ROWS = 4  # 2,048 tokens at the default length: the debiased estimate is steady to the second decimal

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.closing import Closing
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
-from moe_edge.families.streaming import StreamedModel
-from moe_edge.families.taps import head
+from moe_edge.models.streaming import StreamedModel
+from moe_edge.models.taps import head
+from moe_edge.storage.closing import Closing
 from moe_edge.storage.spill import ITEM_BYTES, Spill
 
 BATCH_ROWS = 4

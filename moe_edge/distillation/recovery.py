@@ -45,8 +45,8 @@ from moe_edge.distillation.stage_parts import (
 )
 from moe_edge.distillation.tensorboard import require_tensorboard, tensorboard_callback
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
-from moe_edge.families.students import use_fastest_experts
-from moe_edge.families.taps import width
+from moe_edge.models.students import use_fastest_experts
+from moe_edge.models.taps import width
 
 log = logging.getLogger(__name__)
 

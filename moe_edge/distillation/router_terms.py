@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.terms import Needs, Scene, Term, TermContext, student_layers, unfit
-from moe_edge.families.listening import Sounds, listening
-from moe_edge.families.routing import is_sigmoid
-from moe_edge.families.views import moe_layers
 from moe_edge.formulas.router_loss import (
     are_probabilities,
     gate_logprobs,
@@ -27,6 +24,9 @@ from moe_edge.formulas.router_loss import (
     router_z,
     routing_kl,
 )
+from moe_edge.models.routing import is_sigmoid
+from moe_edge.models.taps import Sounds, listening
+from moe_edge.models.views import moe_layers
 
 # From the logits (T, E) and ids (T, K) of one layer, real tokens only, and whether its gates are sigmoids.
 LayerLoss = Callable[[Tensor, Tensor, bool], Tensor]

@@ -28,7 +28,7 @@ from moe_edge.distillation.teacher_routing import teacher_routing
 from moe_edge.distillation.telemetry import RoutingTelemetry
 from moe_edge.distillation.terms import Needs, Term, TermContext
 from moe_edge.distillation.trainer import Parts
-from moe_edge.families.students import is_mixture
+from moe_edge.models.students import is_mixture
 
 TERMS = {**FEATURE_TERMS, **EXPERT_TERMS, **ROUTER_TERMS, **CROSS_TOKENIZER_TERMS}
 

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_edge.distillation.terms import Heard, Needs
-from moe_edge.families.listening import listening
-from moe_edge.families.students import load_student, use_fastest_experts
-from moe_edge.families.taps import body, head
 from moe_edge.formulas.divergence import dense_pair, forward_kl
 from moe_edge.formulas.logit_views import WholeLogits
+from moe_edge.models.students import load_student, use_fastest_experts
+from moe_edge.models.taps import body, head, listening
 
 Routing = Callable[[nn.Module, int], AbstractContextManager[Any]]
 

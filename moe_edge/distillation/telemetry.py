@@ -20,11 +20,11 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from moe_edge.distillation.router_drift import RouterSnapshot
-from moe_edge.families.listening import Sounds, listening
-from moe_edge.families.routing import is_sigmoid
-from moe_edge.families.views import moe_layers
 from moe_edge.formulas.router_loss import gate_logprobs
 from moe_edge.formulas.routing_health import layer_health, load_variation
+from moe_edge.models.routing import is_sigmoid
+from moe_edge.models.taps import Sounds, listening
+from moe_edge.models.views import moe_layers
 
 log = logging.getLogger(__name__)
 DEAD_LOAD = 0.01  # of an even load

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.layer_map import resolve_layer_map
-from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.models.views import MoELayerView, moe_layers
 
 
 @dataclass(frozen=True)

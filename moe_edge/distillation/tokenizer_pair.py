@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.families.token_bytes import token_bytes
 from moe_edge.formulas.uld import shared_boundaries
+from moe_edge.models.token_bytes import token_bytes
 
 ROLES = ("eos_token", "bos_token", "pad_token")
 MARK = b"\xff"  # in no UTF-8 text: what begins with it is a special token that both sides have

@@ -33,9 +33,8 @@ from moe_edge.distillation.schedule import multipliers_of, rate_factor
 from moe_edge.distillation.signal import SignalSource, joined
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import BatchHook, Heard, Observer, Scene, Stateful, Term
-from moe_edge.families.listening import hidden_states
-from moe_edge.families.taps import head
 from moe_edge.formulas.divergence import predicts_label
+from moe_edge.models.taps import head, hidden_states
 
 Batch = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_edge.families.loading import load_tokenizer
+from moe_edge.models.loading import load_tokenizer
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.folders import files_of
 

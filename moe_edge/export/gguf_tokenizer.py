@@ -17,7 +17,7 @@ from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.export.gguf_pretokenizers import pre_tokenizer_name
-from moe_edge.families.loading import configured_ends, load_tokenizer
+from moe_edge.models.loading import configured_ends, load_tokenizer
 from moe_edge.runtimes.llama_cpp import load_gguf, tokenize
 
 PROBE_TEXT = (

@@ -24,9 +24,9 @@ from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
 from moe_edge.export.onnx_quantize import Scheme
 from moe_edge.families import student_family
-from moe_edge.families.loading import stored_dtype
-from moe_edge.families.pruning import without_padding
-from moe_edge.families.students import load_student
+from moe_edge.models.loading import stored_dtype
+from moe_edge.models.pruning import without_padding
+from moe_edge.models.students import load_student
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside

@@ -26,8 +26,8 @@ from moe_edge.contracts.onnx_bits import Provider
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.onnx_moe import MoEGraph
 from moe_edge.families import student_family
-from moe_edge.families.base import AttentionNames
-from moe_edge.families.views import moe_layers
+from moe_edge.families.declared import AttentionNames
+from moe_edge.models.views import moe_layers
 
 logger = logging.getLogger(__name__)
 BUILDER_VERSION = "0.18"

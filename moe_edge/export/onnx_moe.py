@@ -14,8 +14,8 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from moe_edge.export.onnx_routing import Routing, RoutingGraph
-from moe_edge.families.base import Names
-from moe_edge.families.views import MoELayerView
+from moe_edge.families.declared import Names
+from moe_edge.models.views import MoELayerView
 
 CHOICE = "moe_edge.choice"  # in a MoE node's meta: the values that select and weigh, and whether QMoE renormalises
 MASS = "Mass"  # name of the Mul that QMoE, which keeps the weights as they are, does not need

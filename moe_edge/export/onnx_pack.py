@@ -18,11 +18,11 @@ import onnx_ir as ir
 import torch
 
 from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, Provider, bits_of, fitting_block
-from moe_edge.contracts.progress import track
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_moe import CHOICE, MASS
 from moe_edge.export.onnx_precision import WEIGHT_INPUTS, NodeRule, layer_of, rule_of
 from moe_edge.export.onnx_quantize import Scheme, pack_codes, quantize
+from moe_edge.process.progress import track
 
 MICROSOFT = "com.microsoft"
 FAST_ACCURACY = 4  # int8 activations in MatMulNBits and QMoE

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from moe_edge.contracts.spec import ModelSpec
-from moe_edge.families.views import MoELayerView
+from moe_edge.models.views import MoELayerView
 
 NOT_CHOSEN = -10000.0  # a logit whose share in a softmax is exactly 0; float16 holds it
 SMALLEST_GATE = {

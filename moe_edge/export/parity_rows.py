@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moe_edge.families.chat_template import render_chat
+from moe_edge.models.chat_template import render_chat
 from moe_edge.runtimes.base import Answers
 
 NEAR_TIE_GAP = 1e-3  # router gap (families/routing_gap.py) below which a runtime may choose another expert

@@ -6,15 +6,12 @@ Legend: D model, Q query width, KV key/value width.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from moe_edge.contracts.spec import ModelSpec, TensorClass, TensorEntry
-
-if TYPE_CHECKING:
-    from moe_edge.families.base import Family
+from moe_edge.families.declared import Declared
 
 
-def attention_entries(family: "Family", spec: ModelSpec, layer: int, at: str) -> Iterator[TensorEntry]:
+def attention_entries(family: Declared, spec: ModelSpec, layer: int, at: str) -> Iterator[TensorEntry]:
     """Norms and projections of one layer; `at` is its prefix in the checkpoint.
 
     A bias is class `attention_bias`, part `q_bias`, `k_bias`, `v_bias` or `o_bias`.
@@ -39,7 +36,7 @@ def norm_entries(spec: ModelSpec, layer: int | None, part: str, module: str) -> 
         yield TensorEntry("norm", layer, part + "_bias", (module + ".bias",), (spec.hidden,))
 
 
-def _attention(family: "Family", spec: ModelSpec, layer: int, at: str) -> Iterator[TensorEntry]:
+def _attention(family: Declared, spec: ModelSpec, layer: int, at: str) -> Iterator[TensorEntry]:
     names, dim = family.attention_names, spec.hidden
     widths = {"q": spec.heads * spec.head_dim, "k": spec.kv_heads * spec.head_dim, "v": spec.kv_heads * spec.head_dim}
     classes: dict[str, TensorClass] = {"q": "attention_q", "k": "attention_k", "v": "attention_v"}

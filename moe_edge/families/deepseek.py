@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_edge.contracts.spec import LatentSpec
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 
 def latent_attention(values: Mapping[str, Any]) -> dict[str, Any]:

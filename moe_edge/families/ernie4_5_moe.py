@@ -7,7 +7,8 @@ Its rotary embeddings turn neighbouring columns. Layers that predict further tok
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 
 def _dense_layers(values: Mapping[str, Any]) -> Iterator[int]:

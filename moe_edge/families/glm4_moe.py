@@ -1,14 +1,14 @@
-"""GLM-4.5 (Air), GLM-4.6 as `glm4_moe`, and GLM-4.7-Flash as `glm4_moe_lite`: DeepSeek-V3's routing.
+"""GLM-4.5 (Air), GLM-4.6 as `glm4_moe`, and GLM-4.7-Flash as `glm4_moe_lite`: variations of DeepSeek-V3, with its routing.
 
 The first has grouped-query attention with an optional q/k norm and rotates half of each head, the second has latent
 attention.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from moe_edge.families.base import Family, Names
-from moe_edge.families.deepseek import BIASES, SELECTION, first_layers, groups, latent_attention, shared_width
+from moe_edge.families.deepseek import DEEPSEEK_V3
 
 
 def _dense_layers(values: Mapping[str, Any]) -> Iterable[int]:
@@ -17,7 +17,8 @@ def _dense_layers(values: Mapping[str, Any]) -> Iterable[int]:
     return [layer for layer, kind in enumerate(types) if kind != "sparse"]
 
 
-GLM4_MOE = Family(
+GLM4_MOE = replace(
+    DEEPSEEK_V3,
     model_type="glm4_moe",
     defaults={
         "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46,
@@ -27,23 +28,15 @@ GLM4_MOE = Family(
         "first_k_dense_replace": 1, "norm_topk_prob": True, "use_qk_norm": False, "partial_rotary_factor": 0.5,
         "default_theta": 10000.0,
     },
-    saved=Names(selection_bias=SELECTION, shared="mlp.shared_experts"),
-    float32=("e_score_correction_bias",),
-    expert_keys=("n_routed_experts",),
-    mtp_key="num_nextn_predict_layers",
+    refusals=(),
     qk_norm="per_head",
     qk_norm_key="use_qk_norm",
     bias_key="attention_bias",
-    gating="sigmoid",
-    norm_topk=None,
-    group_score="top2_sum",
-    shared_width=shared_width,
-    dense_layers=first_layers,
     more=lambda v: {"sliding_window": None},
-    more_moe=groups,
 )  # fmt: skip
 
-GLM4_MOE_LITE = Family(
+GLM4_MOE_LITE = replace(
+    DEEPSEEK_V3,
     model_type="glm4_moe_lite",
     defaults={
         "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240, "num_hidden_layers": 47,
@@ -53,16 +46,5 @@ GLM4_MOE_LITE = Family(
         "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4, "norm_topk_prob": True, "routed_scaling_factor": 1.8,
         "rope_interleave": True, "mlp_layer_types": None, "default_theta": 10000.0,
     },
-    refusals=(BIASES,),
-    saved=Names(selection_bias=SELECTION, shared="mlp.shared_experts"),
-    float32=("e_score_correction_bias",),
-    expert_keys=("n_routed_experts",),
-    mtp_key="num_nextn_predict_layers",
-    gating="sigmoid",
-    norm_topk=None,
-    group_score="top2_sum",
-    shared_width=shared_width,
     dense_layers=_dense_layers,
-    more=latent_attention,
-    more_moe=groups,
 )  # fmt: skip

@@ -8,7 +8,8 @@ is read as the bfloat16 tensors that it stands for (storage/mxfp4.py).
 from collections.abc import Mapping
 from typing import Any
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 
 def _attention(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 _SAVED = Names(
     block="block_sparse_moe",

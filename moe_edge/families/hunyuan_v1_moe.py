@@ -8,8 +8,9 @@ Released checkpoints stretch the base of the rotation by a fixed factor and call
 from collections.abc import Mapping
 from typing import Any
 
-from moe_edge.families.base import AttentionNames, Family, Names
+from moe_edge.families.base import Family
 from moe_edge.families.checks import rotary
+from moe_edge.families.declared import AttentionNames, Names
 
 
 def _attention(values: Mapping[str, Any]) -> dict[str, Any]:

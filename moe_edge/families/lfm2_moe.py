@@ -6,7 +6,8 @@ The first layers are dense; the selection bias is a buffer of the block.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_edge.families.base import AttentionNames, Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import AttentionNames, Names
 
 
 def _layers(values: Mapping[str, Any]) -> dict[str, Any]:

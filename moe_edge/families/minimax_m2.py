@@ -6,7 +6,8 @@ Released configurations give the rotating columns of a head as `rotary_dim`.
 from collections.abc import Mapping
 from typing import Any
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 
 def _rotation(values: Mapping[str, Any]) -> dict[str, Any]:

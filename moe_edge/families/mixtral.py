@@ -3,7 +3,8 @@
 The router always renormalises its top-k; a sliding window, where given, holds for every layer.
 """
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 MIXTRAL = Family(
     model_type="mixtral",

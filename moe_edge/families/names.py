@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import EXPERT_OWNED, Layout, ModelSpec, TensorClass, TensorEntry
 from moe_edge.families.attention import attention_entries, norm_entries
+from moe_edge.families.declared import Declared, Names
 
 if TYPE_CHECKING:
     import torch
-
-    from moe_edge.families.base import Family, Names
 
 
 class Reader(Protocol):
@@ -27,7 +26,7 @@ class Reader(Protocol):
 
 
 def tensor_entries(
-    family: "Family", spec: ModelSpec, names: Collection[str], skipped: tuple[str, ...] = ()
+    family: Declared, spec: ModelSpec, names: Collection[str], skipped: tuple[str, ...] = ()
 ) -> list[TensorEntry]:
     """Every tensor of the model in a fixed order: embedding, the layers, final norm, head (unless tied).
 
@@ -51,12 +50,12 @@ def tensor_entries(
     return entries
 
 
-def expected_entries(family: "Family", spec: ModelSpec) -> list[TensorEntry]:
+def expected_entries(family: Declared, spec: ModelSpec) -> list[TensorEntry]:
     """The map of a checkpoint as transformers saves it, from the spec alone."""
     return list(_entries(family, spec, set()))
 
 
-def _entries(family: "Family", spec: ModelSpec, present: set[str]) -> Iterator[TensorEntry]:
+def _entries(family: Declared, spec: ModelSpec, present: set[str]) -> Iterator[TensorEntry]:
     vocab_shape = (spec.vocab, spec.hidden)
     body = _prefix(family, present)
     dense = set(spec.dense_layers)
@@ -72,13 +71,13 @@ def _entries(family: "Family", spec: ModelSpec, present: set[str]) -> Iterator[T
         yield TensorEntry("head_bias", None, "bias", ("lm_head.bias",), (spec.vocab,))
 
 
-def _prefix(family: "Family", present: set[str]) -> str:
+def _prefix(family: Declared, present: set[str]) -> str:
     """Of the language model's tensors: the first of the family's prefixes that the checkpoint has."""
     found = (prefix for prefix in family.prefixes if any(name.startswith(prefix) for name in present))
     return next(found, family.prefixes[-1])
 
 
-def _dense(family: "Family", spec: ModelSpec, layer: int, at: str) -> Iterator[TensorEntry]:
+def _dense(family: Declared, spec: ModelSpec, layer: int, at: str) -> Iterator[TensorEntry]:
     names, width, dim = family.saved, spec.dense_width, spec.hidden
     block = f"{at}{names.block}."
     yield TensorEntry("dense_gate", layer, "weight", (f"{block}{names.gate}.weight",), (width, dim))
@@ -86,7 +85,7 @@ def _dense(family: "Family", spec: ModelSpec, layer: int, at: str) -> Iterator[T
     yield TensorEntry("dense_down", layer, "weight", (f"{block}{names.down}.weight",), (dim, width))
 
 
-def _block(family: "Family", spec: ModelSpec, layer: int, at: str, present: set[str]) -> Iterator[TensorEntry]:
+def _block(family: Declared, spec: ModelSpec, layer: int, at: str, present: set[str]) -> Iterator[TensorEntry]:
     """Router, experts and shared expert of one layer."""
     moe, dim = spec.moe, spec.hidden
     names = _style(family, at, present)
@@ -106,7 +105,7 @@ def _block(family: "Family", spec: ModelSpec, layer: int, at: str, present: set[
         yield from _shared(spec, layer, at, names)
 
 
-def _style(family: "Family", at: str, present: set[str]) -> "Names":
+def _style(family: Declared, at: str, present: set[str]) -> Names:
     """The names of a saved checkpoint, unless this one has those of the loaded model."""
     for names in (family.saved, family.in_memory):
         fixed = [f"{names.router}.{names.weight}", *([names.selection_bias] if names.selection_bias else [])]
@@ -115,7 +114,7 @@ def _style(family: "Family", at: str, present: set[str]) -> "Names":
     return family.saved
 
 
-def _experts(spec: ModelSpec, layer: int, block: str, names: "Names") -> Iterator[TensorEntry]:
+def _experts(spec: ModelSpec, layer: int, block: str, names: Names) -> Iterator[TensorEntry]:
     """Experts that the checkpoint names one by one."""
     experts, width, dim = spec.moe.experts, spec.moe.expert_width, spec.hidden
     parts: tuple[tuple[TensorClass, str, tuple[int, ...]], ...] = (
@@ -128,7 +127,7 @@ def _experts(spec: ModelSpec, layer: int, block: str, names: "Names") -> Iterato
         yield TensorEntry(tensor_class, layer, "weight", sources, shape, "per_expert")
 
 
-def _fused_experts(family: "Family", spec: ModelSpec, layer: int, block: str, names: "Names") -> Iterator[TensorEntry]:
+def _fused_experts(family: Declared, spec: ModelSpec, layer: int, block: str, names: Names) -> Iterator[TensorEntry]:
     """Experts stacked in two tensors, with their biases where the family has some."""
     experts, width, dim = spec.moe.experts, spec.moe.expert_width, spec.hidden
     gate: Layout = "even" if family.interleaved else "first_half"
@@ -145,7 +144,7 @@ def _fused_experts(family: "Family", spec: ModelSpec, layer: int, block: str, na
         yield TensorEntry("expert_bias", layer, "down_bias", down, (experts, dim))
 
 
-def _shared(spec: ModelSpec, layer: int, at: str, names: "Names") -> Iterator[TensorEntry]:
+def _shared(spec: ModelSpec, layer: int, at: str, names: Names) -> Iterator[TensorEntry]:
     width, dim = spec.moe.shared_width, spec.hidden
     base = f"{at}{names.shared}."
     gate, up, down = (f"{base}{part}.weight" for part in (names.gate, names.up, names.down))

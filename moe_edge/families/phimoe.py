@@ -4,7 +4,8 @@ other and weighs each by a softmax over those within a threshold of it (https://
 No GGUF: llama.cpp approximates this routing by a renormalised softmax.
 """
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 PHIMOE = Family(
     model_type="phimoe",

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 
 def _some_layers_slide(values: Mapping[str, Any]) -> bool:

@@ -8,7 +8,8 @@ The released models also see: their language model has its configuration under `
 from collections.abc import Mapping
 from typing import Any
 
-from moe_edge.families.base import Family, Names
+from moe_edge.families.base import Family
+from moe_edge.families.declared import Names
 
 
 def _layers(values: Mapping[str, Any]) -> dict[str, Any]:

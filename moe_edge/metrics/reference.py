@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from moe_edge.contracts.errors import ResourceProblem
-from moe_edge.contracts.progress import track
 from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.quality import Judge, Score
+from moe_edge.process.progress import track
 from moe_edge.runtimes.base import Answers, Runtime
 
 

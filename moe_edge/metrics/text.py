@@ -18,7 +18,7 @@ import numpy as np
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.metrics.text_answers import Answer, Status
 from moe_edge.metrics.text_modules import compute, load_module
-from moe_edge.metrics.text_rows import InstructionRow
+from moe_edge.texts.instruction_rows import InstructionRow
 
 BOOTSTRAP_SAMPLES = 1000
 NO_ROWS = "no row with a reference"

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from moe_edge.formulas.repetition import repeated_suffix
-from moe_edge.metrics.text_rows import clean_text
+from moe_edge.texts.instruction_rows import clean_text
 
 # An answer is "repeated" when so long a tail consists of so many equal parts, or when so long an answer has so few
 # different 4-grams: prose of this length has 0.9 and more.

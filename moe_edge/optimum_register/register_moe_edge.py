@@ -33,7 +33,7 @@ class MoeEdgeExportCommand(BaseOptimumCLICommand):
         parser.add_argument("output", help="output folder; the models are in OUTPUT/artifacts")
 
     def run(self) -> None:
-        from moe_edge.cli import main
+        from moe_edge.cli.main import main
 
         given = self.args
         settings = [word for setting in given.settings for word in ("--set", setting)]

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_edge.families.rerouting import can_reroute, route_without
-from moe_edge.families.views import MoELayerView
 from moe_edge.formulas.cka import gate_gram, gram, hsic_from_grams, normalise_rows, sink_mask
 from moe_edge.formulas.cka_bootstrap import hsic_and_null
+from moe_edge.models.routing import can_reroute, route_without
+from moe_edge.models.views import MoELayerView
 from moe_edge.profiling.sums import Sums
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.progress import track
-from moe_edge.families.streaming import StreamedModel
+from moe_edge.models.streaming import StreamedModel
+from moe_edge.process.progress import track
 from moe_edge.profiling.observers import Batch, add_weight_sizes, observing
 from moe_edge.profiling.passes import (
     OnLogits,

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_edge.families.expert_weights import read_expert
-from moe_edge.families.streaming import replaced_forward
-from moe_edge.families.taps import Tap
-from moe_edge.families.views import MoELayerView, down_project, expert_activations, router_scores
 from moe_edge.formulas.cka import gram, normalise_rows, sink_mask
+from moe_edge.models.streaming import replaced_forward
+from moe_edge.models.taps import Tap
+from moe_edge.models.views import MoELayerView, down_project, expert_activations, router_scores
+from moe_edge.models.weights import read_expert
 from moe_edge.profiling.evidence import Block, Evidence
 from moe_edge.profiling.sums import IMATRIX, Sums
 

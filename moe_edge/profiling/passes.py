@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.contracts.progress import track
-from moe_edge.families.taps import Tap, body, decoder_layers, dense_taps, head
-from moe_edge.families.views import MoELayerView, moe_layers
 from moe_edge.formulas.cka_bootstrap import group_count, group_of
+from moe_edge.models.taps import Tap, body, decoder_layers, dense_taps, head
+from moe_edge.models.views import MoELayerView, moe_layers
+from moe_edge.process.progress import track
 from moe_edge.profiling.evidence import Block, layers_similarity
 from moe_edge.profiling.observers import Batch, add_weight_sizes, column_squares, observing
 from moe_edge.profiling.sums import IMATRIX, PassSums, Sums, layer_sums, model_sums

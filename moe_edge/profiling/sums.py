@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_edge.families.expert_weights import expert_width
-from moe_edge.families.taps import Tap
-from moe_edge.families.views import MoELayerView
+from moe_edge.models.taps import Tap
+from moe_edge.models.views import MoELayerView
+from moe_edge.models.weights import expert_width
 from moe_edge.storage.statistics import Statistics
 from moe_edge.storage.tensor_dict import load_tensors, save_tensors
 

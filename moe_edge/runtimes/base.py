@@ -12,9 +12,9 @@ from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.runtimes.sampling import GREEDY, RowNoise, Sampling, pick
+from moe_edge.storage.closing import Closing
 
 
 @dataclass(frozen=True)

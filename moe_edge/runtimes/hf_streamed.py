@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.closing import Closing
-from moe_edge.contracts.progress import track
-from moe_edge.families.routing_gap import watched_gaps
-from moe_edge.families.streaming import StreamedModel, fits_in_memory
-from moe_edge.families.students import is_mixture
-from moe_edge.families.taps import head
+from moe_edge.models.routing import watched_gaps
+from moe_edge.models.streaming import StreamedModel, fits_in_memory
+from moe_edge.models.students import is_mixture
+from moe_edge.models.taps import head
+from moe_edge.process.progress import track
 from moe_edge.runtimes.base import checked_tokens
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.hf_batch import equally_long
 from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.closing import Closing
 
 
 class StreamedStudent(Closing):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.loading import configured_ends, load_tokenizer
+from moe_edge.models.loading import configured_ends, load_tokenizer
 from moe_edge.runtimes.base import Runtime
 from moe_edge.storage.checkpoint import require_tokenizer_files
 

@@ -24,24 +24,24 @@ from transformers import PreTrainedModel
 from moe_edge.compression.importance import FILE as IMPORTANCE
 from moe_edge.compression.importance import save_importance
 from moe_edge.compression.layers import Applied, Material
-from moe_edge.compression.streamed import WORKING_SHARE, drop_on_disk, fits_in_memory, only_drops
+from moe_edge.compression.on_disk import WORKING_SHARE, drop_on_disk, fits_in_memory, only_drops
+from moe_edge.compression.routing_health import compare, health_rows, observe
 from moe_edge.compression.surgery import apply_plan, check_plan
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
 from moe_edge.contracts.plan import Plan
 from moe_edge.families import family_of
-from moe_edge.families.counting import describe_model
-from moe_edge.families.loading import load_model, save_student, stored_dtype
-from moe_edge.families.students import (
+from moe_edge.models.loading import load_model, save_student, stored_dtype
+from moe_edge.models.students import (
     TRAINABLE,
+    describe_model,
     describe_student,
     is_shared_core,
     load_student,
     plain_form,
     save_trainable,
 )
-from moe_edge.families.views import moe_layers
-from moe_edge.stages.routing_health import compare, health_rows, observe
+from moe_edge.models.views import moe_layers
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside

@@ -19,15 +19,24 @@ from torch import nn
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.plan import Plan
 from moe_edge.distillation.alignment import layer_cka
+from moe_edge.distillation.data import CAPTURED, rows_and_signal, term_material
 from moe_edge.distillation.evaluation import held_out_kl
+from moe_edge.distillation.memory import (
+    no_room_for_training,
+    no_room_for_weights,
+    recipe_with_room,
+    room_for_teacher,
+    training_device,
+)
+from moe_edge.distillation.outcome import Judge, Measured, Record, require_shareable, train_between, write_outcome
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperatures
 from moe_edge.distillation.tokenizer_pair import require_same_tokenizer
-from moe_edge.families.loading import load_model, load_tokenizer, save_student, stored_dtype, true_vocabulary
-from moe_edge.families.streaming import fits_in_memory
-from moe_edge.families.students import (
+from moe_edge.models.loading import load_model, load_tokenizer, save_student, stored_dtype, true_vocabulary
+from moe_edge.models.streaming import fits_in_memory
+from moe_edge.models.students import (
     TRAINABLE,
     is_shared_core,
     load_student,
@@ -36,16 +45,7 @@ from moe_edge.families.students import (
     save_trainable,
     trainable_folder,
 )
-from moe_edge.profiling.ranks import current_ranks
-from moe_edge.stages.distill_data import CAPTURED, rows_and_signal, term_material
-from moe_edge.stages.distill_outcome import Judge, Measured, Record, require_shareable, train_between, write_outcome
-from moe_edge.stages.distill_room import (
-    no_room_for_training,
-    no_room_for_weights,
-    recipe_with_room,
-    room_for_teacher,
-    training_device,
-)
+from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows

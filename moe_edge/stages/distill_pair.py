@@ -25,22 +25,16 @@ from moe_edge.contracts.config import BuildConfig, DistillConfig, Loss, StageCon
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.alignment import layer_cka
 from moe_edge.distillation.cross_tokenizer import CrossTokenizerTerm, held_out_distance
+from moe_edge.distillation.data import CAPTURED, captured_text, is_capture, measured_material, wanted_rows
 from moe_edge.distillation.evaluation import held_out_kl
-from moe_edge.distillation.recovery import Recovery
-from moe_edge.distillation.schedule import schedule_stages, split_rows
-from moe_edge.distillation.signal import CachedSignal
-from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperatures
-from moe_edge.distillation.teacher import teacher_model
-from moe_edge.distillation.terms import unfit
-from moe_edge.distillation.tokenizer_pair import require_same_tokenizer, tokenizer_differences
-from moe_edge.families.loading import load_tokenizer, save_student, stored_dtype, true_vocabulary
-from moe_edge.families.streaming import fits_in_memory
-from moe_edge.families.students import is_shared_core, load_student
-from moe_edge.families.taps import decoder_layers, head
-from moe_edge.formulas.layer_map import proportional_map
-from moe_edge.profiling.ranks import current_ranks
-from moe_edge.stages.distill_data import CAPTURED, captured_text, is_capture, measured_material, wanted_rows
-from moe_edge.stages.distill_outcome import (
+from moe_edge.distillation.memory import (
+    no_room_for_training,
+    no_room_for_weights,
+    recipe_with_room,
+    room_for_teacher,
+    training_device,
+)
+from moe_edge.distillation.outcome import (
     NO_ROOM,
     Judge,
     Measured,
@@ -50,13 +44,19 @@ from moe_edge.stages.distill_outcome import (
     train_between,
     write_outcome,
 )
-from moe_edge.stages.distill_room import (
-    no_room_for_training,
-    no_room_for_weights,
-    recipe_with_room,
-    room_for_teacher,
-    training_device,
-)
+from moe_edge.distillation.recovery import Recovery
+from moe_edge.distillation.schedule import schedule_stages, split_rows
+from moe_edge.distillation.signal import CachedSignal
+from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperatures
+from moe_edge.distillation.teacher import teacher_model
+from moe_edge.distillation.terms import unfit
+from moe_edge.distillation.tokenizer_pair import require_same_tokenizer, tokenizer_differences
+from moe_edge.formulas.layer_map import proportional_map
+from moe_edge.models.loading import load_tokenizer, save_student, stored_dtype, true_vocabulary
+from moe_edge.models.streaming import fits_in_memory
+from moe_edge.models.students import is_shared_core, load_student
+from moe_edge.models.taps import decoder_layers, head
+from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows

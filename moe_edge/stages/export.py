@@ -13,8 +13,6 @@ from typing import Any
 
 import psutil
 
-from moe_edge.compression.estimate import Packing, file_bytes
-from moe_edge.compression.headers import model_headers
 from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals, require_exportable
@@ -23,20 +21,22 @@ from moe_edge.contracts.errors import InputRejected, ResourceProblem
 from moe_edge.contracts.onnx_bits import LayerBits, Provider
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import ModelSpec
-from moe_edge.devices.host import threads_for
+from moe_edge.export.bundles import GOLDEN
+from moe_edge.export.gguf_files import export_gguf
 from moe_edge.export.golden import from_cache
 from moe_edge.export.imatrix import dense_imatrix
+from moe_edge.export.job import Job, Reopened
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_audit import audit_onnx
+from moe_edge.export.parity_judge import Judge, judge_exports
 from moe_edge.export.parity_rows import prompt_ids
 from moe_edge.families import student_family
-from moe_edge.families.counting import count_params
-from moe_edge.families.first_layers import layers_within, write_first_layers
-from moe_edge.families.loading import load_tokenizer
-from moe_edge.stages.bundle import GOLDEN
-from moe_edge.stages.export_gguf import export_gguf
-from moe_edge.stages.export_job import Job, Reopened
-from moe_edge.stages.export_parity import Judge, judge_exports
+from moe_edge.models.first_layers import layers_within, write_first_layers
+from moe_edge.models.loading import load_tokenizer
+from moe_edge.models.students import count_params
+from moe_edge.planning.estimate import Packing, file_bytes
+from moe_edge.planning.headers import model_headers
+from moe_edge.process.host import threads_for
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics

@@ -17,24 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_edge.compression.allocation import Feasible, header_plan, settle, shown_options
-from moe_edge.compression.bits import Sensitivity
-from moe_edge.compression.candidates import criteria_to_compare
-from moe_edge.compression.decision import Quantization, bits_are_free, decide_by_priors, quantization_of
 from moe_edge.compression.layers import Material
-from moe_edge.compression.options import largest_contexts
-from moe_edge.compression.streamed import held_whole
+from moe_edge.compression.on_disk import held_whole
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.contracts.plan import Plan, TriedShape
-from moe_edge.families.counting import describe_model
-from moe_edge.stages.plan_budget import check_safe, measure_budget, write_curve
-from moe_edge.stages.plan_judge import Desk, calibration_rows, candidates_of, choose, honesty, thinner
-from moe_edge.stages.plan_preview import KEEP_ALL, Preview, all_experts, make_plan
-from moe_edge.stages.plan_shapes import settle_shape
-from moe_edge.stages.plan_teacher import open_teacher
+from moe_edge.models.students import describe_model
+from moe_edge.planning.allocation import Feasible, header_plan, settle, shown_options
+from moe_edge.planning.bits import Sensitivity
+from moe_edge.planning.candidates import criteria_to_compare
+from moe_edge.planning.decision import Quantization, bits_are_free, decide_by_priors, quantization_of
+from moe_edge.planning.judging import Desk, calibration_rows, candidates_of, choose, honesty, thinner
+from moe_edge.planning.measured_budget import check_safe, measure_budget, write_curve
+from moe_edge.planning.options import largest_contexts
+from moe_edge.planning.preview import KEEP_ALL, Preview, all_experts, make_plan
+from moe_edge.planning.scorer import open_teacher
+from moe_edge.planning.shape_trials import settle_shape
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
 from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.rows import TokenRows

@@ -25,20 +25,20 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.imatrix import write_imatrix_gguf
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_model, load_tokenizer, true_vocabulary
-from moe_edge.families.streaming import StreamedModel, fits_in_memory
 from moe_edge.formulas.divergence import teacher_topk
-from moe_edge.profiling.calibration import calibration_rows
+from moe_edge.models.loading import load_model, load_tokenizer, true_vocabulary
+from moe_edge.models.streaming import StreamedModel, fits_in_memory
+from moe_edge.process.ranks import Ranks, current_ranks
 from moe_edge.profiling.layerwise import run_layerwise
 from moe_edge.profiling.passes import STATE, OnLogits, run_pass, share_of
-from moe_edge.profiling.ranks import Ranks, current_ranks
-from moe_edge.profiling.recipes import LoadedRecipe, load_recipe
+from moe_edge.profiling.summary import profile_summary
 from moe_edge.profiling.sums import PassSums, merged, to_statistics
-from moe_edge.stages.profile_summary import profile_summary
 from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import sha256_file, write_json_atomic, write_text_atomic
 from moe_edge.storage.logits import LogitCache, LogitCacheWriter
 from moe_edge.storage.rows import TokenRows
+from moe_edge.texts.recipes import LoadedRecipe, load_recipe
+from moe_edge.texts.rows import calibration_rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGITS, PARTIAL, MODE = "logits.h5", "partial", "mode.txt"

@@ -12,7 +12,7 @@ from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.report import REPORT_SCHEMA, Artifact, GateResult, ModelInfo, Prediction, ReportV1, StageInfo
 from moe_edge.metrics import quality, speed
-from moe_edge.stages.report_markdown import render
+from moe_edge.reporting.report_markdown import render
 from moe_edge.storage.files import read_json, write_json_atomic, write_text_atomic
 
 NOT_VALIDATED: dict[str, Any] = {

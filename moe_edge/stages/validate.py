@@ -16,23 +16,16 @@ from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.report import Artifact, Quality
-from moe_edge.devices import host
 from moe_edge.devices.detect import HF, detect, weight_bytes
 from moe_edge.devices.harness import FAILURE_ERRORS
 from moe_edge.devices.transport import open_transport
-from moe_edge.families.loading import load_tokenizer
+from moe_edge.evaluation.cells import IS_TEACHER, Candidate, Session, assemble, judge_all, measure_all
 from moe_edge.metrics.gates import apply_gates, verdict
-from moe_edge.profiling.calibration import heldout_rows
-from moe_edge.stages.validate_cells import (
-    IS_TEACHER,
-    Candidate,
-    Session,
-    assemble,
-    judge_all,
-    measure_all,
-)
+from moe_edge.models.loading import load_tokenizer
+from moe_edge.process import host
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.rows import TokenRows
+from moe_edge.texts.rows import heldout_rows
 
 EMPTY_ROWS = np.zeros((0, 0), dtype=np.int64)
 

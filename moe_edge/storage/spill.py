@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.closing import Closing
+from moe_edge.storage.closing import Closing
 
 ITEM_BYTES = 4
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.closing import Closing
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.checkpoint import INDEX, SINGLE, CheckpointHeaders
+from moe_edge.storage.closing import Closing
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.mxfp4 import dequantize
 from moe_edge.storage.safetensors_header import DTYPE_BYTES, TensorInfo

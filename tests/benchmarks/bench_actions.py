@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moe_edge.build import Request, build, resolve
-from moe_edge.compression.actions import with_action
+from moe_edge.api import Request, build, resolve
 from moe_edge.compression.layers import Material
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import MoeEdgeError
 from moe_edge.contracts.plan import Plan
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.metrics.quality import Judge
-from moe_edge.profiling.calibration import heldout_rows
+from moe_edge.models.loading import load_model, load_tokenizer
+from moe_edge.planning.actions import with_action
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
+from moe_edge.texts.rows import heldout_rows
 
 REFIT, PLAIN = "plan.compensate=true", "plan.compensate=false"
 Row = dict[str, Any]

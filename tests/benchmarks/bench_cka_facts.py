@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_edge.compression.masking import masked_kl
 from moe_edge.formulas.cka import cka_from_hsic, hsic_all_pairs, normalise_rows, sink_mask
 from moe_edge.formulas.selection import CRITERIA, expert_cka, select
+from moe_edge.planning.masking import masked_kl
 from moe_edge.profiling.passes import run_pass, share_of
 from moe_edge.profiling.sums import to_statistics
 from tests.compression.action_helpers import PAIRS, planted

@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_edge.build import Request, build
-from moe_edge.compression.candidates import AUTO, Candidates, Kept, criteria_to_compare
-from moe_edge.compression.masking import distinct_choices, masked_kl
-from moe_edge.compression.search import Rules, search
-from moe_edge.contracts.progress import track
+from moe_edge.api import Request, build
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_model, load_tokenizer
-from moe_edge.families.pruning import masked
 from moe_edge.formulas.divergence import cross_entropy, kl_dense
 from moe_edge.metrics.quality import bootstrap_ci95
-from moe_edge.profiling.calibration import heldout_rows
-from moe_edge.stages.plan_judge import CalibrationRows, calibration_rows
+from moe_edge.models.loading import load_model, load_tokenizer
+from moe_edge.models.pruning import masked
+from moe_edge.planning.candidates import AUTO, Candidates, Kept, criteria_to_compare
+from moe_edge.planning.judging import CalibrationRows, calibration_rows
+from moe_edge.planning.masking import distinct_choices, masked_kl
+from moe_edge.planning.search import Rules, search
+from moe_edge.process.progress import track
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.statistics import Statistics
+from moe_edge.texts.rows import heldout_rows
 
 RANDOM_SEEDS = (0, 1, 2)
 PLAN_TOKENS = 4096  # plan.tokens

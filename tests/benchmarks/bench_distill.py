@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from moe_edge.families.loading import load_model, load_tokenizer
-from moe_edge.families.routing import ROUTER_PATTERN
-from moe_edge.families.students import load_student
+from moe_edge.compression.routing_health import observe
 from moe_edge.metrics.quality import Judge
-from moe_edge.profiling.calibration import heldout_rows
-from moe_edge.stages.routing_health import observe
+from moe_edge.models.loading import load_model, load_tokenizer
+from moe_edge.models.routing import ROUTER_PATTERN
+from moe_edge.models.students import load_student
 from moe_edge.storage.files import write_json_atomic
+from moe_edge.texts.rows import heldout_rows
 
 Row = dict[str, Any]
 ROUTERS_ONLY = [{"pattern": ROUTER_PATTERN, "lr_multiplier": 1.0}, {"pattern": ".*", "lr_multiplier": 0.0}]
@@ -100,7 +100,7 @@ def _lines(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
-    from moe_edge.build import Request, build
+    from moe_edge.api import Request, build
 
     line = {"benchmark": "distill", "row": name, "seed": seed, "tokens": options.tokens, "kept": options.experts}
     if name == "teacher":

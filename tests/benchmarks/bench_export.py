@@ -29,12 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_edge.compression.bits import Sensitivity
-from moe_edge.compression.estimate import Packing, file_bytes
-from moe_edge.compression.headers import model_headers
-from moe_edge.compression.options import Limits, space_of
-from moe_edge.compression.sensitivity import measure_sensitivity
-from moe_edge.compression.spend import allocate
 from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.quantization import RECIPES
 from moe_edge.contracts.targets_io import read_target
@@ -45,14 +39,20 @@ from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.export.onnx import export_onnx
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.metrics.reference import judge_runtime, spill_logits
-from moe_edge.profiling.calibration import calibration_rows, heldout_rows
-from moe_edge.profiling.recipes import load_recipe
+from moe_edge.models.loading import load_model, load_tokenizer
+from moe_edge.planning.bits import Sensitivity
+from moe_edge.planning.estimate import Packing, file_bytes
+from moe_edge.planning.headers import model_headers
+from moe_edge.planning.options import Limits, space_of
+from moe_edge.planning.sensitivity import measure_sensitivity
+from moe_edge.planning.spend import allocate
+from moe_edge.reporting.markdown import number, table
 from moe_edge.runtimes import open_runtime
-from moe_edge.stages.markdown import number, table
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.statistics import Statistics
+from moe_edge.texts.recipes import load_recipe
+from moe_edge.texts.rows import calibration_rows, heldout_rows
 
 # llama.cpp's mixtures and their llama_ftype, most bits first
 MIXTURES = {"Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15, "IQ4_XS": 30, "Q3_K_M": 12, "Q2_K": 10}

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe_edge.devices import harness, host
+from moe_edge.devices import harness
 from moe_edge.devices.transport import LocalTransport
+from moe_edge.process import host
 from moe_edge.runtimes.llama_cpp import repack_is_safe
 
 GOAL = 0.03

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from moe_edge.demo import demo_teacher_path
-from moe_edge.families.kernels import ALL_AT_ONCE, SORTED_LOOP, fastest_kernel
-from moe_edge.families.loading import load_model
-from moe_edge.families.pruning import prune
-from moe_edge.families.taps import body
-from moe_edge.families.views import moe_layers
+from moe_edge.models.kernels import ALL_AT_ONCE, SORTED_LOOP, fastest_kernel
+from moe_edge.models.loading import load_model
+from moe_edge.models.pruning import prune
+from moe_edge.models.taps import body
+from moe_edge.models.views import moe_layers
 
 KERNELS = ("eager", "grouped_mm", SORTED_LOOP, ALL_AT_ONCE)
 

@@ -30,10 +30,10 @@ from transformers import Qwen3MoeConfig
 from moe_edge.demo.tokenizer import build_tokenizer
 from moe_edge.families import family_of
 from moe_edge.families.names import expected_entries, source_shape
-from moe_edge.families.streaming import StreamedModel
-from moe_edge.profiling.recipes import load_recipe
+from moe_edge.models.streaming import StreamedModel
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.tensor_files import PlannedTensor, write_tensors
+from moe_edge.texts.recipes import load_recipe
 
 LIMIT_GIB, FACTOR = 3.0, 2.5
 VOCABULARY, HEAD_DIM, TOP_K = 4096, 128, 8

@@ -23,12 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.formulas.divergence import cached_kl, forward_kl, head_pair, kl_dense, teacher_topk
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.formulas.sampling import draw, sampled_kl
-from moe_edge.profiling.calibration import calibration_rows
-from moe_edge.profiling.recipes import load_recipe
+from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.storage.logit_codec import RowCodec
 from moe_edge.storage.logit_shards import (
     SHARDS_SCHEMA,
@@ -40,6 +38,8 @@ from moe_edge.storage.logit_shards import (
 )
 from moe_edge.storage.logits import LogitCache, LogitCacheWriter, TeacherRow
 from moe_edge.storage.rows import TokenRows
+from moe_edge.texts.recipes import load_recipe
+from moe_edge.texts.rows import calibration_rows
 
 VOCAB, TOKENS, ROWS, K = 151_936, 512, 8, 32
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0)

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_edge.compression.bits import Sensitivity
-from moe_edge.compression.masking import row_kl
-from moe_edge.compression.sensitivity import importance_of
-from moe_edge.compression.spend import cheapest
 from moe_edge.contracts.onnx_bits import fitting_block, stored_bytes
 from moe_edge.contracts.quantization import layer_thirds
 from moe_edge.export.onnx_quantize import quantize
-from moe_edge.families.loading import load_model
-from moe_edge.families.taps import decoder_layers
-from moe_edge.families.weights import WeightRows, weight_rows
+from moe_edge.models.loading import load_model
+from moe_edge.models.taps import decoder_layers
+from moe_edge.models.weights import WeightRows, weight_rows
+from moe_edge.planning.bits import Sensitivity
+from moe_edge.planning.masking import row_kl
+from moe_edge.planning.sensitivity import importance_of
+from moe_edge.planning.spend import cheapest
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from moe_edge.families.dense import DENSE_OF, build_dense
-from moe_edge.families.loading import save_student
 from moe_edge.formulas.ffn import Ffn
+from moe_edge.models.dense import DENSE_OF, build_dense
+from moe_edge.models.loading import save_student
 from tests.export.gguf_models import LLAMA3, REPRESENTABLE, llama_checkpoint
 from tests.export.onnx_models import CASES
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint, tiny_model

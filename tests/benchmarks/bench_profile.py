@@ -21,14 +21,14 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_edge.demo import demo_teacher_path
-from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.metrics.memory import high_water_bytes
-from moe_edge.profiling.calibration import calibration_rows
+from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.profiling.passes import BATCH_ROWS, run_pass, share_of
-from moe_edge.profiling.recipes import load_recipe
 from moe_edge.stages.profile import cache_logits
 from moe_edge.storage.logits import LogitCacheWriter
 from moe_edge.storage.rows import TokenRows
+from moe_edge.texts.recipes import load_recipe
+from moe_edge.texts.rows import calibration_rows
 
 GOAL = 1.5
 CKA_SHARE = 8  # one token of eight, 8192 of 65536

@@ -19,10 +19,10 @@ from moe_edge.contracts.config import TeacherRoutingConfig
 from moe_edge.demo import demo_teacher_path
 from moe_edge.distillation.teacher_routing import AllExperts, KnowledgeAugmentation
 from moe_edge.distillation.telemetry import RoutingTelemetry
-from moe_edge.families.loading import load_model
-from moe_edge.families.pruning import prune
-from moe_edge.families.students import use_fastest_experts
-from moe_edge.families.views import moe_layers
+from moe_edge.models.loading import load_model
+from moe_edge.models.pruning import prune
+from moe_edge.models.students import use_fastest_experts
+from moe_edge.models.views import moe_layers
 
 
 def seconds(run: Callable[[], object]) -> float:

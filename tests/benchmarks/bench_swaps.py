@@ -19,15 +19,15 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from moe_edge.build import Request, build
-from moe_edge.compression.candidates import AUTO, Candidates, criteria_to_compare
-from moe_edge.compression.local_model import LocalLayer, local_layers
-from moe_edge.compression.masking import masked_kl
-from moe_edge.compression.partial_runs import Meter, TrialRows
-from moe_edge.compression.search import ROW_TOKENS, swaps
+from moe_edge.api import Request, build
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_model
 from moe_edge.formulas import swaps as formulas
+from moe_edge.models.loading import load_model
+from moe_edge.planning.candidates import AUTO, Candidates, criteria_to_compare
+from moe_edge.planning.local_model import LocalLayer, local_layers
+from moe_edge.planning.masking import masked_kl
+from moe_edge.planning.partial_runs import Meter, TrialRows
+from moe_edge.planning.search import ROW_TOKENS, swaps
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics

@@ -27,10 +27,10 @@ from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
-from moe_edge.families.loading import load_model, save_student
-from moe_edge.families.pruning import prune
-from moe_edge.families.views import moe_layers
 from moe_edge.metrics.memory import high_water_bytes
+from moe_edge.models.loading import load_model, save_student
+from moe_edge.models.pruning import prune
+from moe_edge.models.views import moe_layers
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from tests.tiny import TOKENIZER_SIZE, tiny_checkpoint

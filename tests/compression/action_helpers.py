@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from moe_edge.compression.layers import Material
 from moe_edge.contracts.plan import Estimate, Plan
-from moe_edge.families.expert_weights import read_expert, write_expert
-from moe_edge.families.taps import body
-from moe_edge.families.views import MoELayerView, expert_activations, expert_outputs, moe_layers, router_scores
 from moe_edge.formulas.cka import hsic_all_pairs, normalise_rows
+from moe_edge.models.taps import body
+from moe_edge.models.views import MoELayerView, expert_activations, expert_outputs, moe_layers, router_scores
+from moe_edge.models.weights import read_expert, write_expert
 from tests.tiny import tiny_ids, tiny_model
 
 ROWS = tiny_ids(tokens=32, rows=8)

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from moe_edge.compression.actions import check_action, with_action
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.plan import Plan
 from moe_edge.families import family_of
+from moe_edge.planning.actions import check_action, with_action
 from moe_edge.storage.checkpoint import inspect_checkpoint
-from tests.compression import plan_helpers
 from tests.compression.action_helpers import HALF, material, plan8, planted
+from tests.planning import plan_helpers
 from tests.tiny import tiny_checkpoint
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe_edge.compression.surgery import apply_plan
-from moe_edge.families.dense import DENSE_OF
-from moe_edge.families.views import expert_outputs, moe_layers
+from moe_edge.models.dense import DENSE_OF
+from moe_edge.models.views import expert_outputs, moe_layers
 from tests.compression.action_helpers import KEPT, ROWS, kl_nats, log_probabilities, material, plan_of
 from tests.tiny import FAMILY_NAMES, tiny_ids, tiny_model
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from moe_edge.compression.layer_fit import LayerFit
-from moe_edge.compression.walk import LayerTokens, student_routing, walk_layers
-from moe_edge.families.expert_weights import read_expert
-from moe_edge.families.pruning import masked
-from moe_edge.families.views import moe_layers
+from moe_edge.compression.layers import LayerTokens, student_routing, walk_layers
+from moe_edge.compression.refit import LayerFit
+from moe_edge.models.pruning import masked
+from moe_edge.models.views import moe_layers
+from moe_edge.models.weights import read_expert
 from tests.compression.action_helpers import KEPT, ROWS, block_inputs
 from tests.tiny import FAMILY_NAMES, tiny_model
 

@@ -6,10 +6,10 @@ import torch
 from moe_edge.compression.layers import Material
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.expert_weights import read_expert
-from moe_edge.families.views import moe_layers
 from moe_edge.formulas.cka import cka_from_hsic
 from moe_edge.formulas.merging import assign_merges
+from moe_edge.models.views import moe_layers
+from moe_edge.models.weights import read_expert
 from tests.compression.action_helpers import HALF, ROWS, kl_nats, log_probabilities, material, plan8, planted
 from tests.tiny import tiny_ids
 

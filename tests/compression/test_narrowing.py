@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from moe_edge.compression.masking import masked_kl_rows
-from moe_edge.compression.narrowing import Narrowing
-from moe_edge.compression.streamed_kl import streamed_masked_kl_rows
 from moe_edge.compression.surgery import apply_plan
-from moe_edge.families.loading import load_model
-from moe_edge.families.streaming import StreamedModel
-from moe_edge.families.views import moe_layers
+from moe_edge.compression.width import Narrowing
+from moe_edge.models.loading import load_model
+from moe_edge.models.streaming import StreamedModel
+from moe_edge.models.views import moe_layers
+from moe_edge.planning.masking import masked_kl_rows
+from moe_edge.planning.streamed_kl import streamed_masked_kl_rows
 from tests.compression.action_helpers import KEPT, kl_nats, log_probabilities, material, plan_of
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
 

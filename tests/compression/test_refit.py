@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from moe_edge.compression import refit as module
-from moe_edge.compression.layer_fit import LayerFit, squared_error
-from moe_edge.compression.refit import FLOOR, RIDGES, column_scales, refit, token_weights
-from moe_edge.families.expert_weights import read_expert
+from moe_edge.compression.refit import FLOOR, RIDGES, LayerFit, column_scales, refit, squared_error, token_weights
+from moe_edge.models.weights import read_expert
 from tests.compression.test_layer_fit import fit_of, recomputed
 from tests.tiny import FAMILY_NAMES
 

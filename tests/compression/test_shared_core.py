@@ -7,8 +7,8 @@ import torch
 
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.shared_core import SharedCoreExperts, fold
-from moe_edge.families.views import moe_layers
+from moe_edge.models.shared_core import SharedCoreExperts, fold
+from moe_edge.models.views import moe_layers
 from tests.compression.action_helpers import (
     HALF,
     KEPT,

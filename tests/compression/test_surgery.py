@@ -6,8 +6,8 @@ import torch
 from moe_edge.compression.surgery import apply_plan, check_plan
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.plan import Plan
-from moe_edge.families.pruning import masked
-from moe_edge.families.views import moe_layers
+from moe_edge.models.pruning import masked
+from moe_edge.models.views import moe_layers
 from tests.compression.action_helpers import KEPT, ROWS, material, plan_of
 from tests.tiny import ALL_FAMILIES, FAMILY_NAMES, tiny_ids, tiny_model
 

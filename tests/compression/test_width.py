@@ -9,8 +9,8 @@ from moe_edge.compression.layers import Material
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.compression.width import narrow_layer
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.expert_weights import expert_width, read_expert, replace_experts
-from moe_edge.families.views import expert_activations, expert_outputs, moe_layers
+from moe_edge.models.views import expert_activations, expert_outputs, moe_layers
+from moe_edge.models.weights import expert_width, read_expert, replace_experts
 from tests.compression.action_helpers import KEPT, ROWS, block_inputs, kl_nats, log_probabilities, material, plan_of
 from tests.tiny import FAMILY_NAMES, tiny_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moe_edge.families.pruning import prune
 from moe_edge.formulas.divergence import teacher_topk
+from moe_edge.models.pruning import prune
 from moe_edge.storage.logits import LogitCacheWriter
 from tests.tiny import tiny_ids, tiny_model
 

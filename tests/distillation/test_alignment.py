@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from moe_edge.distillation.alignment import aligned_layers, layer_cka, layer_cka_matrix
-from moe_edge.families.listening import listening
-from moe_edge.families.taps import body
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
+from moe_edge.models.taps import body, listening
 from tests.distillation.parts import VOCAB, rows, tiny_student, tiny_teacher
 from tests.tiny import tiny_model
 

@@ -13,9 +13,9 @@ from moe_edge.distillation.capture import CaptureConfig, captured_signal, encode
 from moe_edge.distillation.capture_cost import capture_cost
 from moe_edge.distillation.readers import StreamedReader, WholeReader
 from moe_edge.distillation.signal import SampledSignal, TeacherSignal
-from moe_edge.families.loading import load_model
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.formulas.logit_views import WholeLogits
+from moe_edge.models.loading import load_model
 from moe_edge.storage.rows import TokenRows
 from tests.tiny import TOKENIZER_SIZE, tiny_checkpoint, tiny_ids
 

@@ -18,8 +18,8 @@ from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.terms import Heard, Scene
 from moe_edge.distillation.tokenizer_pair import TokenizerPair, require_same_tokenizer, tokenizer_differences
 from moe_edge.distillation.trainer import DistillationTrainingArguments, RowDataset
-from moe_edge.families.token_bytes import token_bytes
 from moe_edge.formulas.uld import NextSpan, hybrid_distance, projected_kl
+from moe_edge.models.token_bytes import token_bytes
 from tests.families.sentencepiece import sentencepiece_tokenizer
 from tests.tiny import TEXTS, tiny_model, tiny_tokenizer
 

@@ -10,12 +10,12 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.expert_terms import EXPERT_TERMS, sampled_tokens
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import Heard, Scene, TermContext
-from moe_edge.families.dense import build_dense
-from moe_edge.families.shared_core import shared_core_model
-from moe_edge.families.taps import body
-from moe_edge.families.views import expert_outputs, moe_layers, router_scores
 from moe_edge.formulas.cka_loss import cka_pair
 from moe_edge.formulas.ffn import Ffn
+from moe_edge.models.dense import build_dense
+from moe_edge.models.shared_core import shared_core_model
+from moe_edge.models.taps import body
+from moe_edge.models.views import expert_outputs, moe_layers, router_scores
 from tests.distillation.parts import VOCAB, rows, tiny_student, tiny_teacher
 from tests.distillation.test_feature_terms import IDS, judged
 from tests.tiny import tiny_ids, tiny_model

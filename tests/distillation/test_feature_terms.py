@@ -10,9 +10,8 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.feature_terms import FEATURE_TERMS, FeatureTerm, spread
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import Scene, Term, TermContext
-from moe_edge.families.listening import listening
-from moe_edge.families.taps import body
 from moe_edge.formulas.cka_loss import cka_pair, kept_tokens
+from moe_edge.models.taps import body, listening
 from tests.distillation.parts import VOCAB, rows, tiny_student, tiny_teacher
 from tests.tiny import tiny_model
 

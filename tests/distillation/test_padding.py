@@ -13,11 +13,11 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.telemetry import RoutingTelemetry
-from moe_edge.families.listening import listening
-from moe_edge.families.padding import check_padding
-from moe_edge.families.pruning import prune, without_padding
-from moe_edge.families.routing import router_parameters
-from moe_edge.families.views import moe_layers
+from moe_edge.models.padding import check_padding
+from moe_edge.models.pruning import prune, without_padding
+from moe_edge.models.routing import router_parameters
+from moe_edge.models.taps import listening
+from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, rows
 from tests.tiny import tiny_ids, tiny_model
 from tests.uneven_models import PADDABLE, uneven_choice

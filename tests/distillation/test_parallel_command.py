@@ -11,8 +11,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from moe_edge import build as building
-from moe_edge.build import Request
+from moe_edge import api as building
+from moe_edge.api import Request
 from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.tensor_dict import load_weights_file
 from tests.distillation import parallel_command

@@ -17,7 +17,7 @@ from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights, r
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
-from moe_edge.families.taps import decoder_layers
+from moe_edge.models.taps import decoder_layers
 from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cache
 
 EXPERTS = [

@@ -14,7 +14,7 @@ from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.router_terms import ROUTER_TERMS
 from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.terms import Heard, Scene, TermContext
-from moe_edge.families.routing import ROUTER_PATTERN, router_parameters
+from moe_edge.models.routing import ROUTER_PATTERN, router_parameters
 from tests.distillation.parts import rows, tiny_student, tiny_teacher
 
 KEPT = {layer: [0, 2, 3] for layer in range(3)}

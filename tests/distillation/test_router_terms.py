@@ -11,11 +11,11 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.router_terms import ROUTER_TERMS
 from moe_edge.distillation.terms import Heard, Scene, Term, TermContext
-from moe_edge.families.listening import listening
-from moe_edge.families.pruning import prune
-from moe_edge.families.routing import router_parameters
-from moe_edge.families.views import moe_layers
 from moe_edge.formulas.router_loss import gate_logprobs, importance_variation, load_balance, router_z
+from moe_edge.models.pruning import prune
+from moe_edge.models.routing import router_parameters
+from moe_edge.models.taps import listening
+from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, tiny_student, tiny_teacher
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
 

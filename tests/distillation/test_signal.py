@@ -11,10 +11,10 @@ from moe_edge.distillation.signal import CachedSignal, SampledSignal, TeacherSig
 from moe_edge.distillation.teacher import HiddenSignal, LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
 from moe_edge.distillation.trainer import DistillationTrainer, RowDataset
-from moe_edge.families.loading import load_model
 from moe_edge.formulas.divergence import cached_kl, kl_dense, teacher_topk
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.formulas.sampling import draw
+from moe_edge.models.loading import load_model
 from moe_edge.storage.rows import TokenRows
 from tests.distillation.parts import TOKENS, VOCAB, rows, tiny_student, tiny_teacher, write_cache
 from tests.distillation.test_trainer import arguments

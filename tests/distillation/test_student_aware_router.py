@@ -17,10 +17,10 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.student_aware_router import StudentAwareRouter
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import Needs
-from moe_edge.families.listening import listening
-from moe_edge.families.loading import load_model
-from moe_edge.families.routing import rerouted, router_parameters
-from moe_edge.families.views import moe_layers
+from moe_edge.models.loading import load_model
+from moe_edge.models.routing import rerouted, router_parameters
+from moe_edge.models.taps import listening
+from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, tiny_student, tiny_teacher
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint, tiny_ids, tiny_model
 

@@ -16,7 +16,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.teacher_routing import KnowledgeAugmentation, teacher_routing
 from moe_edge.distillation.terms import Needs
-from moe_edge.families.views import moe_layers
+from moe_edge.models.views import moe_layers
 from tests.tiny import tiny_ids, tiny_model
 
 EXPERTS = 8

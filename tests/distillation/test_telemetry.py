@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from moe_edge.distillation.telemetry import RoutingTelemetry
-from moe_edge.families.listening import listening
-from moe_edge.families.routing import router_parameters
-from moe_edge.families.views import moe_layers
+from moe_edge.models.routing import router_parameters
+from moe_edge.models.taps import listening
+from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, tiny_student
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
 

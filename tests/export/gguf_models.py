@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_edge.families.students import load_student
+from moe_edge.models.students import load_student
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
 
 YARN = {

@@ -11,8 +11,8 @@ from onnx import numpy_helper
 
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families import family_of
-from moe_edge.families.base import Names
-from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.families.declared import Names
+from moe_edge.models.views import MoELayerView, moe_layers
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.ort import OrtRuntime
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids

@@ -13,7 +13,7 @@ from moe_edge.export import golden
 from moe_edge.export.bundle import Contents, write_bundle
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.verification import faults
-from moe_edge.families.loading import load_tokenizer
+from moe_edge.models.loading import load_tokenizer
 from moe_edge.storage.checkpoint import tokenizer_files
 from tests.tiny import TEXTS, tiny_checkpoint
 

@@ -11,9 +11,9 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_audit import audit
 from moe_edge.families import DENSE_FAMILIES, family_of, student_family
-from moe_edge.families.dense import DENSE_OF, build_dense, build_single_expert
-from moe_edge.families.loading import save_student
 from moe_edge.formulas.ffn import Ffn
+from moe_edge.models.dense import DENSE_OF, build_dense, build_single_expert
+from moe_edge.models.loading import save_student
 from moe_edge.runtimes import open_runtime
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.gguf_header import check_gguf_header

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moe_edge.compression.estimate import Packing, tensor_data_bytes
-from moe_edge.compression.headers import model_headers
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.contracts.quantization import NEEDS_IMATRIX, RECIPES, pinned_type, tensor_bytes
 from moe_edge.export import gguf_quantize
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_layout import class_of
 from moe_edge.export.gguf_quantize import FILE_TYPES, quantize_gguf
+from moe_edge.planning.estimate import Packing, tensor_data_bytes
+from moe_edge.planning.headers import model_headers
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
 from moe_edge.storage.checkpoint import inspect_checkpoint

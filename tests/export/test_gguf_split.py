@@ -7,12 +7,12 @@ import pytest
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.devices.detect import weight_bytes
+from moe_edge.evaluation.cells import Candidate
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_audit import audit
 from moe_edge.export.gguf_split import split_gguf
 from moe_edge.runtimes.gguf_header import check_gguf_header, parts_of
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
-from moe_edge.stages.validate_cells import Candidate
 from tests.export.gguf_models import representable, some_ids
 
 LIMIT = 120_000

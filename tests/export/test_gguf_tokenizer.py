@@ -18,7 +18,7 @@ from moe_edge.export.gguf_known_hashes import CHECK_TEXT, KNOWN_HASHES
 from moe_edge.export.gguf_pretokenizers import pre_tokenizer_name
 from moe_edge.export.gguf_tokenizer import PROBE_TEXT, gguf_vocabulary
 from moe_edge.export.tokenizer_parity import ROUND_TRIP, check_tokenizer
-from moe_edge.families.loading import load_tokenizer
+from moe_edge.models.loading import load_tokenizer
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime, load_gguf
 from tests.export.gguf_models import representable

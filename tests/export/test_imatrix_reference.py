@@ -13,7 +13,7 @@ from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.export.imatrix import imatrix_arrays, write_imatrix_gguf
 from moe_edge.families import family_of
-from moe_edge.families.loading import load_model
+from moe_edge.models.loading import load_model
 from moe_edge.profiling.sums import to_statistics
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from tests.export.gguf_models import REPRESENTABLE, representable

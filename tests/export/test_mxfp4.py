@@ -10,16 +10,16 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from moe_edge.build import Request, build
+from moe_edge.api import Request, build
 from moe_edge.contracts.plan import Plan
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
 from moe_edge.export.onnx import export_onnx
 from moe_edge.stages import export as stage
 from moe_edge.storage.checkpoint import TensorReader
-from tests.compression.plan_helpers import config
 from tests.export.onnx_models import MAX_DIFFERENCE, PROMPT, hf_logits, ort_logits
 from tests.mxfp4 import released_gpt_oss
+from tests.planning.plan_helpers import config
 
 GGUF = ("export.formats=[gguf]", "target.context_length=64", "target.runtime.threads=1")
 

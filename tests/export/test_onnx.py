@@ -14,7 +14,7 @@ from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputReje
 from moe_edge.contracts.onnx_bits import PRECISIONS, fitting_block
 from moe_edge.export import onnx_graph
 from moe_edge.export.onnx import export_onnx
-from moe_edge.families.loading import load_model
+from moe_edge.models.loading import load_model
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.ort import OrtRuntime

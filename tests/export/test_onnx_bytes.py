@@ -7,10 +7,10 @@ from typing import Any
 import onnx
 import pytest
 
-from moe_edge.compression.estimate import ONNX_GRAPH_BYTES, Packing, file_bytes, stored_bytes, stored_groups
-from moe_edge.compression.headers import model_headers
 from moe_edge.contracts.onnx_bits import PRECISIONS, weight_class
 from moe_edge.export.onnx import export_onnx
+from moe_edge.planning.estimate import ONNX_GRAPH_BYTES, Packing, file_bytes, stored_bytes, stored_groups
+from moe_edge.planning.headers import model_headers
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.export.onnx_models import CASES, case, hf_logits, kl_nats, ort_logits
 from tests.tiny import tiny_checkpoint

@@ -12,11 +12,10 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.onnx_bits import PRECISIONS
 from moe_edge.export.onnx import export_onnx
 from moe_edge.families import DENSE_FAMILIES, FAMILIES, family_of, student_family
-from moe_edge.families.counting import count_params
-from moe_edge.families.dense import DENSE_OF, build_dense
-from moe_edge.families.loading import save_student
-from moe_edge.families.students import describe_student
 from moe_edge.formulas.ffn import Ffn
+from moe_edge.models.dense import DENSE_OF, build_dense
+from moe_edge.models.loading import save_student
+from moe_edge.models.students import count_params, describe_student
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.ort import OrtRuntime

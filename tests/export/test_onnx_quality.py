@@ -9,12 +9,12 @@ import torch
 from moe_edge.demo import demo_teacher_path
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_quantize import Scheme
-from moe_edge.families.loading import load_model, load_tokenizer
-from moe_edge.profiling.calibration import heldout_rows
+from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.profiling.passes import run_pass, share_of
 from moe_edge.profiling.sums import to_statistics
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.ort import OrtRuntime
+from moe_edge.texts.rows import heldout_rows
 from tests.export.onnx_models import kl_nats
 
 MODEL = demo_teacher_path()

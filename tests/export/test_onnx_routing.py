@@ -16,8 +16,8 @@ from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_graph import build_graph, write_companions
 from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import Packer, Recipe
-from moe_edge.families.loading import load_model
-from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.models.loading import load_model
+from moe_edge.models.views import MoELayerView, moe_layers
 from tests.export.onnx_models import (
     MAX_DIFFERENCE,
     PROMPT,

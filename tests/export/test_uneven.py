@@ -16,8 +16,8 @@ from moe_edge.export.gguf_audit import audit
 from moe_edge.export.gguf_quantize import FILE_TYPES, quantize_gguf
 from moe_edge.export.imatrix import imatrix_arrays
 from moe_edge.export.onnx import export_onnx
-from moe_edge.families.loading import load_model
-from moe_edge.families.pruning import without_padding
+from moe_edge.models.loading import load_model
+from moe_edge.models.pruning import without_padding
 from moe_edge.profiling.sums import to_statistics
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime
 from tests.export.gguf_models import REPRESENTABLE, reference_logits, some_ids

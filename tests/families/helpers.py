@@ -6,7 +6,7 @@ Legend: K top-k, T tokens, D model.
 import torch
 from torch import Tensor, nn
 
-from moe_edge.families.views import MoELayerView, moe_layers
+from moe_edge.models.views import MoELayerView, moe_layers
 from tests.tiny import tiny_ids
 
 EXPERTS, LAYERS = 8, 3

@@ -7,8 +7,8 @@ from transformers import AutoConfig
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families import FAMILIES, family_of
-from moe_edge.families.counting import count_params
 from moe_edge.families.names import expected_entries
+from moe_edge.models.students import count_params
 from tests.tiny import FAMILY_NAMES, tiny_config
 
 # The config.json of released models, as transformers 4 wrote them, with parameter counts from their model cards.

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.families.loading import load_model, save_student
-from moe_edge.families.pruning import check_kept, prune
-from moe_edge.families.views import moe_layers, route
+from moe_edge.models.loading import load_model, save_student
+from moe_edge.models.pruning import check_kept, prune
+from moe_edge.models.views import moe_layers, route
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import read_json
 from tests.families.helpers import EXPERTS, LAYERS, kept_everywhere, logits, seen_by_experts

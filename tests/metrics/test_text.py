@@ -11,7 +11,7 @@ from moe_edge.metrics import text
 from moe_edge.metrics.text import METRICS, bootstrap_ci95, judged_rows, score_set
 from moe_edge.metrics.text_answers import Answer, Status, failed, judge_answer
 from moe_edge.metrics.text_modules import compute
-from moe_edge.metrics.text_rows import InstructionRow
+from moe_edge.texts.instruction_rows import InstructionRow
 
 OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METRICS if name != "bertscore"}
 REFERENCES = [("the cat sat on the mat",), ("a dog", "two dogs ran"), ("Paris",), ("three little pigs went home",)]

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from moe_edge.families.loading import load_model
-from moe_edge.families.streaming import StreamedModel
+from moe_edge.models.loading import load_model
+from moe_edge.models.streaming import StreamedModel
 from moe_edge.profiling.layerwise import run_layerwise
 from moe_edge.profiling.passes import SHARD_ROWS, OnLogits, run_pass, share_of
 from moe_edge.profiling.sums import PassSums

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_edge.families.pruning import masked
-from moe_edge.families.views import MoELayerView, expert_outputs, moe_layers
 from moe_edge.formulas.cka import gram, normalise_rows
 from moe_edge.formulas.cka_bootstrap import hsic_and_null, mean_cka
+from moe_edge.models.pruning import masked
+from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers
 from moe_edge.profiling.passes import run_pass, share_of
 from moe_edge.profiling.sums import to_statistics
 from moe_edge.storage.statistics import Statistics

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.families.taps import head
-from moe_edge.families.views import expert_activations, expert_outputs, moe_layers
 from moe_edge.formulas.cka import cka_from_hsic, hsic_all_pairs, normalise_rows
+from moe_edge.models.taps import head
+from moe_edge.models.views import expert_activations, expert_outputs, moe_layers
 from moe_edge.profiling.evidence import Block
 from moe_edge.profiling.passes import new_sums, observing_all, run_pass, share_of
 from moe_edge.profiling.sums import to_statistics

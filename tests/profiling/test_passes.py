@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.families.loading import load_model
+from moe_edge.models.loading import load_model
 from moe_edge.profiling.passes import SHARD_ROWS, STATE, cka_blocks, run_pass, share_of
 from moe_edge.profiling.sums import PassSums, merged
 from tests.profiling.runs import ROWS, TOKENS, Killed, flat, same_bits, whole_pass

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.families.loading import load_model
+from moe_edge.models.loading import load_model
 from moe_edge.runtimes import open_runtime
 from moe_edge.runtimes.base import Prompt, Runtime, generate
 from moe_edge.runtimes.hf import HfRuntime

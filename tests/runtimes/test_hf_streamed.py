@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError, ResourceProblem
-from moe_edge.families import streaming
-from moe_edge.families.dense import build_dense
-from moe_edge.families.loading import save_student
-from moe_edge.families.routing_gap import routing_gap
-from moe_edge.families.views import moe_layers
 from moe_edge.formulas.ffn import Ffn
+from moe_edge.models import streaming
+from moe_edge.models.dense import build_dense
+from moe_edge.models.loading import save_student
+from moe_edge.models.routing import routing_gap
+from moe_edge.models.views import moe_layers
 from moe_edge.runtimes import hf, hf_batch, hf_streamed, open_runtime
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.hf_streamed import StreamedStudent, open_student

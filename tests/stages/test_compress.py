@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moe_edge.compression import streamed
+from moe_edge.compression import on_disk as streamed
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError, ResourceProblem
-from moe_edge.families.loading import load_model
-from moe_edge.families.students import load_student
+from moe_edge.models.loading import load_model
+from moe_edge.models.students import load_student
 from moe_edge.stages import compress
 from moe_edge.storage.files import sha256_file
 from tests.compression.action_helpers import KEPT, material, plan_of

@@ -18,9 +18,9 @@ from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.plan import Estimate, Plan
 from moe_edge.distillation.capture import CaptureConfig, captured_signal
 from moe_edge.distillation.recovery import Recovery
-from moe_edge.families.loading import load_model, save_student
-from moe_edge.families.pruning import prune
-from moe_edge.families.students import load_student
+from moe_edge.models.loading import load_model, save_student
+from moe_edge.models.pruning import prune
+from moe_edge.models.students import load_student
 from moe_edge.stages import compress, distill
 from moe_edge.storage.checkpoint import checkpoint_digest
 from moe_edge.storage.files import sha256_file

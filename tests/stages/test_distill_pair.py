@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from moe_edge import build as building
-from moe_edge import cli
-from moe_edge.build import Request
+from moe_edge import api as building
+from moe_edge.api import Request
+from moe_edge.cli.main import main as cli
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.distillation.capture import CaptureConfig
-from moe_edge.families.loading import load_tokenizer, resolve_teacher
-from moe_edge.families.students import load_student
+from moe_edge.distillation.capture_run import CaptureRequest, capture
+from moe_edge.models.loading import load_tokenizer, resolve_teacher
+from moe_edge.models.students import load_student
 from moe_edge.stages import distill_pair
-from moe_edge.stages.logits import CaptureRequest, capture
 from tests.tiny import TEXTS, tiny_checkpoint, tiny_tokenizer
 
 TOKENS = 32

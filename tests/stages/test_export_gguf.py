@@ -11,16 +11,16 @@ from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError
 from moe_edge.contracts.plan import Plan
 from moe_edge.export import gguf_quantize
 from moe_edge.export.imatrix import dense_imatrix, imatrix_arrays
-from moe_edge.families.loading import load_model, save_student
 from moe_edge.formulas.importance import mean_squares
+from moe_edge.models.loading import load_model, save_student
 from moe_edge.profiling.sums import to_statistics
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.stages import export as stage
 from moe_edge.storage.folders import changed_files, hash_folder
 from moe_edge.storage.statistics import Statistics
 from tests.compression.action_helpers import material, plan_of
-from tests.compression.plan_helpers import config
 from tests.export.gguf_models import representable
+from tests.planning.plan_helpers import config
 from tests.profiling.runs import whole_pass
 
 KEPT = {0: [0, 2, 3, 5], 1: [0, 1, 4, 5]}

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.compression.masking import MaskedKl, masked_kl
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.quantization import LEVELS
-from moe_edge.families.loading import load_model
 from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS
+from moe_edge.models.loading import load_model
+from moe_edge.planning import judging as plan_judge
+from moe_edge.planning.judging import honesty
+from moe_edge.planning.masking import MaskedKl, masked_kl
 from moe_edge.stages import plan as stage
-from moe_edge.stages import plan_judge
-from moe_edge.stages.plan_judge import honesty
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
-from tests.compression.plan_helpers import NO_SHARE, config
+from tests.planning.plan_helpers import NO_SHARE, config
 from tests.tiny import tiny_checkpoint
 
 EXPERTS, LAYERS, ROWS, LENGTH = 8, 2, 6, 16
@@ -117,9 +117,9 @@ def test_a_kl_beyond_the_limit_is_refused_unless_forced(teacher, tmp_path):
 
 def test_quantizing_harder_replaces_pruning_where_it_loses_less(teacher, tmp_path, monkeypatch):
     """A weights budget just below all experts at Q4_K_M, where the bits of every class are free."""
-    from moe_edge.compression import allocation
-    from moe_edge.compression.bits import Sensitivity, recipe_types
-    from moe_edge.stages import plan_budget
+    from moe_edge.planning import allocation
+    from moe_edge.planning import measured_budget as plan_budget
+    from moe_edge.planning.bits import Sensitivity, recipe_types
 
     space = allocation.header_plan(inspect_checkpoint(teacher), config(NO_SHARE)).space
     limit = space.option(EXPERTS, allocation.Packing("gguf", "Q4_K_M")).estimate.file_bytes - 1
@@ -148,7 +148,7 @@ def test_the_safe_ratio_curve_lies_beside_the_plan(teacher, tmp_path):
 
 
 def test_an_unsafe_ratio_stops_unless_forced(teacher, tmp_path, monkeypatch):
-    from moe_edge.stages import plan_budget
+    from moe_edge.planning import measured_budget as plan_budget
 
     monkeypatch.setattr(plan_budget, "UNSAFE_KL_NATS", 1e-6)
     with pytest.raises(InfeasibleError, match="the safe limit"):
@@ -244,7 +244,7 @@ def test_a_dry_run_reads_headers_only(teacher, tmp_path, monkeypatch):
 
 def test_where_only_a_mix_of_types_is_fast_enough_it_is_measured_and_no_expert_need_go(teacher, tmp_path):
     """A speed that no recipe reaches at the teacher's top-k; dropping experts would not help."""
-    from moe_edge.compression.allocation import Packing, header_plan
+    from moe_edge.planning.allocation import Packing, header_plan
 
     fast = (NO_SHARE, "target.hardware.bandwidth_gb_per_s={value: 10.0, source: a test, confidence: assumed}",
             "target.runtime.kv_cache=f16")  # fmt: skip
@@ -275,7 +275,7 @@ def test_a_teacher_that_is_not_held_whole_is_not_refitted_nor_narrowed(teacher, 
     if streamed:
         wishes.append("profile.mode=layerwise")
     else:
-        monkeypatch.setattr("moe_edge.compression.streamed.fits_in_memory", lambda _headers: False)
+        monkeypatch.setattr("moe_edge.compression.on_disk.fits_in_memory", lambda _headers: False)
     _, plan = run(teacher, tmp_path / "b", *wishes)
     assert not plan.compensate and plan.expert_width is None and {shape.expert_width for shape in plan.shapes} == {None}
 

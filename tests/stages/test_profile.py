@@ -14,12 +14,12 @@ from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.families import streaming
-from moe_edge.families.loading import load_model, load_tokenizer
 from moe_edge.formulas.cka import cka_from_hsic
+from moe_edge.models import streaming
+from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.profiling import sums
+from moe_edge.profiling.summary import profile_summary
 from moe_edge.stages import profile
-from moe_edge.stages.profile_summary import profile_summary
 from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.logits import LogitCache

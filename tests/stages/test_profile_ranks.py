@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.build import Request, build
+from moe_edge.api import Request, build
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.pipeline import Build, run_stages
-from moe_edge.profiling.ranks import Ranks, current_ranks, lost_processes_named
+from moe_edge.process.ranks import Ranks, current_ranks, lost_processes_named
 from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
 from tests.tiny import tiny_checkpoint
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from moe_edge.compression.curve import Curve, CurvePoint
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Candidate, Estimate, Plan, TriedShape
 from moe_edge.contracts.report import Artifact, GateResult, Memory, Quality, ReportV1, Speed
 from moe_edge.contracts.targets_io import load_target
+from moe_edge.planning.curve import Curve, CurvePoint
+from moe_edge.reporting.report_markdown import inert, number, table
 from moe_edge.stages.report import predictions, write_report
-from moe_edge.stages.report_markdown import inert, number, table
 
 QUALITY = {
     "kl_nats": 0.0512,

@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from moe_edge.compression.allocation import header_plan
-from moe_edge.compression.estimate import GGUF_HEADER_BYTES
-from moe_edge.compression.masking import masked_kl
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
 from moe_edge.contracts.plan import Plan
-from moe_edge.families.loading import load_model
-from moe_edge.families.padding import check_padding
-from moe_edge.families.pruning import masked
-from moe_edge.families.views import moe_layers
+from moe_edge.models.loading import load_model
+from moe_edge.models.padding import check_padding
+from moe_edge.models.pruning import masked
+from moe_edge.models.views import moe_layers
+from moe_edge.planning.allocation import header_plan
+from moe_edge.planning.estimate import GGUF_HEADER_BYTES
+from moe_edge.planning.masking import masked_kl
 from moe_edge.stages import compress, distill, export, plan, profile
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
-from tests.compression.plan_helpers import config
 from tests.export.gguf_models import REPRESENTABLE
 from tests.export.onnx_models import initializers
+from tests.planning.plan_helpers import config
 from tests.tiny import tiny_checkpoint, tiny_ids
 from tests.uneven_models import SIZES, skewed_teacher, uneven_student
 

@@ -17,11 +17,12 @@ from moe_edge.contracts.report import Artifact
 from moe_edge.contracts.targets_io import load_target
 from moe_edge.devices.transport import Completed
 from moe_edge.devices.worker import TOO_LARGE
+from moe_edge.evaluation import cells as validate_cells
+from moe_edge.evaluation.cells import Session
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_split import split_gguf
 from moe_edge.runtimes import hf
-from moe_edge.stages import validate, validate_cells
-from moe_edge.stages.validate_cells import Session
+from moe_edge.stages import validate
 from tests.tiny import tiny_checkpoint
 
 SAMPLES = {

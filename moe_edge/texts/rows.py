@@ -1,0 +1,151 @@
+"""From text to packed token rows: the calibration set of the profile pass, and the held-out set that judges artifacts.
+
+Documents are drawn by seed, always from the source that is furthest behind its share, joined into one stream and
+cut into rows of full length: no padding, so that every row costs and counts the same. Too little text gives fewer
+rows and says so; nothing is repeated, because repeated tokens would count their experts twice.
+
+Shape suffixes: N rows, S tokens of a row, W tokens of a window.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from moe_edge.contracts.errors import ConfigError
+from moe_edge.storage.rows import TokenRows
+from moe_edge.texts.recipes import Document, LoadedRecipe, heldout_file, read_documents, render
+
+log = logging.getLogger(__name__)
+WINDOW = 48  # tokens; longer than a prompt template
+OVERLAP_LIMIT = 0.5  # share of a held-out row's windows that may occur in the calibration text
+
+
+def calibration_rows(
+    recipe: LoadedRecipe, tokenizer: PreTrainedTokenizerBase, tokens: int, sequence_length: int, seed: int
+) -> TokenRows:
+    """`tokens // sequence_length` rows of the recipe's sources in the proportion of their shares.
+
+    Raises:
+        ConfigError: a file is missing, or the text does not fill one row.
+        InputRejected: unreadable text, or a failing chat template.
+    """
+    generator = np.random.default_rng(seed)
+    streams: dict[int, Iterator[list[int]]] = {}
+    for index, source in enumerate(recipe.recipe.sources):
+        documents = read_documents(recipe.folder / source.path)
+        shuffled = [documents[position] for position in generator.permutation(len(documents))]
+        streams[index] = _encoded(shuffled, tokenizer)
+    shares = [source.share for source in recipe.recipe.sources]
+    return _told(_packed(_mixed(streams, shares), tokens, sequence_length, recipe.name), recipe.name)
+
+
+def document_rows(
+    documents: Iterable[Document], name: str, tokenizer: PreTrainedTokenizerBase, tokens: int, sequence_length: int
+) -> TokenRows:
+    """`tokens // sequence_length` rows of documents in their order; no more documents are taken than that needs.
+
+    Raises:
+        ConfigError: the text does not fill one row.
+        InputRejected: a failing chat template.
+    """
+    return _told(_packed(_encoded(documents, tokenizer), tokens, sequence_length, name), name)
+
+
+def heldout_rows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    sequence_length: int,
+    calibration: TokenRows | None = None,
+) -> TokenRows:
+    """Rows of the held-out text (`default`, or a path) in the file's order.
+
+    Args:
+        calibration: the rows that the teacher was profiled on; the two must not share text.
+
+    Raises:
+        ConfigError: no such file, too little text, or text that also occurs in the calibration set.
+        InputRejected: unreadable text, or a failing chat template.
+    """
+    path = heldout_file(text)
+    rows = _packed(_encoded(read_documents(path), tokenizer), tokens, sequence_length, path.name)
+    if calibration is not None:
+        refuse_overlap(rows, calibration, path)
+    return rows
+
+
+def refuse_overlap(heldout: TokenRows, calibration: TokenRows, path: Path) -> None:
+    """Raise ConfigError when a held-out row, or most of one, is calibration text: the judge would flatter.
+
+    Rows of the same text seldom start at the same token, so windows of 48 tokens are compared at every offset too.
+    """
+    known_rows = set(calibration.row_digests())
+    known_windows = {window for ids_S in calibration.ids_NS for window in _windows(ids_S)}
+    for number, (ids_S, digest) in enumerate(zip(heldout.ids_NS, heldout.row_digests(), strict=True)):
+        windows = _windows(ids_S)
+        shared = sum(window in known_windows for window in windows) / max(len(windows), 1)
+        if digest in known_rows or shared > OVERLAP_LIMIT:
+            raise ConfigError(
+                "the held-out text is part of the calibration text",
+                where=f"{path}, row {number}",
+                why="quality measured on text that the student was fitted to means nothing",
+                next_command="choose another validate.text, or another calibration.recipe",
+            )
+
+
+def _windows(ids_S: np.ndarray) -> list[bytes]:
+    if len(ids_S) < WINDOW:
+        return []
+    windows_NW = np.lib.stride_tricks.sliding_window_view(np.asarray(ids_S, dtype="<i4"), WINDOW)
+    return [window.tobytes() for window in windows_NW]
+
+
+def _encoded(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids per document; a plain text gets the tokenizer's special tokens and an end mark, a chat has its own."""
+    end = tokenizer.eos_token_id
+    for document in documents:
+        templated = not isinstance(document, str) and bool(tokenizer.chat_template)
+        ids = tokenizer(render(document, tokenizer), add_special_tokens=not templated, verbose=False)["input_ids"]
+        closed = templated or end is None or ids[-1:] == [end]
+        yield list(ids) if closed else [*ids, end]
+
+
+def _mixed(streams: dict[int, Iterator[list[int]]], shares: list[float]) -> Iterator[list[int]]:
+    """Documents of all streams; next comes the stream whose tokens lag furthest behind its share."""
+    drawn = dict.fromkeys(streams, 0)
+    while drawn:
+        index = min(drawn, key=lambda stream: drawn[stream] / shares[stream])
+        ids = next(streams[index], None)
+        if ids is None:
+            del drawn[index]
+        else:
+            drawn[index] += len(ids)
+            yield ids
+
+
+def _packed(documents: Iterator[list[int]], asked: int, sequence_length: int, name: str) -> TokenRows:
+    """Rows of the first `asked` tokens; no more documents are taken than those need."""
+    wanted = max(asked // sequence_length, 1) * sequence_length
+    stream: list[int] = []
+    for ids in documents:
+        stream += ids
+        if len(stream) >= wanted:
+            break
+    rows = min(len(stream), wanted) // sequence_length
+    if rows == 0:
+        raise ConfigError(
+            f"the text '{name}' has only {len(stream)} tokens, less than one row of {sequence_length}",
+            next_command="give more text, or lower calibration.sequence_length",
+        )
+    flat = np.asarray(stream[: rows * sequence_length], dtype=np.int32)
+    return TokenRows(flat.reshape(rows, sequence_length), asked)
+
+
+def _told(rows: TokenRows, name: str) -> TokenRows:
+    """The rows, after a word to the log where there was less text than asked for."""
+    if rows.short:
+        log.warning("the text '%s' has only %d tokens, %d were asked for", name, rows.n_tokens, rows.asked_tokens)
+    return rows

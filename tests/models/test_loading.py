@@ -1,0 +1,194 @@
+"""Opening and writing checkpoint folders: exact, deterministic, offline, and closed to foreign code."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.models.loading import load_model, load_tokenizer, resolve_teacher, save_student, stored_dtype
+from moe_edge.models.pruning import prune
+from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.files import read_json, sha256_file
+from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
+
+KEPT = {0: [0, 2, 3, 5], 1: [1, 2, 3, 4]}
+
+
+def edit_config(folder: Path, **changes: object) -> Path:
+    config = read_json(folder / "config.json") | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_checkpoint_loads_to_the_model_that_was_saved(tmp_path: Path, family: str) -> None:
+    model = load_model(tiny_checkpoint(tmp_path, family, with_tokenizer=False))
+    ids = tiny_ids()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny_model(family)(ids).logits)
+    assert not model.training and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_students_have_the_same_bytes_every_time(tmp_path: Path, family: str, tied: bool) -> None:
+    teacher = tiny_checkpoint(tmp_path, family, dtype=torch.bfloat16, tied=tied)
+    digests = []
+    for name in ("one", "two"):
+        model = load_model(teacher, dtype=torch.bfloat16)
+        prune(model, KEPT)
+        save_student(model, teacher, tmp_path / name)
+        digests.append({path.name: sha256_file(path) for path in (tmp_path / name).iterdir()})
+    assert digests[0] == digests[1]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(digests[0])
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_untouched_tensors_keep_their_bytes(tmp_path: Path, family: str) -> None:
+    teacher = tiny_checkpoint(tmp_path, family, dtype=torch.bfloat16)
+    model = load_model(teacher, dtype=stored_dtype(inspect_checkpoint(teacher)))
+    prune(model, KEPT)
+    save_student(model, teacher, tmp_path / "student")
+    old, new = load_file(teacher / "model.safetensors"), load_file(tmp_path / "student" / "model.safetensors")
+    plain = [name for name in old if ".experts." not in name and not name.endswith(".gate.weight")]
+    assert plain and all(torch.equal(old[name], new[name]) and new[name].dtype == torch.bfloat16 for name in plain)
+    moved = [name for name in old if ".0.mlp.experts.5." in name or ".0.block_sparse_moe.experts.5." in name]
+    assert len(moved) == 3 and all(
+        torch.equal(old[name], new[name.replace("experts.5.", "experts.3.")]) for name in moved
+    )
+
+
+def test_a_student_loads_without_moe_edge(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
+    model = load_model(teacher)
+    prune(model, KEPT)
+    save_student(model, teacher, tmp_path / "student")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    ids = tiny_ids()
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, model(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert tokenizer("the fox")["input_ids"] == load_tokenizer(teacher)("the fox")["input_ids"]
+    assert tokenizer.chat_template == load_tokenizer(teacher).chat_template
+
+
+def test_generation_settings_are_copied_even_when_transformers_would_refuse_them(tmp_path: Path) -> None:
+    teacher = tiny_checkpoint(tmp_path, "olmoe")
+    settings = '{"do_sample": false, "temperature": 0.7, "eos_token_id": [2, 1]}'
+    (teacher / "generation_config.json").write_text(settings)
+    model = load_model(teacher)
+    assert model.generation_config.eos_token_id == [2, 1]
+    save_student(model, teacher, tmp_path / "student")
+    assert (tmp_path / "student" / "generation_config.json").read_text() == settings
+    assert model.generation_config.temperature == 0.7
+    (teacher / "generation_config.json").unlink()
+    save_student(model, teacher, tmp_path / "student")
+    assert not (tmp_path / "student" / "generation_config.json").exists()
+
+
+def test_the_tokenizer_round_trips(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoint(tmp_path, "mixtral"))
+    text = "Größer als 42 €, the fox\n\tjumps"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) <= 512
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": 3}'])
+def test_a_broken_tokenizer_is_rejected(tmp_path: Path, content: str | None) -> None:
+    folder = tiny_checkpoint(tmp_path, "qwen3_moe")
+    path = folder / "tokenizer.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(InputRejected, match="tokenizer cannot be read") as caught:
+        load_tokenizer(folder)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
+        ({"_attn_implementation_internal": "evil/kernel"}, "_attn_implementation_internal"),
+        ({"model_type": "llama", "num_experts": None}, "unknown model family"),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ({"num_hidden_layers": 3}, "lacks tensors"),
+        ({"num_hidden_layers": 1}, "unknown tensors"),
+        ({"vocab_size": 300}, "contradicts config.json"),
+        ({"attention_dropout": "often"}, "transformers refuses"),
+    ],
+)
+def test_what_does_not_load(tmp_path: Path, changes: dict[str, object], word: str) -> None:
+    folder = edit_config(tiny_checkpoint(tmp_path, "qwen3_moe", with_tokenizer=False), **changes)
+    with pytest.raises(InputRejected, match=word) as caught:
+        load_model(folder)
+    assert caught.value.exit_code == 4
+
+
+def test_integer_weights_are_a_quantized_checkpoint(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "mixtral", with_tokenizer=False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputRejected, match="quantized checkpoint"):
+        load_model(folder)
+
+
+def test_mixed_dtypes_are_kept_without_loss(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "mixtral", with_tokenizer=False)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t if "gate" in n else t.bfloat16() for n, t in tensors.items()}, folder / "model.safetensors")
+    headers = inspect_checkpoint(folder, require_tokenizer=False)
+    assert stored_dtype(headers) == torch.float32
+    model = load_model(folder, dtype=stored_dtype(headers))
+    assert torch.equal(model.model.layers[0].mlp.gate.weight, tensors["model.layers.0.block_sparse_moe.gate.weight"])
+
+
+def test_sharded_students_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_edge.models.loading.SHARD_SIZE", "200KB")
+    teacher = tiny_checkpoint(tmp_path, "qwen2_moe")
+    model = load_model(teacher)
+    save_student(model, teacher, tmp_path / "student")
+    assert len(list((tmp_path / "student").glob("model-*.safetensors"))) > 1
+    ids = tiny_ids()
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "student")(ids).logits, model(ids).logits)
+
+
+def test_a_folder_resolves_to_itself(tmp_path: Path) -> None:
+    assert resolve_teacher(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("text", ["./none", "/none/at/all", "~/none-at-all", "a/b/c", "", "a\\b"])
+def test_a_missing_folder_is_never_asked_of_the_hub(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: pytest.fail("asked the hub"))
+    with pytest.raises(ConfigError, match="not a folder"):
+        resolve_teacher(text)
+
+
+def test_the_hub_is_asked_for_safe_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def fake(name: str, **options: object) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    assert resolve_teacher("owner/name", "v1") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
+    patterns = asked["allow_patterns"]
+    assert "*.safetensors" in patterns and not any("bin" in p or "py" in p or p == "*" for p in patterns)
+
+
+def test_a_silent_hub_is_a_usage_error_with_advice() -> None:
+    with pytest.raises(ConfigError, match="hf download owner/no-such-model") as caught:
+        resolve_teacher("owner/no-such-model")
+    assert caught.value.exit_code == 2

@@ -1,0 +1,94 @@
+"""One expert read and written, in every layout that transformers stores experts in."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from moe_edge.contracts.errors import InputRejected
+from moe_edge.models.views import expert_outputs, moe_layers
+from moe_edge.models.weights import (
+    check_width,
+    expert_width,
+    read_expert,
+    replace_experts,
+    width_key,
+    write_expert,
+    write_width,
+)
+from tests.tiny import FAMILY_NAMES, tiny_ids, tiny_model
+
+
+def gpt_oss_experts() -> nn.Module:
+    """Interleaved, transposed, with biases: (E, D, 2F)."""
+    config = GptOssConfig(hidden_size=8, intermediate_size=6, num_local_experts=3)
+    config._experts_implementation = "eager"
+    experts = GptOssExperts(config)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    return experts
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_what_was_read_is_what_the_expert_computes(family):
+    view = moe_layers(tiny_model(family))[1]
+    weights, hidden_TD = read_expert(view, 3), torch.randn(5, 64)
+    act_TF = torch.nn.functional.silu(hidden_TD @ weights.gate_FD.T) * (hidden_TD @ weights.up_FD.T)
+    with torch.no_grad():
+        assert torch.allclose(act_TF @ weights.down_DF.T, expert_outputs(view, hidden_TD, [3])[0], atol=1e-5)
+    assert expert_width(view) == 32
+
+
+def test_interleaved_transposed_experts_with_biases():
+    experts = gpt_oss_experts()
+    view = SimpleNamespace(experts=experts, count=3)
+    weights, hidden_TD = read_expert(view, 1), torch.randn(5, 8)
+    assert [tuple(part.shape) for part in weights] == [(6, 8), (6, 8), (8, 6), (6,), (6,), (8,)]
+    gate = (hidden_TD @ weights.gate_FD.T + weights.gate_bias_F).clamp(max=experts.limit)
+    up = (hidden_TD @ weights.up_FD.T + weights.up_bias_F).clamp(-experts.limit, experts.limit)
+    act = (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
+    expected = act @ weights.down_DF.T + weights.down_bias_D
+    with torch.no_grad():
+        answer = experts(hidden_TD, torch.ones(5, 1, dtype=torch.long), torch.ones(5, 1))
+        assert torch.allclose(answer, expected, atol=1e-4)
+        order = torch.tensor([5, 3, 1, 0, 2, 4])
+        write_expert(view, 1, weights.select(order))
+        assert torch.allclose(
+            experts(hidden_TD, torch.ones(5, 1, dtype=torch.long), torch.ones(5, 1)), expected, atol=1e-4
+        )
+    replace_experts(view, [read_expert(view, expert).select(torch.arange(4)) for expert in range(3)])
+    assert expert_width(view) == experts.intermediate_size == 4
+    assert experts.gate_up_proj.shape == (3, 8, 8) and experts.gate_up_proj_bias.shape == (3, 8)
+
+
+def test_writing_back_changes_no_bit():
+    for view in (moe_layers(tiny_model("olmoe"))[0], SimpleNamespace(experts=gpt_oss_experts(), count=3)):
+        before = {name: tensor.clone() for name, tensor in view.experts.state_dict().items()}
+        write_expert(view, 2, read_expert(view, 2))
+        replace_experts(view, [read_expert(view, expert) for expert in range(view.count)])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in view.experts.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_the_configuration_knows_the_new_width(family):
+    model = tiny_model(family, width=64)
+    check_width(model, 32)
+    for view in moe_layers(model):
+        replace_experts(view, [read_expert(view, expert).select(torch.arange(32)) for expert in range(view.count)])
+    write_width(model, 32)
+    built = type(model)(model.config)
+    built.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(built.eval()(tiny_ids()).logits, model(tiny_ids()).logits)
+
+
+def test_a_width_that_sizes_other_tensors_is_refused(monkeypatch):
+    model = tiny_model("qwen2_moe")
+    assert width_key(model) == "moe_intermediate_size"
+    monkeypatch.setattr("moe_edge.models.weights.width_key", lambda model: "shared_expert_intermediate_size")
+    with pytest.raises(InputRejected, match="shared_expert.* takes its size from"):
+        check_width(model, 32)
