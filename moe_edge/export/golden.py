@@ -17,6 +17,7 @@ import torch
 from moe_edge.export.device_runner import score
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.runtimes.base import Answers, Runtime
+from moe_edge.storage.logit_codec import TeacherRow
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
 
@@ -29,7 +30,9 @@ LIMIT_FACTOR, LIMIT_FLOOR_NATS = 1.5, 0.02
 Prompt = dict[str, Any]  # ids [S], top_ids [S][K], top_logprobs [S][K], tail_logmass [S] with null for no mass
 
 
-def _prompt(ids_S: Sequence[int], top_SK: np.ndarray, logprobs_SK: np.ndarray, tail_S: np.ndarray) -> Prompt:
+def _prompt(
+    ids_S: Sequence[int] | np.ndarray, top_SK: np.ndarray, logprobs_SK: np.ndarray, tail_S: np.ndarray
+) -> Prompt:
     return {
         "ids": [int(token) for token in ids_S],
         "top_ids": np.asarray(top_SK).tolist(),
@@ -51,6 +54,7 @@ def from_cache(logits: Path, rows: Path) -> list[Prompt]:
         plain = cache.temperatures.index(1.0)
         for row in chosen:
             teacher, part = cache.row(ids_NS[row]), slice(PROMPT_TOKENS)
+            assert isinstance(teacher, TeacherRow)  # a profile keeps the largest ids, never drawn ones
             tail_S = teacher.tail_logmass_SH[part, plain]
             found.append(_prompt(ids_NS[row][part], teacher.indices_SK[part], teacher.logprobs_SK[part], tail_S))
     return found

@@ -202,7 +202,7 @@ def _itemsize(tensor: onnx.TensorProto) -> int:
 
 def _bytes(tensor: onnx.TensorProto) -> int:
     """What the shape and the type take."""
-    return prod(tensor.dims) * _itemsize(tensor)
+    return int(prod(tensor.dims)) * _itemsize(tensor)
 
 
 def _declared(tensor: onnx.TensorProto) -> int:

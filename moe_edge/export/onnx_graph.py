@@ -81,7 +81,7 @@ def check_builder() -> None:
 
 
 @cache
-def _builder_class(module: str, name: str) -> type:
+def _builder_class(module: str, name: str) -> Any:
     """A builder class. Its modules import a top-level `quantization`: lend them that name while they load."""
     mine = sys.modules.get("quantization")
     sys.modules["quantization"] = importlib.import_module(f"{_PACKAGE}.quantization")

@@ -6,6 +6,7 @@ that layers may differ in experts, top-k and width. The router is in onnx_routin
 Legend: E experts, F expert width, D model width.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,9 @@ class MoEGraph(RoutingGraph):
 
     views: dict[int, MoELayerView]  # decoder layer -> its experts
     names: Names  # of a decoder layer's feed-forward block
+    io_dtype: ir.DataType  # these three are the builder's
+    model: ir.Model
+    make_value: Callable[..., ir.Value]
 
     def make_feed_forward(self: Any, layer_id: int, layer: Any, root_input: str) -> None:
         """Append the layer's block; its output is what the residual connection adds next."""
@@ -63,7 +67,8 @@ class MoEGraph(RoutingGraph):
             choice = routing.choice
             found = (self.make_value(choice.selects), self.make_value(choice.weighs), choice.renormalise)
             self.make_value(f"{base}/MoE/output_0").producer().meta[CHOICE] = found
-        return self._weighed(base, routing)
+        output: str = self._weighed(base, routing)
+        return output
 
     def _weighed(self: Any, base: str, routing: Routing) -> str:
         """The operator's output times what its weights lack: their sum, and the factor on all routed experts."""
@@ -120,11 +125,12 @@ def _gated(block: Any, names: Names) -> SimpleNamespace:
 
 def _split(view: MoELayerView) -> SimpleNamespace:
     """A shared expert that holds gate and up in one matrix, gate first, as a block with three."""
+    assert view.shared is not None
     gate_up, down = (
         view.shared.get_submodule(name.removesuffix(".weight"))
         for name in (view.names.shared_gate_up, view.names.shared_down)
     )
-    gate, up = (SimpleNamespace(weight=half, bias=None) for half in gate_up.weight.detach().chunk(2))
+    gate, up = (SimpleNamespace(weight=half, bias=None) for half in gate_up.get_parameter("weight").detach().chunk(2))
     return SimpleNamespace(gate_proj=gate, up_proj=up, down_proj=down)
 
 

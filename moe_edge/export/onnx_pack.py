@@ -77,7 +77,7 @@ class Packer:
         jobs.sort(key=lambda job: job[1].weight_class == "embedding")
         for node, rule in track(jobs, "quantizing"):
             bits = self._bits(node, rule)
-            if node.op_type == "Gather" and node.inputs[0].producer() is not None:
+            if node.op_type == "Gather" and _input(node, 0).producer() is not None:
                 self._tied_gather(node)
             elif bits in QUANTIZED_BITS:
                 rewrite[node.op_type](node, rule, bits)
@@ -92,22 +92,23 @@ class Packer:
         return bits_of(self.recipe.precision, rule.weight_class, layer, self.recipe.layer_bits, self.dense)
 
     def _matmul(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
-        weight_NK = _read(node.inputs[1]).T
+        name, weight_KN = _weight(node, 1)
+        weight_NK = weight_KN.T
         rows, columns = weight_NK.shape
         block = fitting_block(self.recipe.block_size, columns)
         importance = self.importance.of(rule.imatrix_key, layer_of(node.name or ""))
         blocks = quantize(weight_NK, bits, block, importance, self.recipe.scheme)
         codes = pack_codes(blocks.codes, bits).reshape(rows, columns // block, block * bits // 8)
-        stored = self._store(node.inputs[1].name, codes, blocks.scale, blocks.zero, bits, rule, weight_NK.numel())
+        stored = self._store(name, codes, blocks.scale, blocks.zero, bits, rule, weight_NK.numel())
         attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block}
         self._replace(node, "MatMulNBits", [node.inputs[0], *stored], attributes | self._accuracy())
 
     def _gather(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
-        table = _read(node.inputs[0])
+        name, table = _weight(node, 0)
         block = fitting_block(self.recipe.block_size, table.shape[1])
         blocks = quantize(table, bits, block, None, self.recipe.scheme)
         codes = pack_codes(blocks.codes, bits)
-        data, *stored = self._store(node.inputs[0].name, codes, blocks.scale, blocks.zero, bits, rule, table.numel())
+        data, *stored = self._store(name, codes, blocks.scale, blocks.zero, bits, rule, table.numel())
         self._gather_blocks(node, data, stored, bits, block)
 
     def _tied_gather(self, node: ir.Node) -> None:
@@ -131,10 +132,10 @@ class Packer:
 
     def _moe(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         layer = layer_of(node.name or "")
-        block = fitting_block(self.recipe.block_size, *(node.inputs[at].shape[2] for at, *_ in EXPERT_INPUTS))
+        block = fitting_block(self.recipe.block_size, *(_row_length(_input(node, at)) for at, *_ in EXPERT_INPUTS))
         inputs: list[ir.Value | None] = [*node.inputs[:2], *[None] * (ROUTER_WEIGHTS - 1)]
         for source, key, weight_at, zero_at in EXPERT_INPUTS:
-            experts_ENK = _read(node.inputs[source])
+            name, experts_ENK = _weight(node, source)
             quantized = [
                 quantize(expert_NK, bits, block, self.importance.of(key, layer, e), self.recipe.scheme)
                 for e, expert_NK in enumerate(experts_ENK)
@@ -142,7 +143,6 @@ class Packer:
             codes, scale, zero = (
                 torch.stack([getattr(b, part) for b in quantized]) for part in ("codes", "scale", "zero")
             )
-            name = node.inputs[source].name
             stored = self._store(name, pack_codes(codes, bits), scale, zero, bits, rule, codes.numel())
             inputs[weight_at], inputs[weight_at + 1], inputs[zero_at] = stored
         for source, target in EXPERT_BIASES:
@@ -165,14 +165,17 @@ class Packer:
 
     def _keep_float(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         """Leave the weights in float32, or store them as float16 and widen them at load."""
-        for value in [node.inputs[at] for at in WEIGHT_INPUTS[node.op_type]]:
+        for at in WEIGHT_INPUTS[node.op_type]:
+            value = stored = _input(node, at)
             if not value.is_initializer():
                 continue  # a tied embedding reads the head's matrix, which is already counted
-            weights, stored = value.const_value.size, value
             if bits == 16 and value.dtype == ir.DataType.FLOAT:
-                stored, half = self._scales(f"{value.name}_half", _read(value).half())
+                name, weight = _weight(node, at)
+                stored, half = self._scales(f"{name}_half", weight.half())
                 value.replace_all_uses_with(half)
-            self.report.add(rule.weight_class, min(bits, 8 * stored.dtype.itemsize), weights, [stored])
+            assert value.const_value is not None and stored.dtype is not None
+            stored_bits = min(bits, int(8 * stored.dtype.itemsize))
+            self.report.add(rule.weight_class, stored_bits, value.const_value.size, [stored])
 
     def _accuracy(self) -> dict[str, int]:
         """Only CPU kernels have levels."""
@@ -190,6 +193,7 @@ class Packer:
 
     def _initializer(self, name: str, array: Any) -> ir.Value:
         tensor = ir.tensor(array, name=name)
+        assert isinstance(tensor.shape, ir.Shape)
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
@@ -224,6 +228,23 @@ class Packer:
             del self.graph.initializers[name]
 
 
-def _read(value: ir.Value) -> torch.Tensor:
-    """An initializer as float32."""
-    return torch.from_numpy(value.const_value.numpy()).float()
+def _input(node: ir.Node, at: int) -> ir.Value:
+    """An input that every node of its kind has."""
+    value = node.inputs[at]
+    assert value is not None
+    return value
+
+
+def _weight(node: ir.Node, at: int) -> tuple[str, torch.Tensor]:
+    """The name and the float32 numbers of an initializer that a node reads."""
+    value = _input(node, at)
+    assert value.name is not None and value.const_value is not None
+    return value.name, torch.from_numpy(value.const_value.numpy()).float()
+
+
+def _row_length(value: ir.Value) -> int:
+    """Columns of a matrix, known without reading it."""
+    assert value.shape is not None
+    length = value.shape[-1]
+    assert isinstance(length, int)
+    return length

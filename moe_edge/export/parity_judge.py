@@ -125,7 +125,7 @@ def _read_students(
 def _pairs(exports: Sequence[Reopened]) -> list[tuple[str, str]]:
     """(GGUF, ONNX) to compare: the full-precision files, and the main delivered ones."""
     kinds = {export.kind for export in exports}
-    main = {}
+    main: dict[str, str] = {}
     for export in exports:
         if export.delivered:
             main.setdefault(export.runtime, export.kind)

@@ -12,7 +12,7 @@ import evaluate
 CITATION = "Zhang et al., BERTScore: Evaluating Text Generation with BERT, 2020"
 
 
-class Bertscore(evaluate.Metric):
+class Bertscore(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (per row)."""
 
     def _info(self) -> evaluate.MetricInfo:

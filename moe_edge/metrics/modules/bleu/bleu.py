@@ -13,7 +13,7 @@ import sacrebleu
 CITATION = "Papineni et al., BLEU, 2002; Post, A Call for Clarity in Reporting BLEU Scores, 2018"
 
 
-class Bleu(evaluate.Metric):
+class Bleu(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (corpus), `scores` and `statistics`."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -12,7 +12,7 @@ import sacrebleu
 CITATION = "Popovic, chrF: character n-gram F-score for automatic MT evaluation, 2015"
 
 
-class Chrf(evaluate.Metric):
+class Chrf(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (per row)."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -13,7 +13,7 @@ CITATION = "Wang et al., Super-NaturalInstructions, 2022"
 _DROPPED = str.maketrans("", "", string.punctuation)
 
 
-class ExactMatch(evaluate.Metric):
+class ExactMatch(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (0 or 100)."""
 
     def _info(self) -> evaluate.MetricInfo:

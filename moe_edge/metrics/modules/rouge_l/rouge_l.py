@@ -12,7 +12,7 @@ from rouge_score import rouge_scorer
 CITATION = "Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004"
 
 
-class RougeL(evaluate.Metric):
+class RougeL(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (per row)."""
 
     def _info(self) -> evaluate.MetricInfo:
