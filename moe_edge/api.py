@@ -197,10 +197,12 @@ def _versions() -> dict[str, str]:
 
 def deliver_bundles(out: Path, exported: Mapping[str, Any], config: BuildConfig, teacher_digest: str) -> None:
     """The device bundles of what was exported."""
+    from moe_edge.contracts.artifacts import ExportedArtifact
     from moe_edge.export.bundles import write_bundles
 
     inputs = {"teacher": teacher_digest}
-    for folder in write_bundles(out, exported["artifacts"], config, exported["name"], inputs, _versions()):
+    artifacts = [ExportedArtifact(**row) for row in exported["artifacts"]]
+    for folder in write_bundles(out, artifacts, config, exported["name"], inputs, _versions()):
         log.info("device bundle: %s and %s.tar", out / folder, folder)
 
 

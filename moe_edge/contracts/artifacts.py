@@ -7,7 +7,9 @@ JSON-able summary. The pipeline writes manifest.json last; the next stage sees o
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from moe_edge.contracts.config import BuildConfig
 
@@ -29,3 +31,27 @@ class StageContext:
 
 
 StageRun = Callable[[StageContext], dict[str, Any]]
+
+
+class ExportedArtifact(BaseModel):
+    """One delivered file or folder of an export, as its summary tells it.
+
+    `to_json` leaves out what the format does not have: an ONNX folder has no parts and no fallbacks.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["gguf", "onnx"]
+    runtime: Literal["llama_cpp", "ort"]
+    path: str  # below the build's folder; of a file in parts, the first one
+    quantization: str  # recipe or precision, with "-mix" where classes or layers have types of their own
+    bytes: int
+    bits_per_weight: float
+    files: list[str] | None = None  # all parts
+    bytes_by_class: dict[str, int]
+    bits_per_weight_by_class: dict[str, float]
+    fallbacks: dict[str, int] | None = None  # "Q4_K -> Q5_0": tensors whose rows do not fit the recipe's type
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; the constructor reads it again."""
+        return self.model_dump(exclude_none=True)

@@ -21,7 +21,7 @@ from moe_edge.storage.logit_codec import TeacherRow
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
 
-GOLDEN_SCHEMA = "moe-edge/golden@1"
+GOLDEN, GOLDEN_SCHEMA = "golden.json", "moe-edge/golden@1"  # in the export's folder and in every bundle
 PROMPTS, PROMPT_TOKENS, KEPT_IDS = 4, 48, 32
 DIGITS = 6  # of a log-probability: well below what any runtime reproduces
 # Another machine's kernels round otherwise, above all in quantized products; a wrong file is nats away.

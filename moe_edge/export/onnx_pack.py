@@ -1,6 +1,6 @@
 """Rewrites a float32 MoE graph: MoE -> QMoE, MatMul -> MatMulNBits, Gather -> GatherBlockQuantized.
 
-What is quantized is the table in onnx_precision, to how many bits that in contracts/onnx_bits.py, and how is onnx_quantize.
+What is quantized is the table NODE_RULES, to how many bits that in contracts/onnx_bits.py, and how is onnx_quantize.
 Scales are stored as float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same
 kernels); a float16 graph reads them as they are. QMoE on CPU always renormalises the top-k weights of its own softmax, so
 every other routing hands it what selects and what weighs the experts (inputs 1 and 14), computed in the graph
@@ -9,18 +9,18 @@ every other routing hands it what selects and what weighs the experts (inputs 1 
 Legend: E experts, N output rows, K input columns.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
 
-from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, Provider, bits_of, fitting_block
-from moe_edge.export.onnx_imatrix import Importance
+from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, Provider, WeightClass, bits_of, fitting_block
+from moe_edge.export.imatrix import Importance
 from moe_edge.export.onnx_moe import CHOICE, MASS
-from moe_edge.export.onnx_precision import WEIGHT_INPUTS, NodeRule, layer_of, rule_of
 from moe_edge.export.onnx_quantize import Scheme, pack_codes, quantize
 from moe_edge.process.progress import track
 
@@ -30,6 +30,43 @@ ROUTER_PROBS, ROUTER_WEIGHTS = 1, 14  # QMoE's inputs that select experts and th
 # QMoE's inputs of the two expert matrices: weight in the MoE node, imatrix key, quantized weight, zero points
 EXPERT_INPUTS = ((2, "expert_in", 2, 11), (4, "expert_down", 5, 12))
 EXPERT_BIASES = ((3, 4), (5, 7))  # input of MoE, input of QMoE
+# Operator -> inputs that are weights; others (biases) stay as they are.
+WEIGHT_INPUTS = {"MatMul": (1,), "MoE": (2, 4), "Gather": (0,)}
+
+
+class NodeRule(NamedTuple):
+    """How a graph node is recognised, its class, and the imatrix key of its input columns (None: unweighted)."""
+
+    pattern: str
+    weight_class: WeightClass
+    imatrix_key: str | None
+
+
+# The first match wins; node names are those of onnxruntime-genai's builder and of onnx_graph.
+NODE_RULES: tuple[NodeRule, ...] = (
+    NodeRule(r"/attn/(qkv|q|k|v)_proj/MatMul$", "attention", "attention_in"),
+    NodeRule(r"/attn/o_proj/MatMul$", "attention", "attention_o"),
+    NodeRule(r"/conv/in_proj/MatMul$", "attention", "attention_in"),
+    NodeRule(r"/conv/out_proj/MatMul$", "attention", "conv_out"),
+    NodeRule(r"/moe/router/MatMul$", "router", None),
+    NodeRule(r"/shared_expert_gate/MatMul$", "router", None),
+    NodeRule(r"/mlp/(gate|up)_proj/MatMul$", "shared", "ffn_in"),
+    NodeRule(r"/mlp/down_proj/MatMul$", "shared", "shared_down"),
+    NodeRule(r"/lm_head/MatMul$", "head", "head_in"),
+    NodeRule(r"/moe/MoE$", "expert", "expert_in"),
+    NodeRule(r"/embed_tokens/Gather$", "embedding", None),
+)
+
+
+def rule_of(node_name: str) -> NodeRule | None:
+    """The rule of a node, or None for a node that carries no weight of ours."""
+    return next((rule for rule in NODE_RULES if re.search(rule.pattern, node_name)), None)
+
+
+def layer_of(node_name: str) -> int | None:
+    """The decoder layer in a node's name, or None."""
+    match = re.search(r"/layers\.(\d+)/", node_name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.export import golden
-from moe_edge.export.bundle import Contents, write_bundle
+from moe_edge.export.bundles import Contents, write_bundle
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_split import split_gguf
 from moe_edge.export.onnx import export_onnx
@@ -325,7 +325,7 @@ def test_a_folder_without_a_manifest_is_the_users_mistake(tmp_path):
 
 
 def test_the_readme_has_commands_for_the_targets_settings(made):
-    from moe_edge.export.bundle import readme
+    from moe_edge.export.bundles import readme
 
     runtime = {"threads": 6, "gpu_layers": -1, "context_length": 4096, "kv_cache": "q8_0"}
     text = readme(contents(made, "gguf", runtime=runtime, target="jetson"))

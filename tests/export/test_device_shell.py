@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_edge.export import golden
-from moe_edge.export.bundle import Contents, write_bundle
+from moe_edge.export.bundles import Contents, write_bundle
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.verification import faults
 from moe_edge.models.loading import load_tokenizer

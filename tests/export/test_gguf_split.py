@@ -45,7 +45,7 @@ def test_llama_cpp_computes_the_same_from_the_parts(whole):
     assert headers[0].metadata == before.metadata | {
         "split.no": 0, "split.count": 4, "split.tensors.count": len(before.tensors)
     }  # fmt: skip
-    assert audit(parts, checkpoint, "F16")["fallbacks"] == {}
+    assert audit(parts, checkpoint, "F16").fallbacks == {}
 
 
 def test_all_parts_count(whole):

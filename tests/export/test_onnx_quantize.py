@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.export.onnx_imatrix import Importance
+from moe_edge.export.imatrix import Importance
 from moe_edge.export.onnx_quantize import pack_codes, quantize
 
 SHAPES = {

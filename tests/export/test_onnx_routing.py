@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from moe_edge.contracts.capabilities import refusals
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.export.imatrix import Importance
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_graph import build_graph, write_companions
-from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import Packer, Recipe
 from moe_edge.models.loading import load_model
 from moe_edge.models.views import MoELayerView, moe_layers

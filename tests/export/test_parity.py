@@ -7,7 +7,6 @@ import pytest
 
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.export import parity
-from moe_edge.export.parity_pairs import agree
 from moe_edge.export.parity_rows import (
     CLEAR_WANTED,
     GREEDY_TOKENS,
@@ -279,7 +278,7 @@ def test_a_tied_greedy_token_is_as_good_and_does_not_end_the_comparison(kind, ti
 def test_after_a_router_tie_a_greedy_token_may_be_off_by_what_the_text_is():
     def differs(off_logits, gap):
         student = parity.Greedy([0.0, 0.3, 0.0], [0.5, gap, gap])
-        return parity._greedy(student, parity.LIMITS["gguf F16"], off_logits)
+        return parity.agreed_tokens(student, parity.LIMITS["gguf F16"], off_logits)
 
     assert differs(0.4, gap=1e-4) == 3 and differs(0.2, gap=1e-4) == 1 and differs(0.4, gap=0.5) == 1
 
@@ -313,23 +312,23 @@ FULL = {"kl_nats": 1e-3, "median_kl_nats": 1e-3}
 
 def test_the_two_formats_must_agree_at_full_precision(expected):
     near, far = (FakeRuntime(noise=noise, seed=4).logits(expected.ids_S) for noise in (1e-4, 0.6))
-    row = agree("gguf F16", "onnx fp32", near, expected.logits_SV, expected.logits_SV, FULL)
+    row = parity.agree("gguf F16", "onnx fp32", near, expected.logits_SV, expected.logits_SV, FULL)
     assert row["passed"] is True and 0 <= row["kl_nats"] < 1e-6 and row["limit_kl_nats"] == 1e-3
     with pytest.raises(GateFailed, match="disagree with each other"):
-        agree("gguf F16", "onnx fp32", far, expected.logits_SV, expected.logits_SV, FULL)
+        parity.agree("gguf F16", "onnx fp32", far, expected.logits_SV, expected.logits_SV, FULL)
 
 
 def test_quantized_formats_may_differ_by_their_own_errors_and_no_more(expected):
     """Two independent errors pass; one file that answers the other's tokens does not."""
     student_SV = expected.logits_SV
     gguf, onnx = (FakeRuntime(noise=0.3, seed=seed).logits(expected.ids_S) for seed in (1, 2))
-    row = agree("gguf Q4_K_M delivered", "onnx int4 delivered", gguf, onnx, student_SV)
+    row = parity.agree("gguf Q4_K_M delivered", "onnx int4 delivered", gguf, onnx, student_SV)
     assert row["passed"] is True and row["kl_nats"] < row["limit_kl_nats"]
     assert row["kl_to_student_nats"][0] == pytest.approx(kl_per_token(student_SV, gguf).mean())
     # one file likes a token that the other excludes; the student hardly cares about it, so neither KL to it shows that
     likes, excludes, student = ([[np.log(1 - p), np.log(p)]] for p in (0.05, 1e-30, 1e-4))
     with pytest.raises(GateFailed, match="limit"):
-        agree("gguf Q4_K_M delivered", "onnx int4 delivered", *map(np.array, (likes, excludes, student)))
+        parity.agree("gguf Q4_K_M delivered", "onnx int4 delivered", *map(np.array, (likes, excludes, student)))
 
 
 class Words:

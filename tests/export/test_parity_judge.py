@@ -7,6 +7,7 @@ import pytest
 
 from moe_edge.contracts.errors import GateFailed, ResourceProblem
 from moe_edge.export import onnx as onnx_export
+from moe_edge.export import onnx_files
 from moe_edge.runtimes import hf, hf_streamed
 from moe_edge.stages import export as stage
 from moe_edge.storage.checkpoint import inspect_checkpoint
@@ -45,12 +46,12 @@ def short_of_memory(monkeypatch, model: Path, layers: float) -> None:
     weights = {name: prod(info.shape) for name, info in tensors.items()}
     one = sum(size for name, size in weights.items() if ".layers.1." in name)
     rest = sum(size for name, size in weights.items() if ".layers." not in name)
-    free = 4 * (rest + layers * one) / stage.FP32_MEMORY_SHARE
+    free = 4 * (rest + layers * one) / onnx_files.FP32_MEMORY_SHARE
 
     class Memory:
         available = free
 
-    monkeypatch.setattr(stage.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(onnx_files.psutil, "virtual_memory", lambda: Memory)
 
 
 ONNX = "export.formats=[onnx]"

@@ -76,7 +76,7 @@ def test_every_recipe_takes_zero_experts(tmp_path, recipe):
     arrays = imatrix_arrays(students_imatrix(tmp_path, "minimax_m2", kept), spec_of(student))
     write_gguf(student, tmp_path / "F16.gguf", name="tiny")
     quantize_gguf(tmp_path / "F16.gguf", tmp_path / "q.gguf", recipe, arrays, 1)
-    assert audit([tmp_path / "q.gguf"], student, recipe)["bytes_by_class"]
+    assert audit([tmp_path / "q.gguf"], student, recipe).bytes_by_class
     assert recipe in RECIPES
     with LlamaCppRuntime(tmp_path / "q.gguf", threads=1, context_length=128) as runtime:
         assert np.isfinite(runtime.logits(some_ids(24))).all()

@@ -10,6 +10,7 @@ from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError
 from moe_edge.contracts.plan import Plan
 from moe_edge.export import gguf_quantize
+from moe_edge.export import job as export_job
 from moe_edge.export.imatrix import dense_imatrix, imatrix_arrays
 from moe_edge.formulas.importance import mean_squares
 from moe_edge.models.loading import load_model, save_student
@@ -54,7 +55,7 @@ def test_a_dense_student_is_exported_with_the_importance_of_its_experts(tmp_path
     """As a dense class, which the shared expert joined, or with one expert where no class fits."""
     teacher, plan = dense_student(tmp_path, family)
     statistics = profiled(teacher, tmp_path)
-    spec = stage._spec_of(tmp_path / "student")
+    spec = job(tmp_path / "student", tmp_path / "out").spec
     own = dense_imatrix(statistics.imatrix, spec, plan.kept)
     experts = statistics.imatrix
     expected = mean_squares(experts["expert_down"][1], experts["expert_count"][1])[KEPT[1]].flatten()
@@ -73,14 +74,14 @@ def test_a_dense_student_is_exported_with_the_importance_of_its_experts(tmp_path
 
 def test_a_narrowed_dense_student_has_no_importance_inside(tmp_path):
     teacher, plan = dense_student(tmp_path, "qwen3_moe")
-    spec = replace(stage._spec_of(tmp_path / "student"), dense_width=48)
+    spec = replace(job(tmp_path / "student", tmp_path / "out").spec, dense_width=48)
     own = dense_imatrix(profiled(teacher, tmp_path).imatrix, spec, plan.kept)
     assert "dense_down" not in own and "blk.0.ffn_up.weight" in imatrix_arrays(own, spec)
 
 
 def test_a_format_that_cannot_hold_a_dense_student_is_left_out_or_refused(tmp_path, monkeypatch):
     dense_student(tmp_path, "qwen3_moe")
-    monkeypatch.setattr(stage, "refusals", lambda runtime, _: ["no dense graphs"] if runtime == "ort" else [])
+    monkeypatch.setattr(export_job, "refusals", lambda runtime, _: ["no dense graphs"] if runtime == "ort" else [])
     settled = job(tmp_path / "student", tmp_path / "out", "export.formats=auto")
     assert settled.formats == ("gguf",) and settled.notes == ("onnx was left out: no dense graphs",)
     with pytest.raises(InputRejected, match="no dense graphs"):

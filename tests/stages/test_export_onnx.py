@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
-from moe_edge.export import onnx_pack
+from moe_edge.export import onnx_files, onnx_pack
 from moe_edge.export.onnx import export_onnx
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.models.dense import build_dense
@@ -80,7 +80,7 @@ def test_experts_that_stay_float_fail_the_export(tmp_path, monkeypatch, provider
         return export_onnx(*given, **options)
 
     monkeypatch.setattr(onnx_pack, "rule_of", forgetful)
-    monkeypatch.setattr(stage, "export_onnx", counted)
+    monkeypatch.setattr(onnx_files, "export_onnx", counted)
     model = tiny_checkpoint(tmp_path, "qwen3_moe")
     with pytest.raises(MoeEdgeError, match="expert of layer 1 is stored in (32|16) bits, asked for were 4"):
         stage.export_model(job(model, tmp_path / "out", ONNX, "export.onnx.provider=cuda"))
