@@ -27,7 +27,7 @@ from moe_edge.distillation.feature_terms import spread
 from moe_edge.distillation.terms import HearsNothing, Needs, Scene, Term, TermContext, student_layers, unfit
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
 from moe_edge.formulas.cka_loss import MIN_TOKENS, cka_pair, mean_pairwise_cka, usable_tokens
-from moe_edge.formulas.expert_groups import expert_owners, group_outputs, group_usage
+from moe_edge.formulas.matching import expert_owners, group_outputs, group_usage
 from moe_edge.models.shared_core import differentiable_outputs
 from moe_edge.models.taps import body, listening, width
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route, router_scores

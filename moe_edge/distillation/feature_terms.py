@@ -25,8 +25,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.alignment import aligned_layers
 from moe_edge.distillation.terms import Needs, Scene, Term, TermContext
 from moe_edge.formulas.cka_loss import MIN_TOKENS, kept_tokens
-from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, relative_mse
-from moe_edge.formulas.procrustes import procrustes_distance
+from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, procrustes_distance, relative_mse
 from moe_edge.models.taps import decoder_layers, listening, width
 
 SVD_TOKENS = 256  # the singular values of 512 tokens take seven times as long

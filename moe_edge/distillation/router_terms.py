@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.terms import Needs, Scene, Term, TermContext, student_layers, unfit
-from moe_edge.formulas.router_loss import (
+from moe_edge.formulas.routers import (
     are_probabilities,
     gate_logprobs,
     importance_variation,

@@ -29,9 +29,8 @@ from moe_edge.distillation.router_drift import RouterSnapshot
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import HearsNothing
 from moe_edge.formulas.divergence import kl_dense, predicts_label
-from moe_edge.formulas.expert_sampling import every_expert
 from moe_edge.formulas.head_loss import head_loss
-from moe_edge.formulas.router_loss import gate_logprobs, importance_variation
+from moe_edge.formulas.routers import every_expert, gate_logprobs, importance_variation
 from moe_edge.models.routing import is_sigmoid, rerouted
 from moe_edge.models.streaming import recomputed
 from moe_edge.models.taps import Sounds, body, decoder_layers, head, listening

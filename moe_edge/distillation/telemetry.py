@@ -20,7 +20,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from moe_edge.distillation.router_drift import RouterSnapshot
-from moe_edge.formulas.router_loss import gate_logprobs
+from moe_edge.formulas.routers import gate_logprobs
 from moe_edge.formulas.routing_health import layer_health, load_variation
 from moe_edge.models.routing import is_sigmoid
 from moe_edge.models.taps import Sounds, listening

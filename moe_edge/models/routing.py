@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_edge.formulas.expert_sampling import spread_weights
-from moe_edge.formulas.router_loss import gate_logprobs
+from moe_edge.formulas.routers import gate_logprobs, spread_weights
 from moe_edge.models.kernels import ALL_AT_ONCE
 from moe_edge.models.pruning import mask_router
 from moe_edge.models.views import MoELayerView, moe_layers, route, router_scores

@@ -11,7 +11,7 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.router_terms import ROUTER_TERMS
 from moe_edge.distillation.terms import Heard, Scene, Term, TermContext
-from moe_edge.formulas.router_loss import gate_logprobs, importance_variation, load_balance, router_z
+from moe_edge.formulas.routers import gate_logprobs, importance_variation, load_balance, router_z
 from moe_edge.models.pruning import prune
 from moe_edge.models.routing import router_parameters
 from moe_edge.models.taps import listening
