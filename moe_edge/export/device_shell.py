@@ -78,9 +78,13 @@ def shell_runner(model: str, runtime: Mapping[str, Any]) -> str:
         runtime: threads, gpu_layers, context_length, kv_cache.
     """
     values = {
-        "SUMS": SUMS, "PROMPTS": PROMPTS, "COMMON": common_options(model, runtime), "CONTEXT": runtime["context_length"],
-        "CACHE": cache_options(runtime), "BENCH_CACHE": cache_options(runtime, bench=True),
-    }  # fmt: skip
+        "SUMS": SUMS,
+        "PROMPTS": PROMPTS,
+        "COMMON": common_options(model, runtime),
+        "CONTEXT": runtime["context_length"],
+        "CACHE": cache_options(runtime),
+        "BENCH_CACHE": cache_options(runtime, bench=True),
+    }
     text = _TEMPLATE
     for name, value in values.items():
         text = text.replace(f"@{name}@", str(value))

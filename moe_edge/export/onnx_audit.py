@@ -101,9 +101,13 @@ def _written(entries: Sequence[TensorEntry], reader: TensorReader) -> list[Tenso
 
 
 def audit_onnx(
-    folder: Path, checkpoint: Path, precision: str, block_size: int, layer_bits: LayerBits | None = None,
+    folder: Path,
+    checkpoint: Path,
+    precision: str,
+    block_size: int,
+    layer_bits: LayerBits | None = None,
     provider: Provider = "cpu",
-) -> StoredSizes:  # fmt: skip
+) -> StoredSizes:
     """Compare a written folder with what it must be.
 
     Args:

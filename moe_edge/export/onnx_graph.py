@@ -183,9 +183,14 @@ class FullWidthNorms:
             weight = f"model.layers.{layer_id}.attn.{part}_norm.layernorm.weight"
             self.make_initializer(norm.weight.detach(), weight, to=self.io_dtype)
             self.make_node(
-                "SimplifiedLayerNormalization", inputs=[self.attention_attrs[f"{part}_path"], weight],
-                outputs=[f"{name}/output_0"], name=name, epsilon=self.layernorm_attrs["epsilon"], axis=-1, stash_type=1,
-            )  # fmt: skip
+                "SimplifiedLayerNormalization",
+                inputs=[self.attention_attrs[f"{part}_path"], weight],
+                outputs=[f"{name}/output_0"],
+                name=name,
+                epsilon=self.layernorm_attrs["epsilon"],
+                axis=-1,
+                stash_type=1,
+            )
             self.make_value(f"{name}/output_0", self.io_dtype, shape=self.make_hidden_state_shape(last_dim=width))
             self.attention_attrs[f"{part}_path"] = f"{name}/output_0"
         if self.spec.clip_qkv is not None:

@@ -56,12 +56,19 @@ class MoEGraph(RoutingGraph):
             self.make_initializer(getattr(experts, f"{part}_proj_bias").detach(), biases[part], to=self.io_dtype)
         clamped = moe.activation == "clamped_swiglu"
         self.make_node(
-            "MoE", inputs=[root_input, routing.logits, gate_up, biases["gate_up"], down, biases["down"]],
-            outputs=[f"{base}/MoE/output_0"], name=f"{base}/MoE", domain="com.microsoft", k=view.top_k,
-            activation_type="swiglu", swiglu_fusion=1, activation_alpha=moe.swiglu_alpha,
-            activation_beta=1.0 if clamped else 0.0, normalize_routing_weights=int(routing.normalise),
+            "MoE",
+            inputs=[root_input, routing.logits, gate_up, biases["gate_up"], down, biases["down"]],
+            outputs=[f"{base}/MoE/output_0"],
+            name=f"{base}/MoE",
+            domain="com.microsoft",
+            k=view.top_k,
+            activation_type="swiglu",
+            swiglu_fusion=1,
+            activation_alpha=moe.swiglu_alpha,
+            activation_beta=1.0 if clamped else 0.0,
+            normalize_routing_weights=int(routing.normalise),
             **({"swiglu_limit": moe.swiglu_limit} if clamped else {}),
-        )  # fmt: skip
+        )
         self.make_value(f"{base}/MoE/output_0", self.io_dtype, shape=self.make_hidden_state_shape())
         if routing.choice is not None:
             choice = routing.choice

@@ -107,8 +107,10 @@ class Packer:
     def run(self) -> Report:
         """Rewrite every node that carries weights; norms and whatever has no rule stay as they are."""
         rewrite: dict[str, Callable[[ir.Node, NodeRule, int], None]] = {
-            "MatMul": self._matmul, "MoE": self._moe, "Gather": self._gather,
-        }  # fmt: skip
+            "MatMul": self._matmul,
+            "MoE": self._moe,
+            "Gather": self._gather,
+        }
         jobs = [(node, rule) for node in self.graph if node.op_type in rewrite and (rule := rule_of(node.name or ""))]
         # The head comes before a tied embedding, which reads the head's tensors.
         jobs.sort(key=lambda job: job[1].weight_class == "embedding")

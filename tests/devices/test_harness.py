@@ -90,20 +90,27 @@ class ReplayTransport:
 def _valid(**changes: object) -> dict[str, object]:
     run = {"issued_ns": 0, "prefilled_ns": 5, "token_ns": [6, 7, 8, 9]}
     return {
-        "schema": "moe-edge/samples@1", "runs": [run] * 3, "load_ns": 1, "baseline_rss_bytes": 1, "peak_rss_bytes": 2,
+        "schema": "moe-edge/samples@1",
+        "runs": [run] * 3,
+        "load_ns": 1,
+        "baseline_rss_bytes": 1,
+        "peak_rss_bytes": 2,
         "peak_uss_bytes": None,
-    } | changes  # fmt: skip
+    } | changes
 
 
 @pytest.mark.parametrize(
     "stdout",
     [
-        b"", b"not json", json.dumps(_valid(runs=[])).encode(), json.dumps(_valid(extra=1)).encode(),
+        b"",
+        b"not json",
+        json.dumps(_valid(runs=[])).encode(),
+        json.dumps(_valid(extra=1)).encode(),
         json.dumps(_valid(runs=[{"issued_ns": 0, "prefilled_ns": 5, "token_ns": [9, 6]}] * 3)).encode(),
         json.dumps(_valid(runs=[{"issued_ns": 0, "prefilled_ns": 5, "token_ns": [6, 7]}] * 3)).encode(),
         json.dumps(_valid(peak_rss_bytes=0)).encode(),
     ],
-)  # fmt: skip
+)
 def test_what_a_device_says_is_checked(stdout: bytes) -> None:
     failure = measure(ReplayTransport(stdout), _job())
     assert isinstance(failure, Failure)

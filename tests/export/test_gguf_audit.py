@@ -56,8 +56,10 @@ def test_fallbacks_are_counted(tmp_path):
     assert audit([path], checkpoint, "Q4_K_M").fallbacks == {"Q5_K -> F16": 2, "Q6_K -> Q8_0": 2}
     checkpoint, path = quantized(tmp_path, "Q2_K", hidden=64, width=32, name="small")
     assert audit([path], checkpoint, "Q2_K").fallbacks == {
-        "Q2_K -> IQ4_NL": 4, "Q3_K -> IQ4_NL": 2, "Q6_K -> Q8_0": 10,
-    }  # fmt: skip
+        "Q2_K -> IQ4_NL": 4,
+        "Q3_K -> IQ4_NL": 2,
+        "Q6_K -> Q8_0": 10,
+    }
 
 
 def test_an_expert_tensor_that_stayed_unquantized_fails_the_export(tmp_path):

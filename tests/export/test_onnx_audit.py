@@ -21,8 +21,10 @@ from tests.tiny import tiny_checkpoint
 
 # A rule for every quantized matrix, and a family that has it.
 RULES = {
-    rule: "lfm2_moe" if "/conv/" in rule.pattern else "qwen2_moe" for rule in NODE_RULES if rule.weight_class != "router"
-}  # fmt: skip
+    rule: "lfm2_moe" if "/conv/" in rule.pattern else "qwen2_moe"
+    for rule in NODE_RULES
+    if rule.weight_class != "router"
+}
 
 
 def audited(checkpoint: Path, out: Path, precision: str = "int4", block_size: int = 32, **options: Any) -> StoredSizes:

@@ -19,9 +19,15 @@ from tests.tiny import tiny_checkpoint
 
 def job(model: Path, out: Path, *settings: str):
     return stage.plan_job(
-        config("target.context_length=64", "target.runtime.threads=1", *settings), model, out,
-        main="Q8_0", precision="int8", statistics=None, kept=None, provenance={},
-    )  # fmt: skip
+        config("target.context_length=64", "target.runtime.threads=1", *settings),
+        model,
+        out,
+        main="Q8_0",
+        precision="int8",
+        statistics=None,
+        kept=None,
+        provenance={},
+    )
 
 
 def test_a_student_that_does_not_fit_is_judged_without_being_loaded(tmp_path, monkeypatch):

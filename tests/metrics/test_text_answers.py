@@ -35,7 +35,7 @@ PROSE = list(range(100, 140))
         ([1, 2, 3, 4, 5] * 4 + [9, 8, 7], "circled", Status.REPEATED, "stop", "circled"),
         ([1, 2] * 4, "ha ha", Status.OK, "stop", "ha ha"),
     ],
-)  # fmt: skip
+)
 def test_statuses(tokens: list[int], text: str | None, status: Status, finish: str, kept: str) -> None:
     answer = judge_answer(tokens, text, max_new_tokens=40)
     assert (answer.status, answer.finish, answer.text, answer.n_tokens) == (status, finish, kept, len(tokens))
@@ -53,11 +53,18 @@ def test_a_failed_row_keeps_its_reason() -> None:
 @pytest.mark.parametrize(
     ("tokens", "tail"),
     [
-        ([], (0, 0)), ([1], (0, 0)), ([1, 2, 3, 4], (0, 0)), ([1, 1], (2, 2)), ([7, 7, 7, 7], (4, 4)),
-        ([9, 1, 2, 1, 2], (4, 2)), ([2, 1, 2, 1, 2], (5, 2)), ([1, 2, 3, 1, 2, 3, 4], (0, 0)),
-        ([5, 1, 1, 2, 1, 1, 2], (6, 2)), ([3, 3, 8, 8], (2, 2)),
+        ([], (0, 0)),
+        ([1], (0, 0)),
+        ([1, 2, 3, 4], (0, 0)),
+        ([1, 1], (2, 2)),
+        ([7, 7, 7, 7], (4, 4)),
+        ([9, 1, 2, 1, 2], (4, 2)),
+        ([2, 1, 2, 1, 2], (5, 2)),
+        ([1, 2, 3, 1, 2, 3, 4], (0, 0)),
+        ([5, 1, 1, 2, 1, 1, 2], (6, 2)),
+        ([3, 3, 8, 8], (2, 2)),
     ],
-)  # fmt: skip
+)
 def test_looping_tail(tokens: list[int], tail: tuple[int, int]) -> None:
     assert looping_tail(tokens) == tail
 

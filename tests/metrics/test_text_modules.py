@@ -69,10 +69,14 @@ def test_chrf_sees_other_scripts() -> None:
 @pytest.mark.parametrize(
     ("text", "reference", "score"),
     [
-        ("The  Answer.", "the answer", 100), ("answer", "the answer", 0), ("", "x", 0), ("?", "!", 0), ("?", "?", 100),
+        ("The  Answer.", "the answer", 100),
+        ("answer", "the answer", 0),
+        ("", "x", 0),
+        ("?", "!", 0),
+        ("?", "?", 100),
         ("!", "", 0),
     ],
-)  # fmt: skip
+)
 def test_exact_match(text: str, reference: str, score: float) -> None:
     assert compute("exact_match", [text], [["other", reference]])["score"] == score
 
@@ -81,10 +85,17 @@ def test_exact_match(text: str, reference: str, score: float) -> None:
 @pytest.mark.parametrize(
     ("predictions", "references"),
     [
-        ([""], [["x"]]), ([""], [[""]]), (["x"], [[""]]), (["", ""], [["x"], ["y"]]), (["..."], [["x y z"]]),
-        (["x" * 5000], [["y"]]), (["\n\t"], [["x"]]), (["🚀"], [["🚀"]]), (["a"], [["b"] * 40]),
+        ([""], [["x"]]),
+        ([""], [[""]]),
+        (["x"], [[""]]),
+        (["", ""], [["x"], ["y"]]),
+        (["..."], [["x y z"]]),
+        (["x" * 5000], [["y"]]),
+        (["\n\t"], [["x"]]),
+        (["🚀"], [["🚀"]]),
+        (["a"], [["b"] * 40]),
     ],
-)  # fmt: skip
+)
 def test_odd_texts_never_break_a_metric(name: str, predictions: list[str], references: list[list[str]]) -> None:
     result = compute(name, predictions, references)
     assert len(result["scores"]) == len(predictions)
@@ -118,9 +129,13 @@ def test_they_load_offline_from_an_installed_copy_with_spaces_and_no_usable_cach
     scratch.mkdir()
     nowhere = str(Path(os.devnull) / "cache")
     environment = os.environ | {
-        "PYTHONPATH": str(copy.parent), "HF_HOME": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere, "TMPDIR": str(scratch),
+        "PYTHONPATH": str(copy.parent),
+        "HF_HOME": nowhere,
+        "HOME": nowhere,
+        "XDG_CACHE_HOME": nowhere,
+        "TMPDIR": str(scratch),
         "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    }
     for name in ("HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_DATASETS_CACHE"):
         environment.pop(name, None)
     done = subprocess.run(

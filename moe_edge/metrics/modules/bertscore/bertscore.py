@@ -18,9 +18,11 @@ class Bertscore(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=__doc__, citation=CITATION, inputs_description="predictions: [str], references: [[str]]",
+            description=__doc__,
+            citation=CITATION,
+            inputs_description="predictions: [str], references: [[str]]",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )  # fmt: skip
+        )
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], encoder: str, layers: int, batch_size: int = 32

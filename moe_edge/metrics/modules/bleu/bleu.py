@@ -19,9 +19,11 @@ class Bleu(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=__doc__, citation=CITATION, inputs_description="predictions: [str], references: [[str]]",
+            description=__doc__,
+            citation=CITATION,
+            inputs_description="predictions: [str], references: [[str]]",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )  # fmt: skip
+        )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         metric = sacrebleu.BLEU(effective_order=True)
