@@ -83,14 +83,14 @@ def check_builder() -> None:
 @cache
 def _builder_class(module: str, name: str) -> Any:
     """A builder class. Its modules import a top-level `quantization`: lend them that name while they load."""
-    mine = sys.modules.get("quantization")
+    shadowed = sys.modules.get("quantization")
     sys.modules["quantization"] = importlib.import_module(f"{_PACKAGE}.quantization")
     try:
         return getattr(importlib.import_module(f"{_PACKAGE}.builders.{module}"), name)
     finally:
         del sys.modules["quantization"]
-        if mine is not None:
-            sys.modules["quantization"] = mine
+        if shadowed is not None:
+            sys.modules["quantization"] = shadowed
 
 
 class DecoderGraph:
@@ -120,7 +120,7 @@ class DecoderGraph:
             super().make_rope_init(config)  # type: ignore[misc]
 
     def make_intermediate_size_init(self, config: Any) -> None:
-        """LFM2's class derives a width from keys that its mixtures lack; ours come with each block."""
+        """LFM2's class derives a width from keys that its mixtures lack; here each block has its own."""
 
     def load_weights(self, input_path: str) -> Any:
         return self.hf_model

@@ -127,7 +127,7 @@ class MoEGraph(RoutingGraph):
 def _gated(block: Any, names: Names) -> SimpleNamespace:
     """A gated MLP under the builder's names."""
     parts = {"gate_proj": names.gate, "up_proj": names.up, "down_proj": names.down}
-    return SimpleNamespace(**{ours: block.get_submodule(theirs) for ours, theirs in parts.items()})
+    return SimpleNamespace(**{name: block.get_submodule(path) for name, path in parts.items()})
 
 
 def _split(view: MoELayerView) -> SimpleNamespace:

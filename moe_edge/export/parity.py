@@ -160,9 +160,9 @@ def _clear(expected: Reference, artifact: Runtime, tie_gap: float) -> dict[str, 
     for row in expected.clear_rows:
         wanted = int((row.gap_S > tie_gap).sum())  # gaps fall along a row
         if wanted:
-            ours_TV, theirs_TV = artifact.logits(row.ids_S[:wanted]), row.logits_SV[:wanted]
-            differences.append(np.abs(ours_TV - theirs_TV))
-            kl.append(kl_per_token(theirs_TV, ours_TV))
+            artifact_TV, student_TV = artifact.logits(row.ids_S[:wanted]), row.logits_SV[:wanted]
+            differences.append(np.abs(artifact_TV - student_TV))
+            kl.append(kl_per_token(student_TV, artifact_TV))
     if not differences:
         return {"clear_tokens": 0} | dict.fromkeys(("clear_max_abs_logit", "clear_p99_abs_logit", "clear_kl_nats"))
     difference_TV = np.concatenate(differences)

@@ -3,7 +3,7 @@
 Layers: `proportional_map` by their share of the depth, `best_monotone_map` by similarity without ever stepping back.
 Experts: a student with fewer cannot match the teacher one to one. Every student expert gets one teacher expert (the
 assignment of largest total similarity), and each teacher expert that is left joins the student expert it is most like; with
-equal counts that is plain Hungarian matching. What such a group says together is the gate-weighted mean of its outputs.
+equal counts that is plain Hungarian matching. Such a group's answer is the gate-weighted mean of its outputs.
 
 Shape suffixes: J layers or experts of the student, L layers and E experts of the teacher, T tokens, D model.
 """
@@ -82,7 +82,7 @@ def group_outputs(output_ETD: Tensor, score_TE: Tensor, owner_E: Tensor, student
     """The gate-weighted mean of each group's outputs, [J, T, D]: sum_i a_i E_i(x), with the a of a group summing to 1.
 
     Args:
-        output_ETD: what every teacher expert says, before its gate.
+        output_ETD: every teacher expert's output, before its gate.
         score_TE: the router's scores, not negative; of a group only their ratios count.
 
     A group without experts gives 0.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_edge.devices import harness
-from moe_edge.devices.harness import Failure, Job, Samples, classify, measure
+from moe_edge.devices.harness import BenchJob, Failure, Samples, classify, measure
 from moe_edge.devices.transport import Completed, LocalTransport
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +21,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def _job(path: str = "model.gguf", **changes: object) -> Job:
+def _job(path: str = "model.gguf", **changes: object) -> BenchJob:
     fields = {"threads": 1, "prompt_tokens": 5, "new_tokens": 4, "repetitions": 3} | changes
-    return Job("llama_cpp", path, **fields)
+    return BenchJob("llama_cpp", path, **fields)
 
 
 def _measure(path: str, timeout_s: float = 60) -> Samples | Failure:

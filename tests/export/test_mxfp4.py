@@ -59,9 +59,9 @@ def test_its_export_passes_the_parity_gate(tmp_path: Path) -> None:
     job = stage.plan_job(
         settings, packed, tmp_path / "out", main="MXFP4", precision="int4", statistics=None, kept=None, provenance={}
     )
-    told = stage.export_model(job)
-    assert told["parity"][0]["artifact"] == "gguf F16" and told["parity"][0]["passed"]
-    assert [row["quantization"] for row in told["artifacts"]] == ["MXFP4"]
+    result = stage.export_model(job)
+    assert result["parity"][0]["artifact"] == "gguf F16" and result["parity"][0]["passed"]
+    assert [row["quantization"] for row in result["artifacts"]] == ["MXFP4"]
 
 
 def test_onnx_computes_the_plain_model(tmp_path: Path) -> None:

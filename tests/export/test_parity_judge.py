@@ -38,10 +38,10 @@ def test_a_student_that_does_not_fit_is_judged_without_being_loaded(tmp_path, mo
     monkeypatch.setattr(hf, "load_student", lambda *given: pytest.fail("the student was loaded whole"))
     streamed = stage.export_model(job(model, tmp_path / "streamed", *settings))["parity"]
     assert streamed[0]["passed"] and streamed[0]["rule"] == "logits, KL and greedy"
-    for ours, theirs in zip(streamed, whole, strict=True):
-        assert ours["artifact"] == theirs["artifact"] and ours["greedy_equal"] == theirs["greedy_equal"]
-        assert ours["clear_max_abs_logit"] == pytest.approx(theirs["clear_max_abs_logit"], abs=1e-5)
-        assert ours["kl_nats"] == pytest.approx(theirs["kl_nats"], rel=1e-2)
+    for row, expected in zip(streamed, whole, strict=True):
+        assert row["artifact"] == expected["artifact"] and row["greedy_equal"] == expected["greedy_equal"]
+        assert row["clear_max_abs_logit"] == pytest.approx(expected["clear_max_abs_logit"], abs=1e-5)
+        assert row["kl_nats"] == pytest.approx(expected["kl_nats"], rel=1e-2)
     golden = [read_json(tmp_path / name / "golden.json") for name in ("whole", "streamed")]
     assert golden[0]["prompts"][0]["top_ids"] == golden[1]["prompts"][0]["top_ids"]
 

@@ -91,8 +91,8 @@ def test_onnx_has_real_experts_only_and_computes_the_same(tmp_path, family):
     for precision in ("fp32", "int4"):
         out = tmp_path / precision
         weights = None if precision == "fp32" else imatrix
-        told = export_onnx(student, out, precision=precision, imatrix=weights, accuracy_level=0)
-        sizes[precision] = told["bytes_by_class"]["expert"]
+        summary = export_onnx(student, out, precision=precision, imatrix=weights, accuracy_level=0)
+        sizes[precision] = summary["bytes_by_class"]["expert"]
     assert np.abs(ort_logits(tmp_path / "fp32") - hf_logits(student)).max() <= MAX_DIFFERENCE
     model = load_model(student)
     without_padding(model)
