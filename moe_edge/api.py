@@ -15,12 +15,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from moe_edge import pipeline
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.storage.checkpoint import CheckpointHeaders, checkpoint_digest, inspect_checkpoint
+from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.delivery import deliver, write_run_manifest
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import changed_files

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families import student_family
 from moe_edge.models.dense import DENSE_TYPES
@@ -37,7 +38,7 @@ from moe_edge.models.loading import load_config, stored_dtype
 from moe_edge.models.taps import body, decoder_layers
 from moe_edge.models.views import MoELayerView, down_project, expert_activations, moe_layers
 from moe_edge.models.weight_sources import Target, read_target, targets_of
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.closing import Closing
 from moe_edge.storage.tensor_files import PieceReader
 

@@ -16,6 +16,7 @@ import psutil
 from moe_edge.compression.importance import student_imatrix
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, refusals, require_exportable
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected, ResourceProblem
 from moe_edge.contracts.onnx_bits import LayerBits, Provider
@@ -37,7 +38,7 @@ from moe_edge.models.students import count_params
 from moe_edge.planning.estimate import Packing, file_bytes
 from moe_edge.planning.headers import model_headers
 from moe_edge.process.host import threads_for
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.statistics import Statistics
 

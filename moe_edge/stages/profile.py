@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.spec import ModelSpec
@@ -33,7 +34,7 @@ from moe_edge.profiling.layerwise import run_layerwise
 from moe_edge.profiling.passes import STATE, OnLogits, run_pass, share_of
 from moe_edge.profiling.summary import profile_summary
 from moe_edge.profiling.sums import PassSums, merged, to_statistics
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import sha256_file, write_json_atomic, write_text_atomic
 from moe_edge.storage.logits import LogitCache, LogitCacheWriter
 from moe_edge.storage.rows import TokenRows
