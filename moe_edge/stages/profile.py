@@ -28,7 +28,8 @@ from moe_edge.export.imatrix import write_imatrix_gguf
 from moe_edge.families import family_of
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.models.loading import load_model, load_tokenizer, true_vocabulary
-from moe_edge.models.streaming import StreamedModel, fits_in_memory
+from moe_edge.models.streaming import StreamedModel
+from moe_edge.process.placement import fits_in_memory
 from moe_edge.process.ranks import Ranks, current_ranks
 from moe_edge.profiling.layerwise import run_layerwise
 from moe_edge.profiling.passes import STATE, OnLogits, run_pass, share_of
