@@ -38,7 +38,6 @@ from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.report import Report, StageInfo
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.delivery import deliver, write_run_manifest
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import changed_files
@@ -155,6 +154,7 @@ def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
     """
     from moe_edge.families import family_of, student_family
     from moe_edge.models.loading import resolve_teacher
+    from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 
     if config.teacher.path is None:
         from moe_edge.demo import demo_teacher_path
@@ -402,6 +402,7 @@ def distill(
     from moe_edge.models.loading import resolve_teacher
     from moe_edge.planning.disk import CHECKPOINT_BYTES, refuse_full_disk
     from moe_edge.stages import distill_pair
+    from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     opened = open_teacher(resolved)
