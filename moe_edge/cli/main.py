@@ -30,9 +30,11 @@ from moe_edge.contracts.errors import (
 from moe_edge.process import interrupts
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Take a Mixture-of-Experts teacher to a smaller, quantized, validated student on an edge device.",
-)  # fmt: skip
+)
 app.add_typer(targets, name="targets")
 app.add_typer(cache, name="cache")
 app.command()(evaluate)
