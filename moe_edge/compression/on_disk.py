@@ -11,13 +11,14 @@ from pathlib import Path
 import psutil
 import torch
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import MoeEdgeError, ResourceProblem
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import EXPERT_SIZED, TensorEntry
 from moe_edge.contracts.units import format_bytes
 from moe_edge.families import family_of
 from moe_edge.models.streamed_pruning import padding_value, stream_pruned_checkpoint
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.tensor_files import PieceReader
 
 WORKING_SHARE = 1.3  # of the teacher's bytes: what is needed to hold it, the student beside it and activations

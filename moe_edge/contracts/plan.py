@@ -3,6 +3,7 @@
 The planner writes it, the compressor and the exporter obey it. Sizes are bytes, KL divergences are nats per token.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from moe_edge.contracts.quantization import GGML_TYPES, mix_key
 PLAN_SCHEMA = "moe-edge/plan@1"
 WIDTH_STEP = 32  # the smallest block of weights that a quantization shares a scale over
 Action = Literal["drop", "merge", "shared-core", "dense"]
+KeptExperts = Mapping[int, Sequence[int]]  # decoder layer -> ids of the experts that stay, ascending
 UNEVEN_ACTIONS = ("drop", "merge")  # those whose layers may keep different numbers of experts
 
 

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import DistillConfig, StageConfig
 from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.contracts.units import format_bytes
 from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.schedule import StageSchedule, multipliers_of
 from moe_edge.distillation.stage_parts import wants_teacher
-from moe_edge.models.streaming import free_bytes, held_bytes
+from moe_edge.process.placement import free_bytes, held_bytes
 from moe_edge.process.ranks import current_ranks
-from moe_edge.storage.checkpoint import CheckpointHeaders
 
 log = logging.getLogger(__name__)
 STATE_BYTES = 12  # of a trained weight: its gradient and Adam's two moments

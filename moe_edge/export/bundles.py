@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_edge.contracts.artifacts import ExportedArtifact
+from moe_edge.contracts.artifacts import ExportedArtifact, ExportFolder
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, canonical_sha256, content_digest
@@ -89,21 +89,15 @@ class Contents:
 
 
 def write_bundles(
-    out: Path,
-    artifacts: Sequence[ExportedArtifact],
-    config: BuildConfig,
-    name: str,
-    inputs: Mapping[str, str],
-    versions: Mapping[str, str],
+    out: Path, exported: ExportFolder, config: BuildConfig, inputs: Mapping[str, str], versions: Mapping[str, str]
 ) -> list[str]:
     """Write out/artifacts/bundle/FORMAT and FORMAT.tar, or remove them where the configuration wants none.
 
     A graph for CUDA is a bundle of its own, onnx-cuda, experimental: its golden scores are those of its twin for the CPU.
 
     Args:
-        out: the build's folder; `out/export/golden.json` and `out/artifacts` are read.
-        artifacts: the export's, the main one of each format first.
-        name: of the model.
+        out: the build's folder; `out/artifacts` is read.
+        exported: what was delivered there, with its golden prompts.
         inputs, versions: what the bundles' manifests name as their origin.
 
     Returns:
@@ -116,15 +110,15 @@ def write_bundles(
     shutil.rmtree(top, ignore_errors=True)
     if not config.export.bundle:
         return []
-    if not (out / "export" / GOLDEN).is_file():
+    if not exported.golden.is_file():
         raise ConfigError(
             "the export has no golden prompts",
-            where=str(out / "export"),
+            where=str(exported.path),
             next_command="run the build with --from export",
         )
-    golden, written = read_json(out / "export" / GOLDEN), []
-    for artifact in _main(artifacts):
-        contents = _contents(out, artifact, config, name, golden, inputs, versions)
+    golden, written = read_json(exported.golden), []
+    for artifact in _main(exported.summary.artifacts):
+        contents = _contents(out, artifact, config, exported.summary.name, golden, inputs, versions)
         bundles: dict[str, Contents] = {artifact.format: contents}
         if artifact.format == "onnx" and config.export.onnx.provider == "cuda":
             bundles["onnx-cuda"] = _for_cuda(contents)

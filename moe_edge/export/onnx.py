@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of, refuse_absent_layers
 from moe_edge.export.imatrix import Importance
@@ -27,7 +28,7 @@ from moe_edge.families import student_family
 from moe_edge.models.loading import stored_dtype
 from moe_edge.models.pruning import without_padding
 from moe_edge.models.students import load_student
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside
 

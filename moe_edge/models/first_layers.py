@@ -9,9 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.families import student_family
 from moe_edge.models.loading import complete_student
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.tensor_files import PieceReader, PlannedTensor, write_tensors

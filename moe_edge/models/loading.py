@@ -23,9 +23,10 @@ from transformers import (
 from transformers.generation import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.families import family_of, known_family
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import read_json, write_json_atomic
 
 SHARD_SIZE = "4GB"

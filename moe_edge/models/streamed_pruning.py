@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from moe_edge.contracts.capabilities import PADDING
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.spec import EXPERT_SIZED, TensorEntry, places
 from moe_edge.families import family_of
 from moe_edge.models.loading import complete_student, stored_dtype
 from moe_edge.models.padding import PADDING_BIAS
 from moe_edge.models.pruning import Kept, prune
 from moe_edge.models.streaming import meta_model
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.tensor_files import SHARD_BYTES, PieceReader, PlannedTensor, write_tensors
 
 Placed = dict[int, tuple[int | None, ...]]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import EXPERT_OWNED, ModelSpec, TensorClass, TensorEntry
 from moe_edge.families import FAMILIES, family_of
@@ -28,7 +29,7 @@ from moe_edge.models.dense import DENSE_TYPES
 from moe_edge.models.kernels import fastest_kernel
 from moe_edge.models.loading import load_model, save_student, stored_dtype
 from moe_edge.models.views import moe_layers
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.folders import mirror, written_beside
 

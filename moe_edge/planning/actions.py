@@ -8,6 +8,7 @@ and configuration alone what cannot work, before hours are spent.
 from collections.abc import Callable
 from typing import Any
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
 from moe_edge.contracts.plan import WIDTH_STEP, Plan
@@ -17,7 +18,6 @@ from moe_edge.formulas.selection import select
 from moe_edge.models.dense import DENSE_OF
 from moe_edge.models.streaming import meta_model
 from moe_edge.models.weights import check_width
-from moe_edge.storage.checkpoint import CheckpointHeaders
 from moe_edge.storage.statistics import Statistics
 
 K_QUANT_STEP = 256  # weights of one super-block of llama.cpp's K-quants

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from moe_edge.contracts.capabilities import require_exportable
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
 from moe_edge.contracts.spec import keepable_counts
@@ -29,7 +30,6 @@ from moe_edge.planning.notes import describe, notes_of
 from moe_edge.planning.options import Option, Space, context_lengths, infeasible, options_grid, space_of
 from moe_edge.planning.shapes import MASKABLE_ACTIONS, Shape, at_shape, shapes_of
 from moe_edge.planning.spend import allocate
-from moe_edge.storage.checkpoint import CheckpointHeaders
 
 SHORTEST_CONTEXT = 512  # tokens; of the contexts that a refusal suggests
 HARDER_ORDER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")  # best first

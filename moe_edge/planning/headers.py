@@ -14,10 +14,10 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.quantization import layer_thirds
 from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, EXPERT_SIZED, ModelSpec, TensorClass
 from moe_edge.families import student_family
-from moe_edge.storage.checkpoint import CheckpointHeaders
 
 Shape = tuple[int, ...]
 _Key = tuple[TensorClass, Shape, int | None, str]  # class, shape, first layer of the third, part

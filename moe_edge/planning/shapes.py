@@ -13,13 +13,13 @@ import logging
 from typing import NamedTuple
 
 from moe_edge.compression.on_disk import held_whole
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families import family_of
 from moe_edge.models.streaming import meta_model
 from moe_edge.models.weights import check_width
-from moe_edge.storage.checkpoint import CheckpointHeaders
 
 log = logging.getLogger(__name__)
 TOP_K_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the teacher's, and 1 in the end

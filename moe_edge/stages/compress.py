@@ -28,6 +28,7 @@ from moe_edge.compression.on_disk import WORKING_SHARE, drop_on_disk, fits_in_me
 from moe_edge.compression.routing_health import compare, health_rows, observe
 from moe_edge.compression.surgery import apply_plan, check_plan
 from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
 from moe_edge.contracts.plan import Plan
 from moe_edge.families import family_of
@@ -42,7 +43,7 @@ from moe_edge.models.students import (
     save_trainable,
 )
 from moe_edge.models.views import moe_layers
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside
 from moe_edge.storage.rows import TokenRows

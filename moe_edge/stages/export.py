@@ -7,12 +7,18 @@ Every file is written beside and renamed, so that a killed export goes on after 
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moe_edge.compression.importance import student_imatrix
-from moe_edge.contracts.artifacts import ExportedArtifact, StageContext
+from moe_edge.contracts.artifacts import (
+    CompressFolder,
+    DistillFolder,
+    ExportedArtifact,
+    ExportSummary,
+    PlanFolder,
+    ProfileFolder,
+)
+from moe_edge.contracts.checkpoint import CheckpointHeaders, Teacher
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.plan import Plan
 from moe_edge.export.gguf_files import export_gguf_files
 from moe_edge.export.golden import from_cache
 from moe_edge.export.imatrix import dense_imatrix
@@ -25,35 +31,57 @@ from moe_edge.models.loading import load_tokenizer
 from moe_edge.models.students import count_params
 from moe_edge.planning.estimate import Packing, file_bytes
 from moe_edge.planning.headers import model_headers
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.statistics import Statistics
 
 FORMATS = {"gguf": export_gguf_files, "onnx": export_onnx_files}  # in the order of the report's rows
 
 
-def run(context: StageContext) -> dict[str, Any]:
-    """Export the distilled student of a build; returns {"artifacts": [...], "parity": [...]}."""
-    plan = Plan.read(context.inputs["plan"] / "plan.json")
-    model, profile = context.inputs["distill"] / "model", context.inputs["profile"]
-    statistics = Statistics.load(profile / "statistics.safetensors")
-    config = inspect_checkpoint(model).config
-    spec = student_family(config).spec(config)
-    chosen = plan.kept if plan.prunes else None
-    imatrix, kept = student_imatrix(statistics.imatrix, chosen, context.inputs["compress"], spec)
-    if plan.action == "dense":
+def run(
+    config: BuildConfig,
+    teacher: Teacher,
+    out: Path,
+    *,
+    profile: ProfileFolder,
+    plan: PlanFolder,
+    compress: CompressFolder,
+    distill: DistillFolder,
+) -> ExportSummary:
+    """Export the student of a build."""
+    chosen, headers = plan.plan, inspect_checkpoint(distill.model)
+    statistics = Statistics.load(profile.statistics)
+    spec = student_family(headers.config).spec(headers.config)
+    kept_experts = chosen.kept if chosen.prunes else None
+    imatrix, kept = student_imatrix(statistics.imatrix, kept_experts, compress.path, spec)
+    if chosen.action == "dense":
         imatrix, kept = dense_imatrix(imatrix, spec, kept), None
     job = plan_job(
-        context.config,
-        model,
-        context.out,
-        main=plan.quantization,
-        precision=plan.onnx_precision,
+        config,
+        distill.model,
+        out,
+        main=chosen.quantization,
+        precision=chosen.onnx_precision,
         statistics=replace(statistics, imatrix=imatrix),
-        kept=None if kept is None else plan.kept,
-        provenance={"teacher_digest": context.teacher_digest, "method": f"{plan.action} by {plan.criterion}"},
-        mix=plan.quantization_by_class,
+        kept=None if kept is None else chosen.kept,
+        provenance={"teacher_digest": teacher.digest, "method": f"{chosen.action} by {chosen.criterion}"},
+        mix=chosen.quantization_by_class,
     )
-    return export_model(replace(job, prompts=from_cache(profile / "logits.h5", profile / "rows.safetensors")))
+    return export_model(replace(job, prompts=from_cache(profile.logits, profile.rows)))
+
+
+def plain_job(config: BuildConfig, model: Teacher, out: Path, profile: ProfileFolder | None) -> ExportJob:
+    """What to make of a checkpoint that no build made; a profile of it lends its importance matrix."""
+    types = config.target.quantization
+    return plan_job(
+        config,
+        model.path,
+        out,
+        main=types.gguf[0],
+        precision=types.onnx,
+        statistics=Statistics.load(profile.statistics) if profile else None,
+        kept=None,
+        provenance={"base_digest": model.digest, "method": "plain export"},
+    )
 
 
 def plan_job(
@@ -118,7 +146,7 @@ def model_name(config: BuildConfig) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.") if source else "demo-teacher"
 
 
-def export_model(job: ExportJob) -> dict[str, Any]:
+def export_model(job: ExportJob) -> ExportSummary:
     """Write, reopen and compare every file of the job."""
     artifacts, files, notes = list[ExportedArtifact](), list[ExportedFile](), list(job.notes)
     for name, write in FORMATS.items():
@@ -127,10 +155,10 @@ def export_model(job: ExportJob) -> dict[str, Any]:
             artifacts += written.artifacts
             files += written.files
             notes += written.notes
-    return {
-        "name": job.name,
-        "artifacts": [artifact.to_json() for artifact in artifacts],
-        "parity": judge_files(job, files),
-        "notes": notes,
-        "imatrix": job.statistics is not None,
-    }
+    return ExportSummary(
+        name=job.name,
+        artifacts=artifacts,
+        parity=judge_files(job, files),
+        notes=notes,
+        imatrix=job.statistics is not None,
+    )

@@ -20,6 +20,7 @@ from torch import Tensor
 from moe_edge.compression.layers import Material
 from moe_edge.compression.on_disk import held_whole
 from moe_edge.contracts.artifacts import StageContext
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.manifest import read_manifest
@@ -35,7 +36,7 @@ from moe_edge.planning.options import largest_contexts
 from moe_edge.planning.preview import KEEP_ALL, Preview, all_experts, make_plan
 from moe_edge.planning.scorer import open_teacher
 from moe_edge.planning.shape_trials import settle_shape
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics

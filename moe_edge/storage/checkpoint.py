@@ -6,18 +6,18 @@ header is checked against the file before a tensor is read (safetensors_header.p
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders, TensorInfo
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.storage.digests import remembered_sha256
 from moe_edge.storage.files import read_json, refuse_lfs_pointer
 from moe_edge.storage.mxfp4 import dequantize, is_mxfp4, unpacked
-from moe_edge.storage.safetensors_header import TensorInfo, read_header
+from moe_edge.storage.safetensors_header import read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -35,21 +35,6 @@ SHARED_CORE_AUTO_MAP = {
     "AutoConfig": "modeling_shared_core.SharedCoreConfig",
     "AutoModelForCausalLM": "modeling_shared_core.SharedCoreForCausalLM",
 }
-
-
-@dataclass(frozen=True)
-class CheckpointHeaders:
-    """What a checkpoint folder says about itself; no weight has been read."""
-
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    total_bytes: int  # of all tensors as they are read, without headers
-
-    @property
-    def packed(self) -> bool:
-        """Are there MXFP4 tensors in the files? `config` and `tensors` describe the model without them (mxfp4.py)."""
-        return any(info.packed is not None for info in self.tensors.values())
 
 
 def inspect_checkpoint(folder: Path, require_tokenizer: bool = True) -> CheckpointHeaders:

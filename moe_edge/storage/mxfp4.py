@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_edge.contracts.checkpoint import Packed, TensorInfo
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.safetensors_header import DTYPE_BYTES, Packed, TensorInfo
+from moe_edge.storage.safetensors_header import DTYPE_BYTES
 
 MODEL_TYPES = ("gpt_oss",)  # whose matrices transformers stores in this form, transposed
 BLOCKS, SCALES = "_blocks", "_scales"

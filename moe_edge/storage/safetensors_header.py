@@ -5,11 +5,11 @@ shape, data_offsets), then the data without holes.
 """
 
 import json
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from moe_edge.contracts.checkpoint import TensorInfo
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.files import refuse_lfs_pointer
 
@@ -20,34 +20,6 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Packed:
-    """The two tensors of a file that stand for one of the model (mxfp4.py)."""
-
-    blocks: "TensorInfo"
-    scales: "TensorInfo"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint: where it lies and how large it is."""
-
-    name: str
-    file: str
-    dtype: str  # as safetensors writes it: F32, F16, BF16, ...
-    shape: tuple[int, ...]
-    bytes: int
-    offset: int  # of its first byte in the file
-    packed: Packed | None = (
-        None  # what lies in the file instead; dtype, shape and bytes are those of the unpacked tensor
-    )
-
-    @property
-    def files(self) -> set[str]:
-        """Names of the files that hold it."""
-        return {self.file} if self.packed is None else {self.packed.blocks.file, self.packed.scales.file}
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders, TensorInfo
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.checkpoint import INDEX, SINGLE, CheckpointHeaders
+from moe_edge.storage.checkpoint import INDEX, SINGLE
 from moe_edge.storage.closing import Closing
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.mxfp4 import dequantize
-from moe_edge.storage.safetensors_header import DTYPE_BYTES, TensorInfo
+from moe_edge.storage.safetensors_header import DTYPE_BYTES
 
 PIECE_BYTES = 32 * 2**20
 SHARD_BYTES = 4 * 10**9

@@ -14,13 +14,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.contracts.targets_io import list_targets, read_target
 from moe_edge.planning.allocation import Feasible, header_plan
 from moe_edge.planning.decision import decide_by_priors
 from moe_edge.planning.options import largest_contexts
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.qwen3_30b import write_headers_only
 
 HEADER = "| target | experts | top-k | bits | file GB | peak GB | KV cache | largest context | tokens/s | feasible, or why not |"

@@ -10,7 +10,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from moe_edge.api import Request, build
+from moe_edge.api import build
 from moe_edge.contracts.plan import Plan
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
@@ -60,8 +60,8 @@ def test_its_export_passes_the_parity_gate(tmp_path: Path) -> None:
         settings, packed, tmp_path / "out", main="MXFP4", precision="int4", statistics=None, kept=None, provenance={}
     )
     result = stage.export_model(job)
-    assert result["parity"][0]["artifact"] == "gguf F16" and result["parity"][0]["passed"]
-    assert [row["quantization"] for row in result["artifacts"]] == ["MXFP4"]
+    assert result.parity[0]["artifact"] == "gguf F16" and result.parity[0]["passed"]
+    assert [row.quantization for row in result.artifacts] == ["MXFP4"]
 
 
 def test_onnx_computes_the_plain_model(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_it_is_profiled_planned_and_pruned(tmp_path: Path, mode: str) -> None:
         "calibration.sequence_length=32",
         "export.formats=[gguf]",
     )
-    build(Request("cpu", str(packed), out=tmp_path / "run", settings=settings), until="compress")
+    build(packed, out=tmp_path / "run", settings=settings, until="compress")
     plan = Plan.read(tmp_path / "run" / "plan" / "plan.json")
     assert plan.experts_kept == 4
     student, teacher = TensorReader(tmp_path / "run" / "compress" / "model"), TensorReader(plain)

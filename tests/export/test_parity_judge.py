@@ -33,10 +33,10 @@ def job(model: Path, out: Path, *settings: str):
 def test_a_student_that_does_not_fit_is_judged_without_being_loaded(tmp_path, monkeypatch):
     model = representable(tmp_path, "qwen3_moe")
     settings = ("export.formats=[gguf]", "export.gguf.types=[Q8_0]")
-    whole = stage.export_model(job(model, tmp_path / "whole", *settings))["parity"]
+    whole = stage.export_model(job(model, tmp_path / "whole", *settings)).parity
     monkeypatch.setattr(hf_streamed, "fits_in_memory", lambda *given, **more: False)
     monkeypatch.setattr(hf, "load_student", lambda *given: pytest.fail("the student was loaded whole"))
-    streamed = stage.export_model(job(model, tmp_path / "streamed", *settings))["parity"]
+    streamed = stage.export_model(job(model, tmp_path / "streamed", *settings)).parity
     assert streamed[0]["passed"] and streamed[0]["rule"] == "logits, KL and greedy"
     for row, expected in zip(streamed, whole, strict=True):
         assert row["artifact"] == expected["artifact"] and row["greedy_equal"] == expected["greedy_equal"]
@@ -69,10 +69,10 @@ def test_of_a_large_student_the_first_layers_are_judged_in_float32_and_the_recor
     monkeypatch.setattr(hf, "fits_in_memory", lambda *given, **more: True)
     monkeypatch.setattr(hf_streamed, "fits_in_memory", lambda *given, **more: True)
     result = stage.export_model(job(model, tmp_path / "out", ONNX))
-    kinds = [row["artifact"] for row in result["parity"]]
+    kinds = [row["artifact"] for row in result.parity]
     assert kinds == ["onnx fp32 (the first 2 of 4 layers)", "onnx int8 delivered"]
-    assert result["parity"][0]["passed"] and result["parity"][0]["clear_max_abs_logit"] <= 1e-4
-    assert any("the first 2 of 4 layers were compared instead" in note for note in result["notes"])
+    assert result.parity[0]["passed"] and result.parity[0]["clear_max_abs_logit"] <= 1e-4
+    assert any("the first 2 of 4 layers were compared instead" in note for note in result.notes)
     assert inspect_checkpoint(tmp_path / "out" / "reference" / "first-2-layers").config["num_hidden_layers"] == 2
 
 

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.quantization import CODEBOOK_CLASSES, CODEBOOK_LEVELS
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.planning.bits import Sensitivity, prior_sensitivity
 from moe_edge.planning.headers import ModelHeaders, model_headers
-from moe_edge.storage.checkpoint import CheckpointHeaders, inspect_checkpoint
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.tiny import tiny_checkpoint
 
 FIXED_HARDWARE = ("target.hardware.memory_bytes={value: 8000000000.0, source: a test, confidence: assumed}",)

@@ -1,7 +1,8 @@
-"""A plan's own types per class reach the quantizer, for the main file only, and are in its name."""
+"""The GGUF half: a plan's own types per class reach the quantizer, for the main file only, and are in its name; the rows."""
 
 import pytest
 
+from moe_edge.contracts.artifacts import ExportedArtifact, ExportSummary
 from moe_edge.export import gguf_files
 from moe_edge.export.gguf_audit import StoredSizes
 from moe_edge.stages import export as stage
@@ -55,3 +56,19 @@ def test_without_a_mix_names_are_the_recipes(tmp_path, quantized):
     assert [artifact.quantization for artifact in artifacts] == ["Q3_K_M", "Q4_K_M", "Q8_0"] and quantized[
         "Q3_K_M"
     ] == {}
+
+
+def test_a_dumped_artifact_has_no_key_for_what_its_format_lacks():
+    known = {
+        "path": "artifacts/onnx",
+        "quantization": "int4",
+        "bytes": 10,
+        "bits_per_weight": 4.0,
+        "bytes_by_class": {"expert": 10},
+        "bits_per_weight_by_class": {"expert": 4.0},
+    }
+    onnx = {"format": "onnx", "runtime": "ort"} | known
+    assert ExportedArtifact(**onnx).model_dump(mode="json") == onnx
+    gguf = {"format": "gguf", "runtime": "llama_cpp"} | known | {"files": ["artifacts/onnx"], "fallbacks": {}}
+    summary = ExportSummary(name="m", artifacts=[ExportedArtifact(**gguf)], parity=[], imatrix=False)
+    assert summary.model_dump(mode="json")["artifacts"] == [gguf]
