@@ -121,7 +121,8 @@ class Family(Declared):
         if len(set(found.values())) != 1:
             why = f"found {found}, expected one of {', '.join(self.expert_keys)}"
             raise InputRejected("the config does not say how many experts there are", why=why)
-        return next(iter(found.values()))
+        count: int = next(iter(found.values()))
+        return count
 
     def tensors(self, config: Config, names: Collection[str]) -> list[TensorEntry]:
         """The neutral map of every tensor of a checkpoint; see `names.tensor_entries`."""

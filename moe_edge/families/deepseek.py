@@ -48,7 +48,8 @@ def _v2_groups(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def shared_width(values: Mapping[str, Any]) -> int:
     """Neurons of the shared experts, which are one network."""
-    return values["moe_intermediate_size"] * values["n_shared_experts"]
+    width: int = values["moe_intermediate_size"] * values["n_shared_experts"]
+    return width
 
 
 BIASES = (lambda v: bool(v.get("attention_bias")), "attention_bias: biases inside the latent attention")

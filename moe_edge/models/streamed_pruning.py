@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.capabilities import PADDING
+from moe_edge.contracts.capability_table import PADDING
 from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.contracts.plan import KeptExperts
 from moe_edge.contracts.spec import EXPERT_SIZED, TensorEntry, places
 from moe_edge.families import family_of
 from moe_edge.models.loading import complete_student, stored_dtype
 from moe_edge.models.padding import PADDING_BIAS
-from moe_edge.models.pruning import Kept, prune
+from moe_edge.models.pruning import prune
 from moe_edge.models.streaming import meta_model
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.tensor_files import SHARD_BYTES, PieceReader, PlannedTensor, write_tensors
@@ -39,7 +40,13 @@ class Copy:
 
 
 def stream_pruned_checkpoint(
-    source: Path, kept: Kept, top_k: int | None, out: Path, *, uneven: bool = False, shard_bytes: int = SHARD_BYTES
+    source: Path,
+    kept: KeptExperts,
+    top_k: int | None,
+    out: Path,
+    *,
+    uneven: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the checkpoint folder `source` without the dropped experts into the folder `out`: a plain checkpoint.
 
@@ -65,7 +72,7 @@ def stream_pruned_checkpoint(
     complete_student(source, out)
 
 
-def placed(kept: Kept, groups: int) -> Placed:
+def placed(kept: KeptExperts, groups: int) -> Placed:
     """Decoder layer -> the teacher's expert at every place of the student's layer; None where padding stands."""
     total = max(map(len, kept.values()), default=0)
     found: Placed = {}

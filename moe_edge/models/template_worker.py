@@ -120,7 +120,12 @@ def main() -> None:
     except (OSError, ValueError):
         pass  # a system without address-space limits; the time limit of the other side still holds
     compiled: list[Any] = []
-    sys.stdout.write(answer(lambda: compiled.append(environment().from_string(head["template"])) or ""))
+
+    def compile_template() -> str:
+        compiled.append(environment().from_string(head["template"]))
+        return ""
+
+    sys.stdout.write(answer(compile_template))
     sys.stdout.flush()
     for line in sys.stdin:
         variables = json.loads(line)["variables"]

@@ -133,7 +133,9 @@ def generate(
     """
     noise = noise or RowNoise(0, "")
     generated: list[int] = []
-    logits_V = runtime.prefill(np.asarray(ids_S, dtype=np.int64)) if max_new_tokens > 0 else None
+    if max_new_tokens < 1:
+        return generated
+    logits_V = runtime.prefill(np.asarray(ids_S, dtype=np.int64))
     while len(generated) < max_new_tokens:
         token = pick(logits_V, sampling, noise)
         if token in stop_ids:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe_edge.models.shared_core import differentiable_outputs, shared_core_model
+from moe_edge.models.kernels import differentiable_outputs
+from moe_edge.models.shared_core import shared_core_model
 from moe_edge.models.views import expert_outputs, moe_layers
 from tests.tiny import ALL_FAMILIES, tiny_model
 

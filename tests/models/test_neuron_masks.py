@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_edge.models.pruning import masked, silenced
+from moe_edge.models.pruning import masked, masked_neurons
 from moe_edge.models.views import moe_layers
 from moe_edge.models.weights import expert_width, read_expert, write_expert
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
@@ -24,7 +24,7 @@ def test_a_silent_neuron_is_a_zero_column(family):
     model, ids = tiny_model(family, layers=3), tiny_ids()
     whole = logits(model, ids)
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-    with silenced(model, random_mask):
+    with masked_neurons(model, random_mask):
         found = logits(model, ids)
     torch.testing.assert_close(logits(model, ids), whole, atol=0, rtol=0)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
@@ -40,12 +40,12 @@ def test_a_silent_neuron_is_a_zero_column(family):
 def test_it_composes_with_masked_experts_and_an_error_leaves_the_model_as_it_was():
     model, ids = tiny_model("qwen3_moe"), tiny_ids()
     kept, whole = {0: [0, 2, 5], 1: [1, 2, 3]}, logits(model, ids)
-    with masked(model, kept), silenced(model, lambda view: torch.ones(view.count, expert_width(view)).bool()):
+    with masked(model, kept), masked_neurons(model, lambda view: torch.ones(view.count, expert_width(view)).bool()):
         all_neurons = logits(model, ids)
     with masked(model, kept):
         torch.testing.assert_close(logits(model, ids), all_neurons, atol=0, rtol=0)
     handle = moe_layers(model)[0].experts.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), silenced(model, random_mask):
+    with pytest.raises(ZeroDivisionError), masked_neurons(model, random_mask):
         logits(model, ids)
     handle.remove()
     torch.testing.assert_close(logits(model, ids), whole, atol=0, rtol=0)

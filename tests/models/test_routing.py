@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_edge.models.routing import ROUTER_PATTERN, preference, rerouted, router_logits, router_parameters
-from moe_edge.models.taps import listening
+from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route
 from tests.families.helpers import EXPERTS, IDS, LAYERS, logits, seen_by_experts
 from tests.families.test_families import reference_choice, reference_scores
@@ -65,7 +65,7 @@ def test_the_preference_gives_the_models_own_experts(model: nn.Module) -> None:
     view = moe_layers(model)[0]
     if view.groups[0] > 1:
         pytest.skip("the model's own top-k is limited to some groups")
-    with torch.no_grad(), listening(model, routers=[view.index]) as heard:
+    with torch.no_grad(), recorded_activations(model, routers=[view.index]) as heard:
         model(IDS)
     own_TK = heard.routing[view.index][0]
     found_TK = preference(view, heard.router_logits[view.index]).topk(view.top_k).indices
@@ -98,7 +98,7 @@ def test_one_pattern_names_the_routers_parameters_and_no_others(model: nn.Module
 
 def test_a_routers_logits_are_those_that_are_heard(model: nn.Module) -> None:
     layers = [view.index for view in moe_layers(model)]
-    with torch.no_grad(), listening(model, routers=layers) as heard:
+    with torch.no_grad(), recorded_activations(model, routers=layers) as heard:
         model(IDS)
     for view in moe_layers(model):
         found_TE = router_logits(view, heard.expert_inputs[view.index])
