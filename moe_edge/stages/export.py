@@ -32,7 +32,7 @@ from moe_edge.export.onnx_audit import audit_onnx
 from moe_edge.export.parity_judge import Judge, judge_exports
 from moe_edge.export.parity_rows import prompt_ids
 from moe_edge.families import student_family
-from moe_edge.models.first_layers import layers_within, write_first_layers
+from moe_edge.models.checkpoint_subsets import layers_within, write_first_layers
 from moe_edge.models.loading import load_tokenizer
 from moe_edge.models.students import count_params
 from moe_edge.planning.estimate import Packing, file_bytes

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.models.first_layers import cut_config, layers_within, write_first_layers
+from moe_edge.models.checkpoint_subsets import cut_config, layers_within, write_first_layers
 from moe_edge.models.loading import load_model
 from moe_edge.models.taps import body, decoder_layers, head
 from moe_edge.storage.checkpoint import inspect_checkpoint
