@@ -27,7 +27,7 @@ from moe_edge.families import family_of
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.formulas.sampling import draw
 from moe_edge.models.loading import load_tokenizer, true_vocabulary
-from moe_edge.models.streaming import fits_in_memory
+from moe_edge.process.placement import fits_in_memory
 from moe_edge.process.progress import track
 from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import sha256_file

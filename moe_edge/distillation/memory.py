@@ -17,7 +17,7 @@ from moe_edge.contracts.units import format_bytes
 from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.schedule import StageSchedule, multipliers_of
 from moe_edge.distillation.stage_parts import wants_teacher
-from moe_edge.models.streaming import free_bytes, held_bytes
+from moe_edge.process.placement import free_bytes, held_bytes
 from moe_edge.process.ranks import current_ranks
 
 log = logging.getLogger(__name__)

@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,36 +40,7 @@ from moe_edge.storage.closing import Closing
 from moe_edge.storage.tensor_files import PieceReader
 
 log = logging.getLogger(__name__)
-MEMORY_SHARE = 0.6  # of what is free may hold the whole model; activations, sums and logits need the rest
 Part = int | Literal["embedding", "head", "rest"]  # a number: that decoder layer; rest: norms and the like
-
-
-def free_bytes(device: torch.device, sharers: int = 1) -> int:
-    """Memory that is free on a device now, or one process's share of this machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // sharers
-
-
-def fits_in_memory(
-    headers: CheckpointHeaders, dtype: torch.dtype, device: torch.device | str = "cpu", sharers: int = 1,
-    *, share: float = MEMORY_SHARE,
-) -> bool:  # fmt: skip
-    """May the whole model be loaded in `dtype` now, or is it better streamed?
-
-    Args:
-        sharers: processes on this machine that load the model at once; each accelerator has memory of its own.
-        share: of what is free that the weights may take.
-    """
-    needed, free = held_bytes(headers, dtype), free_bytes(torch.device(device), sharers)
-    fits = needed <= share * free
-    log.info("the model takes %.1f GiB of %.1f: %s", needed / 2**30, free / 2**30, "fits" if fits else "too large")
-    return fits
-
-
-def held_bytes(headers: CheckpointHeaders, dtype: torch.dtype) -> int:
-    """What the whole model's weights take in memory in `dtype`."""
-    return dtype.itemsize * sum(prod(info.shape) for info in headers.tensors.values())
 
 
 def meta_model(headers: CheckpointHeaders, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -28,7 +28,6 @@ from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Candidate, Plan
-from moe_edge.models.streaming import fits_in_memory
 from moe_edge.planning.actions import with_action
 from moe_edge.planning.allocation import Feasible
 from moe_edge.planning.candidates import Kept
@@ -36,6 +35,7 @@ from moe_edge.planning.decision import Quantization
 from moe_edge.planning.masking import MaskedKl, batches_of, logits_of, row_kl, summarise
 from moe_edge.planning.options import largest_contexts
 from moe_edge.planning.uneven import as_uneven
+from moe_edge.process.placement import fits_in_memory
 from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)

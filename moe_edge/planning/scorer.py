@@ -20,10 +20,11 @@ from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.models.loading import load_model
 from moe_edge.models.pruning import NeuronMask
-from moe_edge.models.streaming import StreamedModel, fits_in_memory
+from moe_edge.models.streaming import StreamedModel
 from moe_edge.planning.curve import Score
 from moe_edge.planning.masking import MaskedKl, masked_kl
 from moe_edge.planning.streamed_kl import streamed_masked_kl
+from moe_edge.process.placement import fits_in_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -14,8 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from moe_edge.contracts.errors import ConfigError, ResourceProblem
 from moe_edge.contracts.units import format_bytes
 from moe_edge.models.routing import watched_gaps
-from moe_edge.models.streaming import fits_in_memory, held_bytes
 from moe_edge.models.students import is_mixture, load_student, use_fastest_experts
+from moe_edge.process.placement import fits_in_memory, held_bytes
 from moe_edge.runtimes.base import ClosingRuntime, Prompt, checked_tokens
 from moe_edge.runtimes.hf_batch import equally_long, generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling

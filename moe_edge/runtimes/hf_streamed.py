@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from moe_edge.models.routing import watched_gaps
-from moe_edge.models.streaming import StreamedModel, fits_in_memory
+from moe_edge.models.streaming import StreamedModel
 from moe_edge.models.students import is_mixture
 from moe_edge.models.taps import head
+from moe_edge.process.placement import fits_in_memory
 from moe_edge.process.progress import track
 from moe_edge.runtimes.base import checked_tokens
 from moe_edge.runtimes.hf import HfRuntime

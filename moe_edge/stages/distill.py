@@ -35,7 +35,6 @@ from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperatures
 from moe_edge.distillation.tokenizer_pair import require_same_tokenizer
 from moe_edge.models.loading import load_model, load_tokenizer, save_student, stored_dtype, true_vocabulary
-from moe_edge.models.streaming import fits_in_memory
 from moe_edge.models.students import (
     TRAINABLE,
     is_shared_core,
@@ -45,6 +44,7 @@ from moe_edge.models.students import (
     save_trainable,
     trainable_folder,
 )
+from moe_edge.process.placement import fits_in_memory
 from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside

@@ -53,9 +53,9 @@ from moe_edge.distillation.terms import unfit
 from moe_edge.distillation.tokenizer_pair import require_same_tokenizer, tokenizer_differences
 from moe_edge.formulas.layer_map import proportional_map
 from moe_edge.models.loading import load_tokenizer, save_student, stored_dtype, true_vocabulary
-from moe_edge.models.streaming import fits_in_memory
 from moe_edge.models.students import is_shared_core, load_student
 from moe_edge.models.taps import decoder_layers, head
+from moe_edge.process.placement import fits_in_memory
 from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import written_beside
