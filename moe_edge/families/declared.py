@@ -98,8 +98,8 @@ class Declared:
     shared_width: Callable[[Config], int] | None = None
     shared_gated: bool = False
     dense_layers: Callable[[Config], Iterable[int]] | None = None
-    more: Callable[[Config], dict[str, Any]] | None = None  # further fields of ModelSpec
-    more_moe: Callable[[Config], dict[str, Any]] | None = None  # further fields of MoESpec
+    spec_fields: Callable[[Config], dict[str, Any]] | None = None  # further fields of ModelSpec
+    moe_fields: Callable[[Config], dict[str, Any]] | None = None  # further fields of MoESpec
 
     @property
     def in_memory(self) -> Names:

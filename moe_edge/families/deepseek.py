@@ -75,8 +75,8 @@ DEEPSEEK_V2 = Family(
     norm_topk=False,  # transformers never renormalises, whatever norm_topk_prob says
     shared_width=shared_width,
     dense_layers=first_layers,
-    more=latent_attention,
-    more_moe=_v2_groups,
+    spec_fields=latent_attention,
+    moe_fields=_v2_groups,
 )  # fmt: skip
 
 DEEPSEEK_V3 = Family(
@@ -99,6 +99,6 @@ DEEPSEEK_V3 = Family(
     group_score="top2_sum",
     shared_width=shared_width,
     dense_layers=first_layers,
-    more=latent_attention,
-    more_moe=groups,
+    spec_fields=latent_attention,
+    moe_fields=groups,
 )  # fmt: skip

@@ -30,7 +30,7 @@ from moe_edge.formulas.expert_sampling import spread_weights
 from moe_edge.formulas.router_loss import gate_logprobs
 from moe_edge.models.kernels import ALL_AT_ONCE
 from moe_edge.models.pruning import mask_router
-from moe_edge.models.views import MoELayerView, config_of, moe_layers, route, router_scores
+from moe_edge.models.views import MoELayerView, config_of, moe_layers, route, router_scores, scores_of
 
 # The routers' parameters of every family and no others; selection biases are not trained by gradients.
 ROUTER_PATTERN = r"\.(gate|router)\.(wg\.)?(weight|bias)$"
@@ -85,8 +85,7 @@ def preference(view: MoELayerView, logits_TE: Tensor) -> Tensor:
     bias = view.selection_bias
     if bias is None:
         return logits_TE
-    scores_TE = logits_TE.float().sigmoid() if is_sigmoid(view) else logits_TE.float().softmax(dim=-1)
-    return scores_TE + bias.tensor.detach().flatten()
+    return scores_of(view, logits_TE) + bias.tensor.detach().flatten()
 
 
 def router_tensors(view: MoELayerView) -> dict[str, nn.Parameter]:

@@ -36,7 +36,7 @@ from moe_edge.models.taps import body, decoder_layers
 from moe_edge.models.views import MoELayerView, down_project, expert_activations, moe_layers
 from moe_edge.models.weight_sources import Target, read_target, targets_of
 from moe_edge.storage.checkpoint import inspect_checkpoint
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 from moe_edge.storage.tensor_files import PieceReader
 
 log = logging.getLogger(__name__)

@@ -199,7 +199,12 @@ def route(view: MoELayerView, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def router_scores(view: MoELayerView, hidden_TD: Tensor) -> Tensor:
     """The router's scores over all experts, (T, E) float32, before any selection bias: a softmax, or sigmoids."""
-    logits_TE = _ask_router(view, hidden_TD)[0].float()
+    return scores_of(view, _ask_router(view, hidden_TD)[0])
+
+
+def scores_of(view: MoELayerView, logits_TE: Tensor) -> Tensor:
+    """The scores that belong to the router's logits, (T, E) float32."""
+    logits_TE = logits_TE.float()
     return logits_TE.sigmoid() if view.family.gating == "sigmoid" else logits_TE.softmax(dim=-1)
 
 

@@ -19,7 +19,7 @@ from moe_edge.models.streaming import StreamedModel
 from moe_edge.models.taps import head
 from moe_edge.planning.masking import Kept, MaskedKl, distinct_choices, row_kl, summarise
 from moe_edge.process.progress import track
-from moe_edge.storage.spill import Spill
+from moe_edge.storage.rows import Spill
 
 BATCH_ROWS = 4
 

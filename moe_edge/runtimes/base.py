@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.runtimes.sampling import GREEDY, RowNoise, Sampling, pick
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Prompt:
     seed: int = 0
 
 
-class Answers(Protocol):
-    """A model that answers whole rows."""
+class LogitModel(Protocol):
+    """A model that gives the logits of whole rows."""
 
     vocab: int
 

@@ -17,7 +17,7 @@ from moe_edge.models.routing import watched_gaps
 from moe_edge.models.students import is_mixture, load_student, use_fastest_experts
 from moe_edge.process.placement import fits_in_memory, held_bytes
 from moe_edge.runtimes.base import ClosingRuntime, Prompt, checked_tokens
-from moe_edge.runtimes.hf_batch import equally_long, generate_side_by_side
+from moe_edge.runtimes.hf_batch import batches_by_length, generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling
 from moe_edge.storage.checkpoint import inspect_checkpoint
 
@@ -55,7 +55,7 @@ class HfRuntime(ClosingRuntime):
         return self._forward(ids_S, None, last_only=False)
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def routing_gaps(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """How near each token's routing is to a tie: its smallest gap over all MoE layers (`models.routing.routing_gap`).
 
         Returns:
@@ -67,7 +67,7 @@ class HfRuntime(ClosingRuntime):
         model, mixture = self._open_model(), is_mixture(self._open_model())
         given = [checked_tokens(row, 0, self.context_length, self.vocab, self.path) for row in rows]
         found = [np.full(len(ids_S), np.inf, dtype=np.float32) for ids_S in given]
-        for batch in equally_long(given) if mixture else ():
+        for batch in batches_by_length(given) if mixture else ():
             ids_BS = torch.from_numpy(np.stack([given[row] for row in batch]))
             with watched_gaps(model) as gaps:
                 model(input_ids=ids_BS, use_cache=False, logits_to_keep=1)

@@ -76,7 +76,7 @@ def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
     return tokens[:end]
 
 
-def equally_long(rows: Sequence[np.ndarray]) -> list[list[int]]:
+def batches_by_length(rows: Sequence[np.ndarray]) -> list[list[int]]:
     """The numbers of the rows that are read together: of one length, BATCH_TOKENS tokens at most or one row."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, ids_S in enumerate(rows):

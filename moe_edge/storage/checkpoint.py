@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from moe_edge.contracts.checkpoint import CheckpointHeaders, TensorInfo
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.storage.digests import remembered_sha256
+from moe_edge.storage.cache import remembered_sha256
 from moe_edge.storage.files import read_json, refuse_lfs_pointer
 from moe_edge.storage.mxfp4 import dequantize, is_mxfp4, unpacked
 from moe_edge.storage.safetensors_header import read_header
@@ -182,7 +182,7 @@ class TensorReader:
 def checkpoint_digest(folder: Path) -> str:
     """The identity of a checkpoint: SHA-256 over the sorted (name, SHA-256) of all files that matter to its behaviour.
 
-    Hashes of large files are remembered (see digests.py), so that only the first call reads them.
+    Hashes of large files are remembered (see cache.py), so that only the first call reads them.
     """
     headers = inspect_checkpoint(folder, require_tokenizer=False)
     names = {name for info in headers.tensors.values() for name in info.files} | {"config.json"}

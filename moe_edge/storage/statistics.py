@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 STATISTICS_SCHEMA = "moe-edge/statistics@2"
 IMATRIX_PREFIX = "imatrix."

@@ -17,12 +17,13 @@ from moe_edge.contracts.capabilities import CAPABILITIES, RUNTIME_OF_FORMAT, ref
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.quantization import ALWAYS_F32, RECIPES
 from moe_edge.contracts.spec import EXPERT_SIZED, FEATURES, TensorEntry
-from moe_edge.families import FAMILIES, assemble, family_of
+from moe_edge.families import FAMILIES, family_of
 from moe_edge.families.names import expected_entries
 from moe_edge.models.loading import load_model, save_student
 from moe_edge.models.pruning import prune
 from moe_edge.models.students import count_params, describe_model
 from moe_edge.models.views import moe_layers
+from moe_edge.models.weight_sources import assemble
 from moe_edge.models.weights import read_expert
 from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint
 from moe_edge.storage.files import read_json

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.models.checkpoint_subsets import stream_pruned_checkpoint
 from moe_edge.models.loading import load_model, save_student, stored_dtype
 from moe_edge.models.pruning import prune
-from moe_edge.models.checkpoint_subsets import stream_pruned_checkpoint
 from moe_edge.models.views import moe_layers
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.folders import hash_folder

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.storage import digests
+from moe_edge.storage import cache
 from moe_edge.storage.checkpoint import TensorReader, checkpoint_digest, inspect_checkpoint, tokenizer_files
 from tests.storage.hostile import (
     CONFIG,
@@ -253,34 +253,34 @@ def test_digest_is_of_the_contents(tmp_path: Path) -> None:
 
 def test_large_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(cache, "_known_digests", {})
     big = tmp_path / "big"
     big.write_bytes(bytes(2**20))
     hashed: list[Path] = []
-    real = digests.sha256_file
-    monkeypatch.setattr(digests, "sha256_file", lambda path: hashed.append(path) or real(path))
-    first = digests.remembered_sha256(big)
-    assert digests.remembered_sha256(big) == first and hashed == [big]
-    monkeypatch.setattr(digests, "_known", {})  # as in a new process
-    assert digests.remembered_sha256(big) == first and hashed == [big]
+    real = cache.sha256_file
+    monkeypatch.setattr(cache, "sha256_file", lambda path: hashed.append(path) or real(path))
+    first = cache.remembered_sha256(big)
+    assert cache.remembered_sha256(big) == first and hashed == [big]
+    monkeypatch.setattr(cache, "_known_digests", {})  # as in a new process
+    assert cache.remembered_sha256(big) == first and hashed == [big]
     big.write_bytes(bytes(2**20 - 1) + b"x")
-    assert digests.remembered_sha256(big) != first and hashed == [big, big]
+    assert cache.remembered_sha256(big) != first and hashed == [big, big]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}'])
 def test_a_broken_memo_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(digests, "_known", {})
-    (tmp_path / digests.MEMO_NAME).write_text(content)
+    monkeypatch.setattr(cache, "_known_digests", {})
+    (tmp_path / cache.MEMO_NAME).write_text(content)
     big = tmp_path / "big"
     big.write_bytes(os.urandom(2**20))
-    assert digests.remembered_sha256(big) == digests.sha256_file(big)
+    assert cache.remembered_sha256(big) == cache.sha256_file(big)
 
 
 def test_an_unwritable_cache_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(cache, "_known_digests", {})
     big = tmp_path / "big"
     big.write_bytes(os.urandom(2**20))
-    assert digests.remembered_sha256(big) == digests.sha256_file(big)
+    assert cache.remembered_sha256(big) == cache.sha256_file(big)
