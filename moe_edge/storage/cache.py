@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MEMO_NAME = "digests.json"
 SMALL_BYTES = 1 << 20  # smaller files are hashed every time
 MEMO_ENTRIES = 4096
-_known_digests: dict[str, str] = {}
+known_digests: dict[str, str] = {}  # of this process
 
 
 def cache_root() -> Path:
@@ -107,12 +107,12 @@ def remembered_sha256(path: Path) -> str:
     if state.st_size < SMALL_BYTES:
         return sha256_file(path)
     key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
-    if key not in _known_digests:
-        _known_digests.update(_read_memo())
-    if key not in _known_digests:
-        _known_digests[key] = sha256_file(path)
+    if key not in known_digests:
+        known_digests.update(_read_memo())
+    if key not in known_digests:
+        known_digests[key] = sha256_file(path)
         _write_memo()
-    return _known_digests[key]
+    return known_digests[key]
 
 
 def _read_memo() -> dict[str, str]:
@@ -126,7 +126,7 @@ def _read_memo() -> dict[str, str]:
 
 
 def _write_memo() -> None:
-    newest = dict(list((_read_memo() | _known_digests).items())[-MEMO_ENTRIES:])
+    newest = dict(list((_read_memo() | known_digests).items())[-MEMO_ENTRIES:])
     try:
         write_json_atomic(cache_root() / MEMO_NAME, newest)
     except OSError as error:
