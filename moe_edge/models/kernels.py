@@ -93,15 +93,15 @@ def differentiable_outputs(view: MoELayerView, hidden_TD: Tensor) -> Tensor:
 
 
 def _gathered(module: Module) -> Module:
-    """A twin whose parameters are whole on every process; gradients go back to the shards, averaged over processes as those
+    """A copy whose parameters are whole on every process; gradients go back to the shards, averaged over processes as those
     of the forward pass are."""
-    twin = copy.copy(module)
-    twin._modules = {name: _gathered(child) for name, child in module.named_children()}
-    twin._parameters = {
+    gathered = copy.copy(module)
+    gathered._modules = {name: _gathered(child) for name, child in module.named_children()}
+    gathered._parameters = {
         name: parameter.full_tensor(grad_placements=[Partial("avg")]) if isinstance(parameter, DTensor) else parameter
         for name, parameter in module._parameters.items()
     }
-    return twin
+    return gathered
 
 
 def _unbound(experts: Experts, name: str) -> list[tuple[Tensor, Tensor | None]]:

@@ -152,7 +152,7 @@ def weight_rows(model: PreTrainedModel) -> list[WeightRows]:
                 continue
             bit_class = "shared" if id(module) in feed_forward else "attention"
             name = tapped.get(id(module))
-            if name is None and module.in_features == hidden:  # reads the same input as a tapped sister
+            if name is None and module.in_features == hidden:  # it reads the same input as a tapped matrix
                 name = "attention_in" if bit_class == "attention" else "dense_in" if view is None else "ffn_in"
             position = None if view is None else view.position
             found.append(WeightRows(bit_class, index, position, module.weight.data, name))

@@ -23,12 +23,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _BACKEND_KEYS = ("attn_implementation", "experts_implementation")
 _OWN_BACKENDS = (None, "eager", "sdpa", "grouped_mm", "batched_mm", "flash_attention_2", "flex_attention")
-# A model with shared cores (families/shared_core.py) names its modeling file for users of transformers alone. We never run
+# A model with shared cores (models/shared_core.py) names its modeling file for users of transformers alone. We never run
 # that file either: the classes come from this package.
 SHARED_CORE_TYPE = "moe_edge_shared_core"
 SHARED_CORE_AUTO_MAP = {

@@ -304,9 +304,13 @@ def test_an_absurd_number_of_such_layers_is_refused_at_once(tmp_path: Path, coun
 def test_the_language_model_of_a_model_that_sees(tmp_path: Path) -> None:
     text = tiny_config("qwen3_5_moe", EXPERTS, 2, LAYERS, 64, WIDTH, 256, False)
     vision = {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 64,
         "num_position_embeddings": 16,
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     whole = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=text, vision_config=vision)).eval()
     whole.save_pretrained(tmp_path / "saved")

@@ -123,9 +123,8 @@ def test_rows_are_views_and_multiply_their_inputs(family):
     for matrix in weight_rows(model):
         assert parameters[matrix.rows.data_ptr()].numel() == matrix.rows.numel()
         if matrix.bit_class == "expert_down":
-            assert matrix.rows.shape[-2:] == (64, 32) and matrix.imatrix == "expert_down", (
-                "hidden, width: also transposed"
-            )
+            hidden, width = matrix.rows.shape[-2:]
+            assert (hidden, width) == (64, 32) and matrix.imatrix == "expert_down", "also where they are transposed"
         if matrix.bit_class == "expert_gate_up":
             assert matrix.rows.shape[-1] == 64 and matrix.imatrix == "expert_in"
     before = model(tiny_ids()).logits
