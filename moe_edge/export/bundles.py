@@ -15,8 +15,8 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.export.bundle import Contents, write_bundle
 from moe_edge.export.golden import golden_of
 from moe_edge.storage.checkpoint import tokenizer_files
-from moe_edge.storage.delivery import BUNDLES
 from moe_edge.storage.files import read_json
+from moe_edge.storage.folders import BUNDLES
 
 GOLDEN = "golden.json"
 
