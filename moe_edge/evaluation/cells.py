@@ -173,7 +173,7 @@ def _open_reference(session: Session, candidate: Candidate) -> Any:
             raise
         log.warning("%s: it is read layer by layer", problem.why)
     student = StreamedStudent(candidate.location, session.threads, session.rows_NS.shape[1])
-    student.read(list(session.rows_NS))
+    student.routing_gaps(list(session.rows_NS))
     return student
 
 

@@ -32,7 +32,7 @@ from moe_edge.metrics.text import DEFINITIONS, METRICS, EmptyReferences, judged_
 from moe_edge.metrics.text_answers import Answer, Status
 from moe_edge.metrics.text_modules import compute, local_encoder
 from moe_edge.process import host
-from moe_edge.storage.digests import remembered_sha256
+from moe_edge.storage.cache import remembered_sha256
 from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.folders import files_of
 from moe_edge.texts.instruction_rows import InstructionSet

@@ -30,9 +30,8 @@ from moe_edge.export.golden import GOLDEN, golden_of
 from moe_edge.runtimes.gguf_header import parts_of
 from moe_edge.runtimes.onnx_header import GRAPH
 from moe_edge.storage.checkpoint import tokenizer_files
-from moe_edge.storage.delivery import BUNDLES
 from moe_edge.storage.files import read_json, write_text_atomic
-from moe_edge.storage.folders import files_of, hash_folder, link_or_copy, written_beside
+from moe_edge.storage.folders import BUNDLES, files_of, hash_folder, link_or_copy, written_beside
 
 RUNNER, README, MODEL = "run.py", "README.md", "model"
 RUNNERS = (RUNNER, device_shell.SCRIPT)

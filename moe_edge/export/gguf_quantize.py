@@ -18,7 +18,7 @@ from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProble
 from moe_edge.contracts.quantization import NEEDS_IMATRIX, RECIPES, Mix, pinned_type
 from moe_edge.export.gguf_layout import class_of, layer_of
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, GgufHeader, check_gguf_header
-from moe_edge.runtimes.llama_log import last_errors, quiet_llama
+from moe_edge.runtimes.llama_cpp import last_errors, quiet_llama
 
 MAX_BUFFER_BYTES = 512 << 20
 # recipe -> llama_ftype: what general.file_type will say

@@ -16,7 +16,7 @@ import torch
 
 from moe_edge.export.device_runner import score
 from moe_edge.formulas.divergence import teacher_topk
-from moe_edge.runtimes.base import Answers, Runtime
+from moe_edge.runtimes.base import LogitModel, Runtime
 from moe_edge.storage.logit_codec import TeacherRow
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
@@ -65,7 +65,7 @@ def pieces(ids_S: np.ndarray) -> list[np.ndarray]:
     return [ids_S[start : start + PROMPT_TOKENS] for start in range(0, len(ids_S), PROMPT_TOKENS)][:PROMPTS]
 
 
-def from_model(model: Answers, ids_S: np.ndarray) -> list[Prompt]:
+def from_model(model: LogitModel, ids_S: np.ndarray) -> list[Prompt]:
     """A text cut into prompts, with an open model's own answers."""
     found = []
     for piece_S in pieces(ids_S):

@@ -15,7 +15,7 @@ from moe_edge.export.gguf_audit import StoredSizes
 from moe_edge.export.job import ExportedFile, ExportJob, WrittenFiles, write_once
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_audit import audit_onnx
-from moe_edge.models.first_layers import layers_within, write_first_layers
+from moe_edge.models.checkpoint_subsets import layers_within, write_first_layers
 from moe_edge.storage.checkpoint import inspect_checkpoint
 
 # Of the free memory; beyond it only the first layers are judged in float32, and the report says so.

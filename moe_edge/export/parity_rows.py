@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_edge.models.chat_template import render_chat
-from moe_edge.runtimes.base import Answers
+from moe_edge.runtimes.base import LogitModel
 
 NEAR_TIE_GAP = 1e-3  # router gap (families/routing_gap.py) below which a runtime may choose another expert
 FIRM_GAP = 5e-3  # the same for float16 products
@@ -36,10 +36,10 @@ TEXT = (
 PROMPT = "What is the capital of France?"
 
 
-class Student(Answers, Protocol):
+class Student(LogitModel, Protocol):
     """The Hugging Face student: `runtimes.hf.HfRuntime`, or layer by layer `runtimes.hf_streamed.StreamedStudent`."""
 
-    def read(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def routing_gaps(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Smallest router gap of every token of every row, [S] each; `logits` of these rows may be asked for next."""
         ...
 
@@ -117,7 +117,7 @@ def reference(
     distinct = sorted({tuple(tokens) for tokens in continuations})
     answers = [np.asarray([*text.prompt_ids, *tokens[:-1]], dtype=np.int64) for tokens in distinct]
     short = text.short_rows
-    gaps = student.read([*short, *answers, text.ids_S, *also])
+    gaps = student.routing_gaps([*short, *answers, text.ids_S, *also])
     clear = [ClearRow(ids_S, student.logits(ids_S), gap_S) for ids_S, gap_S in clearest(short, gaps[: len(short)])]
     rows = zip(distinct, answers, gaps[len(short) : len(short) + len(answers)], strict=True)
     greedy = {tokens: _greedy_of(student.logits(row), gap_S, tokens) for tokens, row, gap_S in rows}

@@ -14,10 +14,10 @@ from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.quality import QualityJudge, Score
 from moe_edge.process.progress import track
-from moe_edge.runtimes.base import Answers, Runtime
+from moe_edge.runtimes.base import LogitModel, Runtime
 
 
-def spill_logits(runtime: Answers, rows_NS: np.ndarray, path: Path, label: str) -> np.ndarray:
+def spill_logits(runtime: LogitModel, rows_NS: np.ndarray, path: Path, label: str) -> np.ndarray:
     """Write the logits of every row to a raw float32 file and map it read-only.
 
     Args:

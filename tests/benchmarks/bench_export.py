@@ -84,7 +84,7 @@ def llama_mixture(source: Path, target: Path, name: str, imatrix: dict[str, np.n
     from llama_cpp import llama_cpp as lib
 
     from moe_edge.export.gguf_quantize import _imatrix
-    from moe_edge.runtimes.llama_log import last_errors, quiet_llama
+    from moe_edge.runtimes.llama_cpp import last_errors, quiet_llama
 
     quiet_llama()
     params = lib.llama_model_quantize_default_params()

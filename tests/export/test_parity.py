@@ -44,7 +44,7 @@ class FakeRuntime:
     def step(self, token):
         return self._rows([token])[0]
 
-    def read(self, rows):
+    def routing_gaps(self, rows):
         return [np.full(len(row), self.gap) for row in rows]
 
     def close(self):
@@ -171,7 +171,7 @@ class Ties(FakeRuntime):
         super().__init__()
         self.near = near
 
-    def read(self, rows):
+    def routing_gaps(self, rows):
         return [np.where(row == 7, self.near, 0.5) for row in rows]
 
 
