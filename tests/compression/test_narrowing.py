@@ -8,8 +8,7 @@ from moe_edge.compression.width import Narrowing
 from moe_edge.models.loading import load_model
 from moe_edge.models.streaming import StreamedModel
 from moe_edge.models.views import moe_layers
-from moe_edge.planning.masking import masked_kl_rows
-from moe_edge.planning.streamed_kl import streamed_masked_kl_rows
+from moe_edge.planning.scoring import masked_kl_rows, streamed_masked_kl_rows
 from tests.compression.action_helpers import KEPT, kl_nats, log_probabilities, material, plan_of
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
 

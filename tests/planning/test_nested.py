@@ -11,7 +11,7 @@ from moe_edge.contracts.plan import Plan
 from moe_edge.formulas.selection import CRITERIA
 from moe_edge.models.loading import load_model
 from moe_edge.planning.candidates import Candidates
-from moe_edge.planning.search import Rules, search
+from moe_edge.planning.search import SwapRules, search
 from moe_edge.storage.statistics import Statistics
 from tests.planning.plan_helpers import config
 from tests.stages.test_plan import EXPERTS, LAYERS, run, write_profile
@@ -63,7 +63,7 @@ def test_the_search_never_leaves_what_it_may_keep(teacher):
     model, ids = load_model(teacher), tiny_ids(tokens=16, rows=24, vocab=300)
     allowed, start = [0, 1, 2, 4, 6, 7], dict.fromkeys(range(LAYERS), [0, 1, 2, 4])
     for seed in range(3):
-        rules = Rules(within=dict.fromkeys(range(LAYERS), allowed))
+        rules = SwapRules(within=dict.fromkeys(range(LAYERS), allowed))
         found = search(model, start, ids, budget_tokens=20_000, rules=rules, seed=seed)
         assert all(set(kept) <= set(allowed) for kept in found.kept.values())
         again = search(model, start, ids, budget_tokens=20_000, seed=seed)

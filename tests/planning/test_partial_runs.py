@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe_edge.models.taps import decoder_layers, recording
-from moe_edge.planning.masking import masked_kl_rows
 from moe_edge.planning.partial_runs import Meter, TrialRows, resumed
+from moe_edge.planning.scoring import masked_kl_rows
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
 
 BASE = {layer: [0, 1, 2, 3, 5] for layer in range(4)}
