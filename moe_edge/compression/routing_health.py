@@ -1,13 +1,9 @@
-"""Counting how a model routes: a light hook on the experts' own input, nothing recomputed.
+"""Routing health of teacher and student on the same few calibration rows, as the compress stage's summary carries it.
+
+Counted on real routing by a light hook on the experts' own input, before and after the experts are dropped; nothing is
+recomputed, and nothing is trained in between. What the counts say is in formulas/routing_health.py.
 
 Shape suffixes: L MoE layers, E experts, K top-k, N rows, S tokens of a row, T tokens.
-
-Routing health of teacher and student on the same few calibration rows, as the compress stage's summary carries it.
-
-Counted on real routing, before and after the experts are dropped; nothing is trained in between. What it says is in
-formulas/routing_health.py.
-
-Shape suffixes: L MoE layers, E experts, N rows, S tokens of a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,34 +21,6 @@ from moe_edge.models.taps import body
 from moe_edge.models.views import moe_layers
 from moe_edge.process.progress import track
 from moe_edge.storage.rows import TokenRows
-
-
-@torch.no_grad()
-def routing_counts(model: PreTrainedModel, ids_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """(counts_LE int64, gate_sum_LE float64): tokens routed to each expert, and the weights they were mixed in with.
-
-    The expert axis is the model's own; under `families.pruning.masked` it is the teacher's.
-    """
-    views = moe_layers(model)
-    counts_LE = torch.zeros(len(views), views[0].count, dtype=torch.int64)
-    gate_sum_LE = torch.zeros(len(views), views[0].count, dtype=torch.float64)
-    with ExitStack() as undo:
-        for view in views:
-            adder = _adder(counts_LE[view.position], gate_sum_LE[view.position])
-            undo.callback(view.experts.register_forward_pre_hook(adder).remove)
-        for ids_S in track(ids_NS, "routing"):
-            body(model)(input_ids=ids_S[None].to(model.device), use_cache=False)
-    return counts_LE, gate_sum_LE
-
-
-def _adder(counts_E: Tensor, gate_sum_E: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        index_X, weight_X = (tensor.flatten().cpu() for tensor in inputs[1:3])  # X = T x K
-        counts_E.index_add_(0, index_X, torch.ones_like(index_X))
-        gate_sum_E.index_add_(0, index_X, weight_X.double())
-
-    return add
-
 
 HEALTH_TOKENS = 512
 _MEANS = ("load_entropy", "variation", "largest_over_fair", "gate_mass")
@@ -90,6 +58,33 @@ def observe(model: PreTrainedModel, ids_NS: Tensor | None) -> Routing | None:
     if ids_NS is None:
         return None
     return Routing(*routing_counts(model, ids_NS), ids_NS.numel(), [view.real for view in moe_layers(model)])
+
+
+@torch.no_grad()
+def routing_counts(model: PreTrainedModel, ids_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """(counts_LE int64, gate_sum_LE float64): tokens routed to each expert, and the weights they were mixed in with.
+
+    The expert axis is the model's own; under `models.pruning.masked` it is the teacher's.
+    """
+    views = moe_layers(model)
+    counts_LE = torch.zeros(len(views), views[0].count, dtype=torch.int64)
+    gate_sum_LE = torch.zeros(len(views), views[0].count, dtype=torch.float64)
+    with ExitStack() as undo:
+        for view in views:
+            adder = _adder(counts_LE[view.position], gate_sum_LE[view.position])
+            undo.callback(view.experts.register_forward_pre_hook(adder).remove)
+        for ids_S in track(ids_NS, "routing"):
+            body(model)(input_ids=ids_S[None].to(model.device), use_cache=False)
+    return counts_LE, gate_sum_LE
+
+
+def _adder(counts_E: Tensor, gate_sum_E: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        index_X, weight_X = (tensor.flatten().cpu() for tensor in inputs[1:3])  # X = T x K
+        counts_E.index_add_(0, index_X, torch.ones_like(index_X))
+        gate_sum_E.index_add_(0, index_X, weight_X.double())
+
+    return add
 
 
 def compare(
