@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from moe_edge.contracts.artifacts import PlanSummary, ProfileFolder
-from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.quantization import LEVELS
@@ -20,13 +19,13 @@ from moe_edge.planning.allocation import header_plan
 from moe_edge.planning.bits import Sensitivity, recipe_types
 from moe_edge.planning.document import KEEP_ALL
 from moe_edge.planning.estimate import Packing
-from moe_edge.planning.headers import model_headers
 from moe_edge.planning.scoring import WholeScorer
 from moe_edge.stages import plan as stage
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 from tests.planning.plan_helpers import NO_SHARE, config
+from tests.stages.inputs import opened
 from tests.tiny import tiny_checkpoint
 
 EXPERTS, LAYERS, ROWS, LENGTH = 8, 2, 6, 16
@@ -62,10 +61,8 @@ def write_profile(folder: Path, experts: int = EXPERTS, cka_tokens: int = 64) ->
 
 def run(teacher: Path, out: Path, *settings: str, profile: Path | None = None) -> tuple[PlanSummary, Plan]:
     out.mkdir(parents=True, exist_ok=True)
-    headers = inspect_checkpoint(teacher)
-    opened = Teacher(teacher, "tiny", headers, model_headers(headers).spec, "digest")
     folder = ProfileFolder(profile or write_profile(out / "profile"), "digest", None)
-    summary = stage.run(config("plan.tokens=64", *settings), opened, out, folder)
+    summary = stage.run(config("plan.tokens=64", *settings), opened(teacher), out, folder)
     return summary, Plan.read(out / "plan.json")
 
 
@@ -247,7 +244,7 @@ def test_a_teacher_that_is_not_held_whole_is_not_refitted_nor_narrowed(teacher, 
     if streamed:
         wishes.append("profile.mode=layerwise")
     else:
-        monkeypatch.setattr("moe_edge.compression.on_disk.fits_in_memory", lambda _headers: False)
+        monkeypatch.setattr("moe_edge.compression.on_disk.can_be_edited", lambda _headers: False)
     _, plan = run(teacher, tmp_path / "b", *wishes)
     assert not plan.compensate and plan.expert_width is None and {shape.expert_width for shape in plan.shapes} == {None}
 
