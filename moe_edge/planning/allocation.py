@@ -163,7 +163,7 @@ def _base_space(model: ModelHeaders, config: BuildConfig, demand: Demand) -> Spa
 def _refusal(
     model: ModelHeaders, config: BuildConfig, headers: CheckpointHeaders, shapes: Sequence[Shape]
 ) -> InfeasibleError:
-    """Why no shape fits, told of the one with the least change, and which top-k would fit where one was fixed.
+    """Why no shape fits, in terms of the one with the least change, and which top-k would fit where one was fixed.
 
     Raises:
         ConfigError: a wish that cannot be at any shape.

@@ -93,13 +93,9 @@ def decide(
     notes = [*notes_of(space, answer.demand, best.option), _bits_note(best, known)]
     if rival is None and best.option.experts < total:
         notes.append("Keeping every expert fits at no number of bits.")
-    decided = replace(
-        answer,
-        choice=best.option,
-        rival=None if rival is None else rival.option,
-        rival_lost="" if rival is None else f"expected KL {rival.in_words}, against {best.in_words} before recovery",
-        notes=tuple(notes),
-    )
+    lost = "" if rival is None else f"expected KL {rival.in_words}, against {best.in_words} before recovery"
+    rival_option = None if rival is None else rival.option
+    decided = replace(answer, choice=best.option, rival=rival_option, rival_lost=lost, notes=tuple(notes))
     return decided, quantization_of(decided, known)
 
 

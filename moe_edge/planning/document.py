@@ -207,6 +207,7 @@ def with_padding(plan: Plan, answer: BudgetAnswer) -> Plan:
         )
         notes.append(
             f"A GGUF stores padding: {format_bytes(estimate.file_bytes)} instead of "
-            f"{format_bytes(choice.estimate.file_bytes)}, as much as {most} real experts in every layer. ONNX stores none of it."
+            f"{format_bytes(choice.estimate.file_bytes)}, as much as {most} real experts in every layer. "
+            "ONNX stores none of it."
         )
     return plan.model_copy(update={"estimate": estimate, "notes": notes})

@@ -5,7 +5,7 @@ Shape suffixes: N rows, S tokens of a row, L MoE layers, E experts, F their widt
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 
@@ -16,12 +16,14 @@ from moe_edge.contracts.plan import KeptExperts
 from moe_edge.contracts.spec import keepable_counts
 from moe_edge.models.pruning import NeuronMask
 from moe_edge.planning.allocation import BudgetAnswer
+from moe_edge.planning.bits import Sensitivity
 from moe_edge.planning.candidates import AUTO, SEARCH, Candidates, criteria_to_compare
 from moe_edge.planning.curve import Curve, curve_counts, measure_curve
 from moe_edge.planning.demand import earlier_plan
 from moe_edge.planning.document import KEEP_ALL
 from moe_edge.planning.scoring import MaskedKl, Scorer, first_rows
 from moe_edge.planning.search import SearchResult, SwapRules, search
+from moe_edge.planning.sensitivity import sensitivity_of
 from moe_edge.storage.statistics import Statistics
 
 COMPARISON_SHARE = 0.75  # of the experts; at which criteria are compared where all of them may stay
@@ -194,6 +196,12 @@ class CandidateJudge:
             found = self.scorer.masked_kl(new, ids_NS, top_k=student_top_k(answer), neurons=neurons)
             self._measured.update({keys[name]: result for name, result in found.items()})
         return {name: self._measured[key] for name, key in keys.items()}
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity | None:
+        """What each storage type costs, measured on the first judging rows; None: priors must do."""
+        imatrix = self.candidates.stats.imatrix
+        return sensitivity_of(self.config, self.scorer.model, self.rows.judging_NS, imatrix)
 
     def even_layers_note(self, answer: BudgetAnswer, comparison: Comparison) -> list[str]:
         """Where layers may be uneven: what equally many experts in each would lose, by the best criterion."""

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 
 from moe_edge.contracts.plan import Plan, TriedShape
 from moe_edge.planning.allocation import BudgetAnswer
-from moe_edge.planning.bits import Sensitivity
 from moe_edge.planning.candidates import criteria_to_compare
 from moe_edge.planning.curve import Curve, check_safe
 from moe_edge.planning.decision import Quantization, bits_are_free, decide, quantization_of, settle
@@ -23,7 +22,6 @@ from moe_edge.planning.judging import (
     with_fewer_experts,
 )
 from moe_edge.planning.scoring import Scorer
-from moe_edge.planning.sensitivity import sensitivity_of
 from moe_edge.planning.shape_trials import choose_shape
 
 NOTHING_TO_MEASURE = "Every expert is kept, so there is no masked KL to measure and no criterion to choose."
@@ -58,15 +56,14 @@ def plan_student(
     candidates = candidates_of(answer, config, inputs.statistics())
     criteria_to_compare(config.plan.criterion, candidates.stats)  # refuses before the teacher is loaded
     shapes: list[TriedShape] = []
-    sensitivity = None
     with open_scorer() as scorer:
         judge = CandidateJudge(config, candidates, scorer, rows)
         if answer.others:
-            answer, shapes, sensitivity = choose_shape(judge, inputs, answer)
+            answer, shapes = choose_shape(judge, inputs, answer)
         if answer.keeps_all and not bits_are_free(answer, config):
             plan = _plan_without_pruning(judge, answer, quantization_of(answer))
         else:
-            plan = _plan_by_measuring(judge, answer, sensitivity, save_curve)
+            plan = _plan_by_measuring(judge, answer, save_curve)
     return finish_plan(plan, answer, inputs).model_copy(update={"shapes": shapes})
 
 
@@ -81,9 +78,7 @@ def _plan_without_pruning(judge: CandidateJudge, answer: BudgetAnswer, quantizat
     return make_plan(answer, KEEP_ALL, kept, results, notes, quantization)
 
 
-def _plan_by_measuring(
-    judge: CandidateJudge, answer: BudgetAnswer, sensitivity: Sensitivity | None, save_curve: SaveCurve
-) -> Plan:
+def _plan_by_measuring(judge: CandidateJudge, answer: BudgetAnswer, save_curve: SaveCurve) -> Plan:
     """Judge the candidates, decide how many experts stay and in which bits, and say what must be said."""
     config = judge.config
     free = bits_are_free(answer, config)
@@ -91,8 +86,7 @@ def _plan_by_measuring(
     comparison = judge.compare(compared, searching=not free)  # where bits are free the count may change: no search yet
     curve = judge.curve(answer, comparison.best_criterion)
     if free:
-        sensitivity = sensitivity or _measured_sensitivity(judge)
-        decided, quantization = decide(answer, curve, sensitivity)
+        decided, quantization = decide(answer, curve, judge.sensitivity)
     else:  # the competitor may win now that the masked KL is known
         decided, quantization = settle(answer, comparison.best_nats), quantization_of(answer)
     save_curve(curve, decided.choice.experts)
@@ -111,7 +105,3 @@ def _plan_by_measuring(
         *judge.even_layers_note(decided, comparison),
     ]
     return make_plan(decided, best, comparison.choices[best], comparison.results, notes, quantization)
-
-
-def _measured_sensitivity(judge: CandidateJudge) -> Sensitivity | None:
-    return sensitivity_of(judge.config, judge.scorer.model, judge.rows.judging_NS, judge.candidates.stats.imatrix)

@@ -190,18 +190,18 @@ def layer_parts(layers: Sequence[int]) -> list[list[int]]:
 class Prediction:
     """An estimate and its standard error."""
 
-    rise: float
+    value: float
     se: float
 
     @property
     def sure(self) -> bool:
-        return self.rise > SURE * self.se
+        return self.value > SURE * self.se
 
     @staticmethod
     def mean(predictions: Sequence["Prediction"]) -> "Prediction":
         """Of independent predictions of the same thing."""
         count, variance = len(predictions), sum(one.se**2 for one in predictions)
-        return Prediction(sum(one.rise for one in predictions) / count, variance**0.5 / count)
+        return Prediction(sum(one.value for one in predictions) / count, variance**0.5 / count)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Move:
 
     layer: int
     ids: tuple[int, ...]
-    pull: Prediction  # nats that the KL falls
+    gain: Prediction  # nats that the KL falls
     likeness: Prediction  # rise of the cosine to the teacher
 
 
@@ -236,7 +236,7 @@ class PredictedMoves:
             Move(
                 layer,
                 ids,
-                Prediction.mean([one.pull for one in moves]),
+                Prediction.mean([one.gain for one in moves]),
                 Prediction.mean([one.likeness for one in moves]),
             )
             for ids, moves in known.items()
@@ -266,9 +266,9 @@ def proposals(moves: Sequence[Move]) -> Iterator[dict[int, list[int]]]:
     First the best sure swaps of all layers at once, then of the better half of the layers; then single swaps. Always by
     either prediction in turn.
     """
-    rankings = [sorted(moves, key=lambda move: -move.pull.rise), sorted(moves, key=lambda move: -move.likeness.rise)]
+    rankings = [sorted(moves, key=lambda move: -move.gain.value), sorted(moves, key=lambda move: -move.likeness.value)]
     sure = [
-        _best_per_layer(move for move in rankings[0] if move.pull.sure),
+        _best_per_layer(move for move in rankings[0] if move.gain.sure),
         _best_per_layer(move for move in rankings[1] if move.likeness.sure),
     ]
     joint = [dict(list(best.items())[: -(-len(best) // share)]) for share in SHARES for best in sure]

@@ -14,7 +14,6 @@ Shape suffixes: N rows, S tokens of a row.
 
 import copy
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ from moe_edge.planning.decision import bits_are_free, decide, quantization_of
 from moe_edge.planning.document import KEEP_ALL, PlanInputs, finish_plan, make_plan
 from moe_edge.planning.judging import CandidateJudge, with_fewer_experts
 from moe_edge.planning.scoring import MaskedKl, batches_of, first_rows, logits_of, row_kl, summarise
-from moe_edge.planning.sensitivity import sensitivity_of
 from moe_edge.process.placement import fits_in_memory
 
 log = logging.getLogger(__name__)
@@ -38,31 +36,26 @@ TRIAL_TOKENS = 4096  # a comparison needs no more, and every shape takes as long
 TRIED_ACTIONS = ("drop", "merge")  # the others are fitted for minutes per layer, and need training in any case
 
 
-class ShapeChoice(NamedTuple):
-    """The shape with the least predicted KL."""
-
-    answer: BudgetAnswer  # from headers alone, at that shape
-    tried: list[TriedShape]  # all shapes, from the best on
-    sensitivity: Sensitivity | None  # what bits cost, where it was measured on the way
-
-
-def choose_shape(judge: CandidateJudge, inputs: PlanInputs, answer: BudgetAnswer) -> ShapeChoice:
+def choose_shape(
+    judge: CandidateJudge, inputs: PlanInputs, answer: BudgetAnswer
+) -> tuple[BudgetAnswer, list[TriedShape]]:
     """Try every shape at which the budgets hold.
 
     Args:
         answer: from headers alone, with those at the other shapes.
+
+    Returns:
+        (the answer from headers alone at the shape with the least predicted KL, all shapes from the best on).
     """
     answers, config = answer.all_shapes, judge.config
     criterion = _criterion_to_compare_by(judge, answers)
-    sensitivity = None
-    if any(bits_are_free(one, config) for one in answers):
-        sensitivity = sensitivity_of(config, judge.scorer.model, judge.rows.judging_NS, judge.candidates.stats.imatrix)
+    sensitivity = judge.sensitivity if any(bits_are_free(one, config) for one in answers) else None
     tried = [(one, _try_shape(judge, inputs, one, criterion, sensitivity)) for one in answers]
     refits = config.plan.compensate is not False and judge.scorer.model is not None
     tried.sort(key=lambda pair: compared_nats(pair[1], refits))
     best = tried[0][0]
     log.info("plan: top-%d of %d shapes", best.space.top_k, len(tried))
-    return ShapeChoice(best, [shape for _, shape in tried], sensitivity)
+    return best, [shape for _, shape in tried]
 
 
 def compared_nats(tried: TriedShape, refits: bool) -> float:

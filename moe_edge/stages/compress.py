@@ -1,7 +1,7 @@
 """compress: the plan applied to the teacher; writes model/, a plain transformers checkpoint.
 
 The teacher is loaded in its own dtype, so that every tensor which the plan does not touch keeps its bytes; what lies beside
-model/ is told in compression/student.py. A teacher larger than memory has its experts dropped on disk.
+model/ is described in compression/student.py. A teacher larger than memory has its experts dropped on disk.
 
 Shape suffixes: N rows, S tokens of a row.
 """

@@ -34,10 +34,10 @@ def test_a_run_from_the_middle_gives_the_kl_of_a_whole_run(first):
 def test_every_family_can_be_resumed(family):
     """Dense layers first, convolutions, latent attention, tuples: masks and tables stay the model's own."""
     model = tiny_model(family, layers=3)
-    layers, ids, heard = decoder_layers(model), tiny_ids(rows=2), {}
-    with torch.no_grad(), recording(layers, heard):
+    layers, ids, outputs = decoder_layers(model), tiny_ids(rows=2), {}
+    with torch.no_grad(), recording(layers, outputs):
         whole = model(ids, use_cache=False).logits
-    with torch.no_grad(), resumed(layers, 2, heard):
+    with torch.no_grad(), resumed(layers, 2, outputs):
         again = model(ids, use_cache=False).logits
     torch.testing.assert_close(again, whole, atol=1e-6, rtol=1e-6)
     with torch.no_grad():

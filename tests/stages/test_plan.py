@@ -43,15 +43,29 @@ def write_profile(folder: Path, experts: int = EXPERTS, cka_tokens: int = 64) ->
     square = torch.eye(experts, dtype=torch.float64).expand(LAYERS, experts, experts)
     features, layers = torch.zeros(LAYERS, experts, 4, dtype=torch.float64), torch.ones(LAYERS, dtype=torch.float64)
     tensors = {
-        "counts_LE": ramp.long() * 10, "gate_sum_LE": ramp, "norm_sum_LE": ramp * 20,
+        "counts_LE": ramp.long() * 10,
+        "gate_sum_LE": ramp,
+        "norm_sum_LE": ramp * 20,
         "norm_sq_sum_LE": ramp.flip(1) * 30,
-        "gated_norm_sum_LE": ramp.sqrt(), "norm_max_LE": ramp, "out_sum_LED": features, "out_sq_sum_LED": features,
-        "router_entropy_L": layers, "coroute_LEE": square.long(), "gate_mass_L": layers, "hsic_LEE": square,
-        "gated_hsic_LEE": square, "layer_hsic_LL": torch.eye(LAYERS, dtype=torch.float64), "sink_share_L": layers * 0,
-        "hsic_groups_GLEE": square[None].float(), "null_hsic_LEE": square * 0, "loo_sq_sum_LE": ramp * 5,
-        "loo_counts_LE": ramp.long(), "out_energy_L": layers, "weight_mean_abs_LE": ramp * 0 + 0.8,
+        "gated_norm_sum_LE": ramp.sqrt(),
+        "norm_max_LE": ramp,
+        "out_sum_LED": features,
+        "out_sq_sum_LED": features,
+        "router_entropy_L": layers,
+        "coroute_LEE": square.long(),
+        "gate_mass_L": layers,
+        "hsic_LEE": square,
+        "gated_hsic_LEE": square,
+        "layer_hsic_LL": torch.eye(LAYERS, dtype=torch.float64),
+        "sink_share_L": layers * 0,
+        "hsic_groups_GLEE": square[None].float(),
+        "null_hsic_LEE": square * 0,
+        "loo_sq_sum_LE": ramp * 5,
+        "loo_counts_LE": ramp.long(),
+        "out_energy_L": layers,
+        "weight_mean_abs_LE": ramp * 0 + 0.8,
         "weight_rms_LE": ramp * 0 + 1.0,
-    }  # fmt: skip
+    }
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     Statistics(**copies, cka_tokens=cka_tokens, tokens=360).save(folder / "statistics.safetensors")
     ids = np.random.default_rng(0).integers(3, 300, size=(ROWS, LENGTH)).astype(np.int32)
