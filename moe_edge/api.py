@@ -30,7 +30,7 @@ from moe_edge.contracts.artifacts import (
     StageFolder,
     ValidationFolder,
 )
-from moe_edge.contracts.checkpoint import Teacher
+from moe_edge.contracts.checkpoint import Checkpoint, Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
@@ -38,7 +38,6 @@ from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.report import Report, StageInfo
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.delivery import deliver, write_run_manifest
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import changed_files
@@ -143,8 +142,8 @@ def settle(
     return resolve_config(read_target(target), read_yaml(Path(config)) if config else None, settings, flags, plain)
 
 
-def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
-    """The teacher, found, checked and hashed; every refusal that needs no weights happens here.
+def find_checkpoint(config: BuildConfig, *, students: bool = False) -> Checkpoint:
+    """The teacher, found and checked; every refusal that needs no weights happens here.
 
     Args:
         students: take dense students, too.
@@ -155,6 +154,7 @@ def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
     """
     from moe_edge.families import family_of, student_family
     from moe_edge.models.loading import resolve_teacher
+    from moe_edge.storage.checkpoint import inspect_checkpoint
 
     if config.teacher.path is None:
         from moe_edge.demo import demo_teacher_path
@@ -165,7 +165,18 @@ def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
     headers = inspect_checkpoint(path)
     family = (student_family if students else family_of)(headers.config)
     family.tensors(headers.config, headers.tensors)
-    return Teacher(path, name, headers, family.spec(headers.config), checkpoint_digest(path))
+    return Checkpoint(path, name, headers, family.spec(headers.config))
+
+
+def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
+    """As `find_checkpoint`, and hashed, which reads the whole of a file that has changed."""
+    return _hashed(find_checkpoint(config, students=students))
+
+
+def _hashed(found: Checkpoint) -> Teacher:
+    from moe_edge.storage.checkpoint import checkpoint_digest
+
+    return Teacher(found.path, found.name, found.headers, found.spec, checkpoint_digest(found.path))
 
 
 def output_folder(config: BuildConfig, out: str | Path | None) -> Path:
@@ -190,7 +201,7 @@ def preview(
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     folder = output_folder(resolved, out)
-    return preview_plan(open_teacher(resolved).headers, resolved, folder / "profile", folder / "plan")
+    return preview_plan(find_checkpoint(resolved), resolved, folder / "profile", folder / "plan")
 
 
 def plan(
@@ -243,8 +254,8 @@ def build(
             why = f"stages: {', '.join(pipeline.STAGE_NAMES)}"
             raise ConfigError(f"{option} '{stage}': no such stage", why=why)
     resolved = settle(target, teacher, config, overrides, settings=settings, device=device)
-    opened = open_teacher(resolved)
-    budget = header_plan(opened.headers, resolved)
+    found = find_checkpoint(resolved)
+    budget = header_plan(found.headers, resolved)  # refuses what cannot be before anything is read or locked
     folder = output_folder(resolved, out)
     last = pipeline.STAGE_NAMES.index(until) if until else len(pipeline.STAGES) - 1
     with pipeline.locked(folder):
@@ -252,7 +263,7 @@ def build(
         log.info("disk: %s", room)
         state = pipeline.Build(
             resolved,
-            opened,
+            _hashed(found),
             folder,
             named_files=named_files(resolved),
             fresh=fresh,
@@ -402,6 +413,7 @@ def distill(
     from moe_edge.models.loading import resolve_teacher
     from moe_edge.planning.disk import CHECKPOINT_BYTES, refuse_full_disk
     from moe_edge.stages import distill_pair
+    from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     opened = open_teacher(resolved)

@@ -19,6 +19,7 @@ from moe_edge.process.placement import free_bytes
 from moe_edge.storage.folders import bytes_below, free_disk_bytes, links_are_possible
 
 FP32_GRAPH_SHARE = 0.4  # of the free memory: what the float32 graph that ONNX is compared with may take
+FORMAT_OVERHEAD = 1.1  # of HDF5 and safetensors with their indices
 CHECKPOINT_BYTES = 12  # of a trained weight: itself in float32 and Adam's two moments
 
 
@@ -33,28 +34,33 @@ def stage_bytes(budget: BudgetAnswer, config: BuildConfig, *, linked: bool = Tru
     weights = choice.estimate.params_total
     student = model.checkpoint_bytes * weights // model.params_total(spec.moe.experts)
     gguf, onnx = _gguf_files(budget, config), _onnx_files(budget, config)
-    trains = config.distill.stages != [] and budget.alters
-    vocabulary, judged = spec.vocab, config.validate_.tokens
+    trains = budget.alters and _will_train(config, weights)
     return {
         "profile": _profile(budget, config),
         "plan": 1 << 20,
         "compress": student,
         "distill": student + CHECKPOINT_BYTES * weights if trains else 0 if linked else student,
         "export": sum(gguf) + sum(onnx),
-        "validate": 2 * 4 * vocabulary * judged,
+        "validate": 2 * 4 * spec.vocab * config.validate_.tokens,  # logits of teacher and student
         "artifacts": sum(files[1] for files in (gguf, onnx) if files) * config.export.bundle  # the bundles' archives
         + (0 if linked else student + sum(gguf[1:]) + sum(onnx[1:])),
     }
 
 
+def _will_train(config: BuildConfig, weights: int) -> bool:
+    """The default recipe is left out where the memory cannot hold it; stages of the user's own are refused there."""
+    stages = config.distill.stages
+    return bool(stages) if stages != "auto" else (CHECKPOINT_BYTES + 4) * weights <= free_bytes()
+
+
 def _profile(budget: BudgetAnswer, config: BuildConfig) -> int:
     """The logit cache, the sums of every expert's inputs, and both streams of hidden states while a teacher is streamed."""
     spec, cache, tokens = budget.model.spec, config.profile.logits, config.calibration.tokens
-    record = cache.k * spec.vocab.bit_length() // 8 + cache.k + 2 * len(cache.temperatures)
+    record = cache.k * spec.vocab.bit_length() // 8 + cache.k + 2 * len(cache.temperatures) + 4  # and the token itself
     experts = len(spec.moe_layers) * spec.moe.experts
     sums = experts * (12 * (spec.hidden + spec.moe.expert_width) + 32 * spec.moe.experts)
     streams = 2 * 4 * tokens * spec.hidden if config.profile.mode == "layerwise" else 0
-    return tokens * record + sums + streams
+    return int(FORMAT_OVERHEAD * (tokens * record + sums)) + streams
 
 
 def _gguf_files(budget: BudgetAnswer, config: BuildConfig) -> list[int]:
