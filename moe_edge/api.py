@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from moe_edge.evaluation.instructions import Evaluation, EvaluationSettings
     from moe_edge.evaluation.validation import BenchedArtifact, ValidatedArtifact
-    from moe_edge.planning.preview import PlanPreview
+    from moe_edge.planning.dry_run import PlanPreview
     from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def preview(
     settings: Sequence[str] = (),
 ) -> "PlanPreview":
     """What fits, what it costs and why, from config.json and the safetensors headers (and a profile, if `out` has one)."""
-    from moe_edge.planning.preview import preview_plan
+    from moe_edge.planning.dry_run import preview_plan
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     folder = output_folder(resolved, out)
@@ -407,8 +407,16 @@ def distill(
         Whatever the stages raise.
     """
     if student is None:
-        given = {"config": config, "overrides": overrides, "out": out, "fresh": fresh, "settings": settings}
-        return build(teacher, target=target, until="distill", **given).student
+        return build(
+            teacher,
+            target=target,
+            config=config,
+            overrides=overrides,
+            out=out,
+            until="distill",
+            fresh=fresh,
+            settings=settings,
+        ).student
     from moe_edge.models.loading import resolve_teacher
     from moe_edge.planning.disk import CHECKPOINT_BYTES, refuse_full_disk
     from moe_edge.stages import distill_pair
@@ -463,7 +471,7 @@ def export(
     profile = ProfileFolder.of(*cached) if cached else None
     with pipeline.locked(folder):
         job = plain_job(resolved, opened, work, profile)
-        pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile and profile.digest))
+        pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile.digest if profile else None))
         exported = ExportFolder(work, "", export_model(job))
         deliver(folder, opened.path, work)
         _bundle(folder, exported, resolved, opened.digest)
