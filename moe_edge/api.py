@@ -200,7 +200,8 @@ def preview(
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     folder = output_folder(resolved, out)
-    return preview_plan(find_checkpoint(resolved), resolved, folder / "profile", folder / "plan")
+    profile = folder / "profile" if read_manifest(folder / "profile") else None
+    return preview_plan(find_checkpoint(resolved), resolved, profile, folder / "plan")
 
 
 def plan(

@@ -95,8 +95,7 @@ def preview_plan(
     answer = decide_by_priors(solved, config)
     plan = make_plan(answer, config.plan.criterion, {}, {}, [], quantization_of(answer))
     plan = plan.model_copy(update={"action": config.plan.action})
-    known = profile if profile is not None and read_manifest(profile) else None
-    shares = tuple(_shares_by_criterion(answer, config, known))
+    shares = tuple(_shares_by_criterion(answer, config, profile))
     shapes = tuple(one.choice for one in solved.all_shapes) if solved.others else ()
     measured = _finished_plan(finished, config)
     return PlanPreview(plan, teacher.headers, config.target, answer, shapes, shares, measured)
