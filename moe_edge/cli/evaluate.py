@@ -54,7 +54,7 @@ def evaluate(
     folder = out if out is not None else Path("runs") / f"{artifact.resolve().name}-evaluate"
     with locked(folder):
         result = run(artifact, sets, settings, folder)
-    print(json.dumps(result.document(), indent=1) if as_json else evaluation_text(result))
+    print(json.dumps(result.to_dict(), indent=1) if as_json else evaluation_text(result))
     if result.verdict != "pass":
         raise GateFailed("the answers missed their gate", where=str(folder), why="; ".join(result.reasons))
 

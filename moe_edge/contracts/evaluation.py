@@ -130,6 +130,6 @@ class Evaluation(BaseModel):
     machine: dict[str, Any]
     versions: dict[str, str]
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """evaluate.json as plain data."""
         return self.model_dump(mode="json", by_alias=True)

@@ -50,6 +50,10 @@ class Judgement(BaseModel):
     machine: dict[str, Any] = {}
     versions: dict[str, str] = {}
 
+    def to_dict(self) -> dict[str, Any]:
+        """results.json as plain data."""
+        return self.model_dump(mode="json")
+
 
 class Prediction(Measured):
     """What the plan expected of an artifact before anything was changed, and what was measured on it."""
@@ -118,7 +122,7 @@ class Report(BaseModel):
             raise ValueError("a fail needs a reason")
         return self
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """report.json as plain data."""
         return self.model_dump(mode="json", by_alias=True, exclude={"plan": {"kept"}})
 

@@ -68,7 +68,7 @@ def run(artifact: Path, sets: Sequence[InstructionSet], settings: EvaluationSett
     answer_all(wanted, model, settings.protocol, journal, settings.batch_size)
     answers = {one.name: _collect(journal, judged[one.name], settings.protocol) for one in sets}
     result = _conclude(model, kind, sets, answers, settings, options)
-    write_json_atomic(out / RESULT_NAME, result.document())
+    write_json_atomic(out / RESULT_NAME, result.to_dict())
     return result
 
 

@@ -46,6 +46,10 @@ class BenchedArtifact(BaseModel):
     memory: Memory
     device: dict[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """results.json as plain data."""
+        return self.model_dump(mode="json")
+
 
 def measure(
     session: Session, teacher: ModelToMeasure, student: ModelToMeasure | None, others: Sequence[ModelToMeasure]
@@ -134,7 +138,7 @@ def validate_artifact(path: Path, teacher: Teacher, config: BuildConfig, out: Pa
         with session.open(model):
             pass  # a file that does not open is the user's error here, with its own exit code, and not a failed cell
         judgement = judge(measure(session, reference, None, [model]), config.target)
-        write_json_atomic(folder / RESULTS_NAME, judgement.model_dump(mode="json"))
+        write_json_atomic(folder / RESULTS_NAME, judgement.to_dict())
     return judgement
 
 
@@ -167,7 +171,7 @@ def bench_artifact(path: Path, config: BuildConfig, out: Path | None = None) -> 
             memory=cell.memory,
             device=cell.device | {"label": device_label(config.target.gates)},
         )
-        write_json_atomic(folder / RESULTS_NAME, result.model_dump(mode="json"))
+        write_json_atomic(folder / RESULTS_NAME, result.to_dict())
     return result
 
 

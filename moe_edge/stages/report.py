@@ -35,6 +35,6 @@ def run(
     report = build_report(
         out, config, stages, plan=plan, compress=compress, distill=distill, export=export, judgement=judgement
     )
-    write_json_atomic(out / "report.json", report.document())
+    write_json_atomic(out / "report.json", report.to_dict())
     write_text_atomic(out / "report.md", render(report))
     return report

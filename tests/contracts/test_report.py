@@ -12,7 +12,7 @@ from tests.reporting.report_parts import measured, planned, some_report
 
 
 def test_the_json_has_what_the_contract_names(tmp_path: Path) -> None:
-    data = some_report(tmp_path).document()
+    data = some_report(tmp_path).to_dict()
     assert data["schema"] == "moe-edge/report@1"
     for model in ("teacher", "student"):
         assert {"params_total", "params_active", "experts", "top_k", "bytes"} <= data[model].keys()
@@ -37,7 +37,7 @@ def test_the_json_has_what_the_contract_names(tmp_path: Path) -> None:
 )
 def test_a_written_report_can_be_read_again_without_the_expert_lists(tmp_path: Path, plan: object) -> None:
     report = some_report(tmp_path, plan=plan)
-    write_json_atomic(tmp_path / "report.json", report.document())
+    write_json_atomic(tmp_path / "report.json", report.to_dict())
     again = Report.read(tmp_path / "report.json")
     assert again.plan is not None and report.plan is not None
     assert again.plan.model_dump(exclude={"kept", "merges"}) == report.plan.model_dump(exclude={"kept", "merges"})
@@ -53,7 +53,7 @@ def test_a_null_without_a_reason_is_refused(kind: type[Measured]) -> None:
 
 
 def test_impossible_reports_are_refused(tmp_path: Path) -> None:
-    data = some_report(tmp_path).document()
+    data = some_report(tmp_path).to_dict()
     with pytest.raises(ValidationError, match="a pass needs gates"):
         Report.model_validate(data | {"gates": []})
     with pytest.raises(ValidationError, match="a fail needs a reason"):

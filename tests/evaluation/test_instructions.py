@@ -45,7 +45,7 @@ def test_an_untrained_student_that_says_nothing(tmp_path: Path, data: Path, kind
         artifact = tmp_path / "onnx"
         export_onnx(student, artifact, precision="fp32")
     result = run(artifact, read_instruction_sets([data]), EvaluationSettings(SHORT), tmp_path / "out")
-    assert result.document() == json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    assert result.to_dict() == json.loads((tmp_path / "out" / "evaluate.json").read_text())
     part = result.sets["tiny set/test"]
     assert part.counts.n == 3 and part.counts.n_answers == part.counts.n_empty == 6
     assert part.counts.statuses["empty"] == 6 and part.counts.n_truncated == 0

@@ -76,7 +76,7 @@ def test_a_real_checkpoint_is_its_own_teacher(tmp_path: Path, monkeypatch: pytes
     assert artifact.speed.n_runs == 2 and artifact.speed.decode_tokens_per_s > 0
     assert artifact.memory.peak_rss_mib > artifact.memory.baseline_rss_mib
     assert (result.verdict, artifact.path, artifact.device["label"]) == ("pass", "teacher", "target")
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == result.model_dump(mode="json")
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == result.to_dict()
 
 
 def test_real_checkpoints_that_differ_fail_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_bench_returns_speed_and_memory_and_always_measures(tmp_path: Path, monk
         result = bench_artifact(tmp_path / "x.gguf", build_config(), tmp_path / "bench")
     assert transport.measured == ["x.gguf"] * 2
     assert (result.speed.n_runs, result.runtime, result.device["label"]) == (2, "llama_cpp", "target")
-    assert json.loads((tmp_path / "bench" / "results.json").read_text()) == result.model_dump(mode="json")
+    assert json.loads((tmp_path / "bench" / "results.json").read_text()) == result.to_dict()
 
 
 @pytest.mark.parametrize(("asked", "used"), [("auto", "f16"), ("f16", "f16"), ("q8_0", "q8_0")])

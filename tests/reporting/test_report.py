@@ -69,7 +69,7 @@ def test_a_diverged_training_is_null_in_it(tmp_path: Path) -> None:
     assert report.distillation is not None
     assert report.distillation.after == HeldOut(cka_by_layer=[None, 0.9])
     assert report.distillation.before == TRAINED.before
-    assert Report.model_validate(report.document()).distillation == report.distillation
+    assert Report.model_validate(report.to_dict()).distillation == report.distillation
 
 
 def test_the_next_commands_run_the_main_file_as_planned(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def write(folder: Path, **gates: object) -> Report:
 
 def test_what_is_written_is_the_report(tmp_path: Path) -> None:
     found = write(tmp_path, kl_to_teacher_nats=0.1, host_speed=True)
-    assert json.loads((tmp_path / "report.json").read_text()) == found.document()
+    assert json.loads((tmp_path / "report.json").read_text()) == found.to_dict()
     assert found.verdict == "pass" and (tmp_path / "report.md").read_text().startswith("# PASS")
     assert found.artifacts[0].device == {"kv_cache": "f16", "label": "target"}
     assert "a note of validate" in found.notes
