@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from moe_edge.contracts.artifacts import DistillSummary, RoutingHealth
 from moe_edge.contracts.measurements import Artifact, Measured, ModelInfo
-from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.plan import Plan, without_expert_lists
 
 REPORT_SCHEMA: Literal["moe-edge/report@1"] = "moe-edge/report@1"
 _CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -110,9 +110,7 @@ class Report(BaseModel):
     @field_validator("plan", mode="before")
     @classmethod
     def _a_written_plan_has_no_expert_lists(cls, plan: Any) -> Any:
-        if isinstance(plan, dict) and "kept" not in plan:
-            return plan | {"kept": {}, "merges": {}}  # merges without the kept experts would contradict themselves
-        return plan
+        return without_expert_lists(plan)
 
     @model_validator(mode="after")
     def _a_pass_has_gates(self) -> Self:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_edge.cli.main import main as cli
+from moe_edge.cli import main as cli
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
 from moe_edge.metrics import encoders
 from moe_edge.metrics.encoders import MINILM, local_encoder
