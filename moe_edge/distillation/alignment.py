@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
 from moe_edge.formulas.cka_loss import MIN_TOKENS, hsic_triple, kept_tokens, usable_tokens
-from moe_edge.models.taps import body, decoder_layers, listening
+from moe_edge.models.taps import body, decoder_layers, recorded_activations
 from moe_edge.process.progress import track
 
 LAYER_SHARES = (1 / 3, 2 / 3)  # of the depth: where losses compare teacher and student
@@ -71,7 +71,7 @@ def _outputs(
         ids_1S = ids_S.long()[None].to(device)
         heard = []
         for model, layers in models:
-            with listening(model, layers) as sounds:
+            with recorded_activations(model, layers) as sounds:
                 body(model)(input_ids=ids_1S, use_cache=False)
             heard.append({layer: output[0] for layer, output in sounds.layers.items()})
         yield heard[0], heard[1]

@@ -2,7 +2,7 @@
 
 A pruned student has the teacher's layers, so `identity` is the default and an error where the depths differ.
 `proportional` needs no data. `auto` measures debiased CKA between all pairs of layers on a few rows and takes the map that
-never steps back and has the largest sum (formulas/layer_map.py).
+never steps back and has the largest sum (formulas/matching.py).
 
 Shape suffixes: N rows, S tokens of a row, J layers of the student, L layers of the teacher.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.alignment import layer_cka_matrix
-from moe_edge.formulas.layer_map import best_monotone_map, proportional_map
+from moe_edge.formulas.matching import best_monotone_map, proportional_map
 from moe_edge.models.taps import decoder_layers
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_edge.formulas.router_loss import gate_logprobs
+from moe_edge.formulas.routers import gate_logprobs
 from moe_edge.models.routing import is_sigmoid, router_logits, router_tensors
 from moe_edge.models.views import moe_layers
 

@@ -20,10 +20,10 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from moe_edge.distillation.router_drift import RouterSnapshot
-from moe_edge.formulas.router_loss import gate_logprobs
+from moe_edge.formulas.routers import gate_logprobs
 from moe_edge.formulas.routing_health import layer_health, load_variation
 from moe_edge.models.routing import is_sigmoid
-from moe_edge.models.taps import Sounds, listening
+from moe_edge.models.taps import Activations, recorded_activations
 from moe_edge.models.views import moe_layers
 
 log = logging.getLogger(__name__)
@@ -56,12 +56,12 @@ class RoutingTelemetry:
 
     @contextmanager
     def listening(self, student: nn.Module) -> Iterator[None]:
-        with listening(student, routers=self._sigmoid) as sounds:
+        with recorded_activations(student, routers=self._sigmoid) as sounds:
             yield
         self._add(sounds)
 
     @torch.no_grad()
-    def _add(self, sounds: Sounds) -> None:
+    def _add(self, sounds: Activations) -> None:
         for place, layer in enumerate(self._sigmoid):
             index_TK, weight_TK = sounds.routing[layer]
             logprob_TE = gate_logprobs(sounds.router_logits[layer].detach(), self._sigmoid[layer])

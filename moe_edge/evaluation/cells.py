@@ -198,7 +198,7 @@ def _open_reference(session: Session, model: ModelToMeasure) -> Runtime | Stream
             raise
         log.warning("%s: it is read layer by layer", problem.why)
     student = StreamedStudent(model.location, session.threads, session.rows_NS.shape[1])
-    student.read(list(session.rows_NS))
+    student.routing_gaps(list(session.rows_NS))
     return student
 
 
@@ -265,10 +265,10 @@ def _speed_of(session: Session, model: ModelToMeasure) -> SpeedCell:
     return measured
 
 
-def _job(session: Session, model: ModelToMeasure) -> harness.Job:
+def _job(session: Session, model: ModelToMeasure) -> harness.BenchJob:
     settings, runtime = session.settings, model.kind.runtime
     prompt = np.resize(session.rows_NS.reshape(-1), settings.prompt_tokens).tolist() if session.rows_NS.size else None
-    return harness.Job(
+    return harness.BenchJob(
         runtime=runtime,
         path=str(model.location.resolve()),
         threads=session.threads,

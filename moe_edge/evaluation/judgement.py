@@ -29,8 +29,8 @@ class GateRow:
 
 
 def _perplexity_ratio(artifact: Artifact, teacher_bytes: int) -> float | None:
-    ours, teachers = artifact.quality.perplexity, artifact.quality.teacher_perplexity
-    return ours / teachers if ours is not None and teachers else None
+    student, teacher = artifact.quality.perplexity, artifact.quality.teacher_perplexity
+    return student / teacher if student is not None and teacher else None
 
 
 def _quality_reason(artifact: Artifact) -> str | None:

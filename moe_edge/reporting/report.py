@@ -19,7 +19,6 @@ from moe_edge.contracts.report import REPORT_SCHEMA, Judgement, Prediction, Repo
 from moe_edge.metrics import quality, speed
 from moe_edge.storage.files import read_json
 
-CLASS_FIELDS = ("bytes_by_class", "bits_per_weight_by_class", "fallbacks")
 DEFINITIONS = {
     **quality.DEFINITIONS,
     **speed.DEFINITIONS,
@@ -94,9 +93,15 @@ def _with_bits(artifact: Artifact, model: ModelInfo) -> Artifact:
 
 def _with_classes(artifact: Artifact, export: ExportFolder) -> Artifact:
     """What the export knows of a file's tensor classes."""
-    exported = next((row for row in export.summary.artifacts if row["path"] == artifact.path), {})
-    known = {name: exported[name] for name in CLASS_FIELDS if name in exported}
-    return Artifact.model_validate(artifact.model_dump() | known)
+    exported = next((row for row in export.summary.artifacts if row.path == artifact.path), None)
+    if exported is None:
+        return artifact
+    known = {
+        "bytes_by_class": exported.bytes_by_class,
+        "bits_per_weight_by_class": exported.bits_per_weight_by_class,
+        "fallbacks": exported.fallbacks or {},
+    }
+    return artifact.model_copy(update=known)
 
 
 def _finite(value: Any) -> Any:

@@ -51,7 +51,7 @@ from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperat
 from moe_edge.distillation.teacher import teacher_model
 from moe_edge.distillation.terms import unfit
 from moe_edge.distillation.tokenizer_pair import require_same_tokenizer, tokenizer_differences
-from moe_edge.formulas.layer_map import proportional_map
+from moe_edge.formulas.matching import proportional_map
 from moe_edge.models.loading import load_tokenizer, save_student, stored_dtype, true_vocabulary
 from moe_edge.models.students import is_shared_core, load_student
 from moe_edge.models.taps import decoder_layers, head

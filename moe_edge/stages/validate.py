@@ -48,12 +48,12 @@ def exported_models(export: ExportFolder) -> list[ModelToMeasure]:
     """The exported files, as the export knows them."""
     return [
         ModelToMeasure(
-            export.location(row["path"]),
-            Kind(row["format"], row["runtime"]),
-            row["path"],
-            row["bytes"],
-            row["quantization"],
-            row["bits_per_weight"],
+            export.location(row.path),
+            Kind(row.format, row.runtime),
+            row.path,
+            row.bytes,
+            row.quantization,
+            row.bits_per_weight,
         )
         for row in export.summary.artifacts
     ]

@@ -1,4 +1,5 @@
-"""Routing health in the compress stage: the same rows, the teacher's experts against the kept ones, alarms by layer."""
+"""Routing health in the compress stage: counts are the router's own; the same rows, the teacher's experts against the kept
+ones, alarms by layer."""
 
 import json
 
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.compression.routing_health import HEALTH_TOKENS, Routing, compare, health_rows, observe
-from moe_edge.models.pruning import prune
+from moe_edge.compression.routing_health import HEALTH_TOKENS, Routing, compare, health_rows, observe, routing_counts
+from moe_edge.models.pruning import masked, prune
+from moe_edge.models.views import moe_layers, route
 from moe_edge.storage.rows import TokenRows
 from tests.tiny import tiny_ids, tiny_model
 
@@ -47,3 +49,34 @@ def test_the_last_rows_are_taken(tmp_path):
     ids = np.arange(4 * 256, dtype=np.int32).reshape(4, 256)
     TokenRows(ids, ids.size).save(tmp_path / "rows.safetensors")
     assert health_rows(tmp_path).tolist() == ids[-HEALTH_TOKENS // 256 :].tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_counts_and_gates_are_the_routers_own(family):
+    model, ids = tiny_model(family, layers=3), tiny_ids(rows=3)
+    inputs_of = {}
+    views = moe_layers(model)
+    handles = [
+        view.experts.register_forward_pre_hook(lambda _m, inputs, i=view.position: inputs_of.update({i: inputs[0]}))
+        for view in views
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    counts, gates = routing_counts(model, ids)
+    for view in views:
+        index_TK, weight_TK = route(view, inputs_of[view.position])
+        expected = torch.bincount(index_TK.flatten(), minlength=view.count)
+        assert counts[view.position].tolist() == expected.tolist()
+        mass = torch.zeros(view.count).index_add_(0, index_TK.flatten(), weight_TK.flatten())
+        torch.testing.assert_close(gates[view.position].float(), mass, rtol=1e-5, atol=1e-5)
+    assert not any(view.experts._forward_pre_hooks for view in views)
+
+
+def test_masked_experts_get_nothing_and_keep_their_ids():
+    model, ids = tiny_model("qwen3_moe"), tiny_ids()
+    with masked(model, {0: [1, 2, 5]}):
+        counts, gates = routing_counts(model, ids)
+    assert counts[0, [0, 3, 4]].sum() == 0 and gates[0, [0, 3, 4]].sum() == 0
+    assert counts.sum(dim=1).tolist() == [ids.numel() * 2] * 2

@@ -11,10 +11,10 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.router_terms import ROUTER_TERMS
 from moe_edge.distillation.terms import Heard, Scene, Term, TermContext
-from moe_edge.formulas.router_loss import gate_logprobs, importance_variation, load_balance, router_z
+from moe_edge.formulas.routers import gate_logprobs, importance_variation, load_balance, router_z
 from moe_edge.models.pruning import prune
 from moe_edge.models.routing import router_parameters
-from moe_edge.models.taps import listening
+from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, tiny_student, tiny_teacher
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
@@ -31,7 +31,7 @@ def built(name: str, student: nn.Module, **more: object) -> Term:
 def scene(teacher: nn.Module | None = None, valid_BS: Tensor | None = None, layers: tuple[int, ...] = ()) -> Scene:
     heard = Heard()
     if teacher is not None:
-        with torch.no_grad(), listening(teacher, routers=layers) as sounds:
+        with torch.no_grad(), recorded_activations(teacher, routers=layers) as sounds:
             teacher(IDS)
         heard = Heard(router_logits=sounds.router_logits)
     return Scene(IDS, torch.ones_like(IDS, dtype=torch.bool) if valid_BS is None else valid_BS, heard)
@@ -45,7 +45,7 @@ def judged(term: Term, student: nn.Module, at: Scene) -> Tensor:
 
 def heard_logits(student: nn.Module) -> dict[int, Tensor]:
     layers = [view.index for view in moe_layers(student)]
-    with torch.no_grad(), listening(student, routers=layers) as sounds:
+    with torch.no_grad(), recorded_activations(student, routers=layers) as sounds:
         student(IDS)
     return sounds.router_logits
 

@@ -9,6 +9,7 @@ from moe_edge.contracts.artifacts import (
     CompressSummary,
     DistillFolder,
     DistillSummary,
+    ExportedArtifact,
     ExportFolder,
     ExportSummary,
     HeldOut,
@@ -100,6 +101,12 @@ def measured(kind: str = "gguf", **changes: Any) -> Artifact:
     return Artifact.model_validate(row | changes)
 
 
+def exported(kind: str = "gguf", **changes: Any) -> ExportedArtifact:
+    """What the export knows of the same artifact."""
+    known = measured(kind).model_dump(include={"format", "runtime", "path", "quantization", "bytes", "bits_per_weight"})
+    return ExportedArtifact(**known | {"bytes_by_class": {}, "bits_per_weight_by_class": {}} | changes)
+
+
 def judged(**changes: Any) -> Judgement:
     """A passed judgement of three artifacts."""
     gate = GateResult(
@@ -162,7 +169,7 @@ def folders(
     plan: Plan | None = None,
     curve: dict[str, Any] | None = None,
     distill: DistillSummary = TRAINED,
-    export: list[dict[str, Any]] | None = None,
+    export: list[ExportedArtifact] | None = None,
     **compress: Any,
 ) -> dict[str, Any]:
     """The folders of a build's stages, as a report takes them."""

@@ -7,10 +7,10 @@ import pytest
 from moe_edge.contracts.manifest import Manifest
 from moe_edge.contracts.preview import PlanPreview
 from moe_edge.planning.allocation import Packing, header_plan
+from moe_edge.planning.dry_run import dry_run
 from moe_edge.planning.estimate import file_bytes
 from moe_edge.planning.headers import model_headers
 from moe_edge.reporting.options_text import options_text
-from moe_edge.stages.plan import dry_run
 from tests.planning.plan_helpers import NO_SHARE, config, headers
 from tests.stages import test_plan as plans
 from tests.tiny import tiny_checkpoint

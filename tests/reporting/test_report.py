@@ -6,7 +6,7 @@ import pytest
 
 from moe_edge.contracts.artifacts import DistillSummary, HeldOut
 from moe_edge.contracts.report import Report
-from tests.reporting.report_parts import DEAD, TRAINED, judged, measured, planned, some_report
+from tests.reporting.report_parts import DEAD, TRAINED, exported, judged, measured, planned, some_report
 
 SAME = {"experts_kept": 4, "experts_total": 4, "kept": {0: [0, 1, 2, 3]}, "predicted_kl_nats": None}
 
@@ -33,7 +33,7 @@ def test_checkpoints_get_bits_per_weight_and_files_their_classes(tmp_path: Path)
         "bits_per_weight_by_class": {"attention_q": 6.5625, "expert_down": 5.5},
         "fallbacks": {"Q5_K -> Q5_1": 2},
     }
-    report = some_report(tmp_path, export=[{"path": "artifacts/gguf/x"} | classes, {"path": "artifacts/onnx/x"}])
+    report = some_report(tmp_path, export=[exported(**classes), exported("onnx")])
     gguf, onnx, student = report.artifacts
     assert {name: getattr(gguf, name) for name in classes} == classes
     assert onnx.fallbacks == {} == student.bytes_by_class

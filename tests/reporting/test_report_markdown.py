@@ -8,7 +8,7 @@ from moe_edge.contracts.plan import TriedShape
 from moe_edge.contracts.report import GateResult, Judgement
 from moe_edge.planning.curve import Curve, CurvePoint
 from moe_edge.reporting.report_markdown import render
-from tests.reporting.report_parts import DEAD, TRAINED, judged, measured, planned, some_report
+from tests.reporting.report_parts import DEAD, TRAINED, exported, judged, measured, planned, some_report
 
 
 def page(folder: Path, judgement: Judgement | None = None, **parts: Any) -> str:
@@ -53,7 +53,7 @@ def test_every_quantized_file_shows_where_its_bytes_are(tmp_path: Path) -> None:
         "bits_per_weight_by_class": {"attention_q": 6.5625, "expert_down": 5.5},
     }
     known = classes | {"fallbacks": {"Q5_K -> Q5_1": 2, "Q6_K -> F16 <b>": 1}}
-    text = page(tmp_path, export=[{"path": "artifacts/gguf/x"} | known, {"path": "artifacts/onnx/x"} | classes])
+    text = page(tmp_path, export=[exported(**known), exported("onnx", **classes)])
     assert text.count("| expert_down | 3.0 MiB | 75.0% | 5.50 |\n| attention_q | 1.0 MiB | 25.0% | 6.56 |") == 2
     assert text.count("got another type: Q5_K -> Q5_1 in 2 tensors, Q6_K -> F16 &lt;b> in 1 tensor.") == 1
     assert text.index("| GGUF Q4_K_M | size |") < text.index("| ONNX int4 | size |")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_edge.compression.layers import Material
+from moe_edge.compression.student import write_student
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig, DistillConfig, LrMultiplier, StageConfig
@@ -21,7 +22,7 @@ from moe_edge.distillation.recovery import Recovery
 from moe_edge.models.loading import load_model, save_student
 from moe_edge.models.pruning import prune
 from moe_edge.models.students import load_student
-from moe_edge.stages import compress, distill
+from moe_edge.stages import distill
 from moe_edge.storage.checkpoint import checkpoint_digest
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.folders import hash_folder
@@ -251,7 +252,7 @@ def test_students_of_other_actions_are_trained_and_leave_a_plain_model(tmp_path:
         for name, parameter in applied.model.named_parameters():
             if name.endswith(("output_wrapper.scale", "mlp.down_proj.weight")):
                 parameter.mul_(-1)
-    compress.write_student(applied, teacher, tmp_path / "compress")
+    write_student(applied, teacher, tmp_path / "compress")
     experts = [LrMultiplier(pattern=r"\.mlp\.", lr_multiplier=1.0), LrMultiplier(pattern=".*", lr_multiplier=0.0)]
     stages = [StageConfig(stage_name="experts", steps=8, learning_rate=0.02, parameter_lr_multipliers=experts)]
     run = context(tmp_path, teacher, alpha=1.0, stages=stages)

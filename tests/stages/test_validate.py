@@ -9,6 +9,7 @@ import pytest
 from moe_edge.contracts.artifacts import (
     DistillFolder,
     DistillSummary,
+    ExportedArtifact,
     ExportFolder,
     ExportSummary,
     PlanFolder,
@@ -48,8 +49,18 @@ def run(folder: Path, gates: dict[str, Any] | None = None, kv_cache: str = "f16"
     plan.estimate = plan.estimate.model_copy(update={"kv_precision": kv_cache})
     (folder / "plan").mkdir(exist_ok=True)
     (folder / "plan" / "plan.json").write_text(plan.to_json())
-    known = {"format": "gguf", "runtime": "llama_cpp", "quantization": "F16", "bits_per_weight": 16.0, "bytes": 5}
-    rows = [known | {"path": "artifacts/gguf/x.gguf"}]
+    rows = [
+        ExportedArtifact(
+            format="gguf",
+            runtime="llama_cpp",
+            path="artifacts/gguf/x.gguf",
+            quantization="F16",
+            bytes=5,
+            bits_per_weight=16.0,
+            bytes_by_class={},
+            bits_per_weight_by_class={},
+        )
+    ]
     untrained = DistillSummary(trained=False, kept="untrained", reason="distill.stages is empty")
     folders: dict[str, StageFolder[Any]] = {
         "profile": ProfileFolder(folder / "profile", "digest", None),
