@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import pytest
 
-from moe_edge.cli.main import main as cli
+from moe_edge.cli import main as cli
 from moe_edge.contracts.config import CalibrationConfig, ProfileConfig, StageConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.capture import CaptureConfig, captured_signal

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from moe_edge import api as building
 from moe_edge.api import Request
-from moe_edge.cli.main import main as cli
+from moe_edge.cli import main as cli
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.distillation.capture import CaptureConfig
 from moe_edge.distillation.capture_run import CaptureRequest, capture
