@@ -140,14 +140,14 @@ def measured_groups(context: TermContext) -> list[LayerGroups]:
     """The groups of the aligned layers, measured on the context's rows; raises as `ExpertCka`."""
     student, teacher = context.student, context.teacher
     assert teacher is not None
-    if context.ids_NS is None:
+    if context.inputs.ids_NS is None:
         raise ValueError("expert_cka needs rows of text to measure its groups on")
     pairs = _aligned_pairs(context, _even_layers(ExpertCka.name, student), moe_layers(teacher))
     if width(student) != width(teacher):
         why = f"its experts cannot read the teacher's inputs: {width(student)} wide, not {width(teacher)}"
         raise unfit(ExpertCka.name, "a student as wide as the teacher", why)
-    rows = max(1, GROUP_TOKENS // context.ids_NS.shape[1])
-    heard = _expert_inputs(teacher, [theirs.index for _, theirs in pairs], context.ids_NS[:rows])
+    rows = max(1, GROUP_TOKENS // context.inputs.ids_NS.shape[1])
+    heard = _expert_inputs(teacher, [theirs.index for _, theirs in pairs], context.inputs.ids_NS[:rows])
     return [_measure(context, ours, theirs, heard[theirs.index]) for ours, theirs in pairs]
 
 
@@ -209,9 +209,9 @@ def _chosen_experts(context: TermContext, student: MoELayerView, teacher: MoELay
     count = max(1, round(context.stage.expert_share * teacher.count))
     if count == teacher.count:
         return list(range(count))
-    if context.expert_layer_cka is None:
+    if context.inputs.expert_layer_cka is None:
         raise ValueError("expert_share below 1 needs the table of expert-to-layer CKA")
-    cka_E = context.expert_layer_cka[teacher.position, :, student.index].nan_to_num(nan=-torch.inf)
+    cka_E = context.inputs.expert_layer_cka[teacher.position, :, student.index].nan_to_num(nan=-torch.inf)
     return sorted(cka_E.argsort(descending=True, stable=True)[:count].tolist())
 
 

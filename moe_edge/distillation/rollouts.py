@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Rollouts(HearsNothing):
         if min(config.new_tokens) < 1:
             why = f"new_tokens is {list(config.new_tokens)}"
             raise ConfigError("a rollout needs a token at least", where="distill.stages: on_policy", why=why)
-        self._student, self._config, self._steps, self._seed = student, config, steps, seed
+        self._student: Any = student  # transformers mixes `generate` into some classes, untyped
+        self._config, self._steps, self._seed = config, steps, seed
         self.repeats = repeats
         self._group, self._kept = -1, dict[int, Batch]()  # which repeats these are, and what was written for them
         self._ends = end_tokens(student)
@@ -131,7 +133,7 @@ class Rollouts(HearsNothing):
 
     def _settings(self, step: int) -> GenerationConfig:
         """Plain sampling from the student's distribution, nothing cut off."""
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=True,
             temperature=self._config.temperature,
             top_p=1.0,
@@ -159,7 +161,7 @@ class Rollouts(HearsNothing):
 
 
 @contextmanager
-def _writing(student: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+def _writing(student: Any, settings: GenerationConfig) -> Iterator[None]:
     """The student in eval mode, and with no settings of its own, which would fill what ours leave open."""
     training, own = student.training, student.generation_config
     student.eval()

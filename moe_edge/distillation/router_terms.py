@@ -102,7 +102,7 @@ def _kept_experts(context: TermContext) -> Mapping[int, list[int]]:
     kept = {}
     for view in student_layers("routing_kl", context.student):
         count = len(view.real)
-        kept[view.index] = list((context.kept or {}).get(view.index, range(count)))
+        kept[view.index] = list((context.inputs.kept or {}).get(view.index, range(count)))
         if len(kept[view.index]) != count:
             why = f"layer {view.index} has {count} experts, the plan kept {len(kept[view.index])}"
             raise _no_match(why)

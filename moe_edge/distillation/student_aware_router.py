@@ -25,8 +25,8 @@ from torch.nn import functional
 
 from moe_edge.contracts.config import StudentAwareRouterConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.router_drift import RouterSnapshot
-from moe_edge.distillation.teacher import LiveTeacher
+from moe_edge.distillation.teacher import LiveTeacher, head_weight
+from moe_edge.distillation.telemetry import RouterSnapshot
 from moe_edge.distillation.terms import HearsNothing
 from moe_edge.formulas.divergence import kl_dense, predicts_label
 from moe_edge.formulas.expert_sampling import every_expert
@@ -34,7 +34,7 @@ from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.router_loss import gate_logprobs, importance_variation
 from moe_edge.models.routing import is_sigmoid, rerouted
 from moe_edge.models.streaming import recomputed
-from moe_edge.models.taps import Sounds, body, decoder_layers, head, listening
+from moe_edge.models.taps import Sounds, body, decoder_layers, listening
 from moe_edge.models.views import moe_layers
 
 log = logging.getLogger(__name__)
@@ -137,13 +137,13 @@ class StudentAwareRouter(HearsNothing):
 
     def _divergence(self, teacher_TD: Tensor, student_TD: Tensor) -> Tensor:
         """Sum over tokens of KL(teacher || student), differentiable in the teacher; logits in chunks."""
-        student_VD = head(self._student).weight.detach()[: self._vocab]
+        student_VD = head_weight(self._student, self._vocab).detach()
 
         def chunk(teacher_tV: Tensor, span: slice) -> dict[str, tuple[float, Tensor]]:
             student_tV = functional.linear(student_TD[span].to(student_VD.dtype), student_VD).detach()
             return {"kl": (1.0, kl_dense(teacher_tV, student_tV).sum())}
 
-        return head_loss(teacher_TD, head(self._teacher.model).weight[: self._vocab], chunk)[0]
+        return head_loss(teacher_TD, head_weight(self._teacher.model, self._vocab), chunk)[0]
 
     def _importance(self, sounds: Sounds, mask_BS: Tensor | None) -> Tensor:
         """CV(importance)^2 over real tokens, mean over layers."""
@@ -165,12 +165,9 @@ class StudentAwareRouter(HearsNothing):
         self._seen["sar_drift_nats"] = float(drift_L.max())
         if self._seen["sar_drift_nats"] <= self._config.max_drift_nats:
             return
-        layer = list(self._sigmoid)[int(drift_L.argmax())]
-        limit = self._config.max_drift_nats
-        log.warning(
-            "the teacher's router in layer %d is %.3g nats from its snapshot (limit %g); all routers are put back",
-            layer, float(drift_L.max()), limit,
-        )  # fmt: skip
+        layer, limit = list(self._sigmoid)[int(drift_L.argmax())], self._config.max_drift_nats
+        message = "the teacher's router in layer %d is %.3g nats from its snapshot (limit %g); all routers are put back"
+        log.warning(message, layer, float(drift_L.max()), limit)
         self.snapshot.put_back()
         for key, master in self._masters.items():
             master.copy_(self.snapshot.tensors[key])

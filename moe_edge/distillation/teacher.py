@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from moe_edge.distillation.terms import Heard, Needs
 from moe_edge.formulas.divergence import dense_pair, forward_kl
@@ -65,11 +66,17 @@ class LiveTeacher:
         routing: (model, draw) to a context under which it runs, such as knowledge augmentation; None: its own routing.
     """
 
-    def __init__(self, model: nn.Module, needs: Needs, logits: bool = True, routing: Routing | None = None) -> None:
-        self.model = model.requires_grad_(False).eval()
+    def __init__(
+        self, model: PreTrainedModel, needs: Needs, logits: bool = True, routing: Routing | None = None
+    ) -> None:
+        self.model = model
+        model.requires_grad_(False)
+        model.eval()  # type: ignore[no-untyped-call]
         self.needs, self.has_logits, self._routing = needs, logits, routing
         if not logits and needs and not needs.whole:
-            del body(model).layers[max(needs.layers | needs.routers) + 1 :]
+            layers = body(model).get_submodule("layers")
+            assert isinstance(layers, nn.ModuleList)
+            del layers[max(needs.layers | needs.routers) + 1 :]
             gc.collect()
         self._ids_BS: Tensor | None = None  # of the micro-batch that was heard last
         self._heard: dict[int, Heard] = {}  # by draw
@@ -102,7 +109,7 @@ class LiveTeacher:
     def signal(self, heard: Heard, chosen_BS: Tensor, vocab: int | None) -> HiddenSignal:
         """The distribution at the positions where `chosen_BS` is True, row after row."""
         assert heard.hidden_BSD is not None
-        return HiddenSignal(heard.hidden_BSD[chosen_BS], head(self.model).weight[:vocab])
+        return HiddenSignal(heard.hidden_BSD[chosen_BS], head_weight(self.model, vocab))
 
     @torch.no_grad()
     def logits(self, ids_BS: Tensor, vocab: int | None = None) -> Iterator[Tensor]:
@@ -122,7 +129,7 @@ def own_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def teacher_model(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+def teacher_model(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The teacher of a folder on a device, with the fastest experts there.
 
     Args:
@@ -131,7 +138,24 @@ def teacher_model(path: Path, device: torch.device, dtype: torch.dtype | None = 
     Raises:
         ConfigError, InputRejected: as `load_student`.
     """
-    model = load_student(path, dtype or own_dtype(device)).to(device)  # type: ignore[arg-type]
+    model = on_device(load_student(path, dtype or own_dtype(device)), device)
     if device.type == "cpu":
         use_fastest_experts(model)
     return model
+
+
+def reference_teacher(path: Path, device: torch.device) -> PreTrainedModel:
+    """The teacher for a measurement: float32, with the experts of transformers; raises as `teacher_model`."""
+    return on_device(load_student(path), device)
+
+
+def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model itself, moved, and in another dtype where one is given."""
+    return nn.Module.to(model, device=device, dtype=dtype)  # the method of transformers has lost its types
+
+
+def head_weight(model: nn.Module, vocab: int | None = None) -> Tensor:
+    """The head's weight [V, D], cut to the true vocabulary where that is given: the rows beyond it are padding."""
+    weight = head(model).weight
+    assert isinstance(weight, Tensor)
+    return weight[:vocab]

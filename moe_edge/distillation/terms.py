@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.distillation.layer_map import resolve_layer_map
+from moe_edge.contracts.plan import KeptExperts
+from moe_edge.distillation.alignment import resolve_layer_map
 from moe_edge.models.views import MoELayerView, moe_layers
 
 
@@ -86,25 +87,30 @@ class Term(Protocol):
 
 
 @dataclass(frozen=True)
+class TermInputs:
+    """What terms may be built from beside the models; a term that needs what is missing says so."""
+
+    kept: KeptExperts | None = None  # the teacher's experts that the student kept
+    ids_NS: Tensor | None = None  # a few training rows, on which layer maps and groups of experts are measured
+    expert_layer_cka: Tensor | None = None  # [teacher's MoE layers, its experts, student layers], for `expert_share`
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None  # the student's, the teacher's
+
+
+@dataclass(frozen=True)
 class TermContext:
-    """Everything a term may be built from. Terms are built before `LiveTeacher` drops layers that nobody listens to."""
+    """Everything a term is built from. Terms are built before `LiveTeacher` drops layers that nobody listens to."""
 
     student: nn.Module
     teacher: nn.Module | None  # the live teacher's model; None where no term asks for it
     stage: StageConfig
-    kept: Mapping[int, list[int]] | None = None  # decoder layer -> the teacher's experts that the student kept
-    ids_NS: Tensor | None = None  # a few training rows, on which layer maps and groups of experts are measured
-    expert_layer_cka: Tensor | None = (
-        None  # [teacher's MoE layers, its experts, student layers]; where a share is asked
-    )
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None  # the student's, the teacher's
+    inputs: TermInputs = TermInputs()
     temperature: float = 1.0  # of the stage
 
     @cached_property
     def layer_map(self) -> dict[int, int]:
         """{student layer: teacher layer}, as the stage asks for it; measured once. Raises as `resolve_layer_map`."""
         assert self.teacher is not None
-        return resolve_layer_map(self.stage.layer_map, self.student, self.teacher, self.ids_NS)
+        return resolve_layer_map(self.stage.layer_map, self.student, self.teacher, self.inputs.ids_NS)
 
 
 class BatchHook(Protocol):
