@@ -106,9 +106,9 @@ def _outputs(
     models = [(model, range(len(decoder_layers(model)))) for model in (student, teacher)]
     for ids_S in track(ids_NS, title):
         ids_1S = ids_S.long()[None].to(device)
-        heard = []
+        outputs = []
         for model, layers in models:
-            with listening(model, layers) as sounds:
+            with listening(model, layers) as activations:
                 body(model)(input_ids=ids_1S, use_cache=False)
-            heard.append({layer: output[0] for layer, output in sounds.layers.items()})
-        yield heard[0], heard[1]
+            outputs.append({layer: output[0] for layer, output in activations.layers.items()})
+        yield outputs[0], outputs[1]

@@ -1,4 +1,4 @@
-"""What a capture will cost, told before hours are spent: bytes of the cache, hours of the teacher, and the alternative.
+"""What a capture will cost, known before hours are spent: bytes of the cache, hours of the teacher, and the alternative.
 
 The bytes follow from the format; the time comes from one row that really runs through the teacher. The alternative, a
 live teacher, holds its weights in memory for as long as the student trains, and runs anew in every epoch.

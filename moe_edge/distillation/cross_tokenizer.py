@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.teacher import head_weight
-from moe_edge.distillation.terms import Heard, Needs, Scene, Term, TermContext
+from moe_edge.distillation.terms import MicroBatch, Needs, TeacherActivations, Term, TermContext
 from moe_edge.distillation.tokenizer_pair import AlignedRow, TokenizerPair, require_same_tokenizer
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts
 from moe_edge.formulas.divergence import CHUNK_TOKENS, cross_entropy
@@ -82,30 +82,30 @@ class CrossTokenizerTerm:
         self._places, self._tokens = 0, 0
 
     @contextmanager
-    def listening(self, student: nn.Module) -> Iterator[None]:
-        def hear(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+    def recording(self, student: nn.Module) -> Iterator[None]:
+        def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
             self._hidden_BSD = output.last_hidden_state
 
-        handle = body(student).register_forward_hook(hear)
+        handle = body(student).register_forward_hook(keep)
         try:
             yield
         finally:
             handle.remove()
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, batch: MicroBatch) -> Tensor:
         """Mean over the places where both tokenizations meet; zero where there is none.
 
         Raises:
             InputRejected: the teacher's tokenizer changes most of the texts.
         """
         assert self._hidden_BSD is not None
-        rows = [ids_S[valid_S].tolist() for ids_S, valid_S in zip(scene.ids_BS, scene.valid_BS, strict=True)]
+        rows = [ids_S[valid_S].tolist() for ids_S, valid_S in zip(batch.ids_BS, batch.valid_BS, strict=True)]
         aligned = [self._pair.align(row) for row in rows]
         self._count(rows, aligned)
         found = [(place, row) for place, row in enumerate(aligned) if row is not None and len(row.places_P2)]
         if not found:
             return self._hidden_BSD.sum() * 0.0
-        theirs_BRD = self._teacher_hidden([row.teacher_ids for _, row in found], scene.ids_BS.device)
+        theirs_BRD = self._teacher_hidden([row.teacher_ids for _, row in found], batch.ids_BS.device)
         student_PD = torch.cat([self._hidden_BSD[place, row.places_P2[:, 0]] for place, row in found])
         teacher_PD = torch.cat([theirs_BRD[line, row.places_P2[:, 1]] for line, (_, row) in enumerate(found)])
         span = self._next_span([(rows[place], row) for place, row in found], theirs_BRD)
@@ -202,9 +202,9 @@ def held_out_distance(term: CrossTokenizerTerm, student: nn.Module, ids_NS: Tens
     total = 0.0
     for ids_S in track(ids_NS, f"distill: held-out {term.name}"):
         ids_1S = ids_S.long()[None].to(next(student.parameters()).device)
-        with term.listening(student):
+        with term.recording(student):
             body(student)(input_ids=ids_1S, use_cache=False)
-        total += float(term.loss(Scene(ids_1S, torch.ones_like(ids_1S, dtype=torch.bool), Heard())))
+        total += float(term.loss(MicroBatch(ids_1S, torch.ones_like(ids_1S, dtype=torch.bool), TeacherActivations())))
     return total / len(ids_NS)
 
 

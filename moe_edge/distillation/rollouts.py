@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 
 from moe_edge.contracts.config import OnPolicyConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.terms import HearsNothing
+from moe_edge.distillation.terms import RecordsNothing
 from moe_edge.formulas.divergence import IGNORED_LABEL
 from moe_edge.formulas.repetition import repeated_suffix
 
@@ -44,7 +44,7 @@ class Row:
     labels_S: Tensor  # IGNORED_LABEL where nothing is to be learnt
 
 
-class Rollouts(HearsNothing):
+class Rollouts(RecordsNothing):
     """A BatchHook that replaces micro-batches by what the student writes, and the Observer that counts.
 
     A written micro-batch has input_ids, attention_mask, labels (ignored on prompts and padding, which is on the right) and the

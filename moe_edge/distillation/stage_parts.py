@@ -47,7 +47,7 @@ def wants_live_logits(config: DistillConfig, stage: StageConfig) -> bool:
     """Must the teacher's logits come from the teacher itself?
 
     Raises:
-        ConfigError: the stage says `cached`, and only a live teacher can do what it asks, or nothing listens to that teacher.
+        ConfigError: the stage says `cached`, and only a live teacher can do what it asks, or no loss reads its logits.
     """
     reasons = {
         "on_policy": stage.on_policy is not None,

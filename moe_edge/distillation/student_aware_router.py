@@ -27,7 +27,7 @@ from moe_edge.contracts.config import StudentAwareRouterConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.teacher import LiveTeacher, head_weight
 from moe_edge.distillation.telemetry import RouterSnapshot
-from moe_edge.distillation.terms import HearsNothing
+from moe_edge.distillation.terms import RecordsNothing
 from moe_edge.formulas.divergence import kl_dense, predicts_label
 from moe_edge.formulas.expert_sampling import every_expert
 from moe_edge.formulas.head_loss import head_loss
@@ -40,7 +40,7 @@ from moe_edge.models.views import moe_layers
 log = logging.getLogger(__name__)
 
 
-class StudentAwareRouter(HearsNothing):
+class StudentAwareRouter(RecordsNothing):
     """A BatchHook that trains the teacher's routers, Stateful, and an Observer of their loss and drift.
 
     Args:
@@ -125,15 +125,15 @@ class StudentAwareRouter(HearsNothing):
         with ExitStack() as stack:
             stack.enter_context(rerouted(teacher, _all))
             stack.enter_context(recomputed(teacher) if self._recompute else nullcontext())
-            with listening(teacher, routers=self._sigmoid) as sounds:
+            with listening(teacher, routers=self._sigmoid) as activations:
                 teacher_TD = body(teacher)(**given).last_hidden_state[chosen_BS]
             kl = self._divergence(teacher_TD, student_TD) / tokens
-            importance = self._importance(sounds, batch.get("attention_mask"))
+            importance = self._importance(activations, batch.get("attention_mask"))
             share = len(student_TD) / tokens
             slopes = torch.autograd.grad(kl + self._config.beta * share * importance, parameters)
         self._add("sar_kl", float(kl.detach()))
         self._add("sar_importance", share * float(importance.detach()))
-        return slopes, {layer: hidden_TD.detach() for layer, hidden_TD in sounds.expert_inputs.items()}
+        return slopes, {layer: hidden_TD.detach() for layer, hidden_TD in activations.expert_inputs.items()}
 
     def _divergence(self, teacher_TD: Tensor, student_TD: Tensor) -> Tensor:
         """Sum over tokens of KL(teacher || student), differentiable in the teacher; logits in chunks."""
@@ -145,10 +145,10 @@ class StudentAwareRouter(HearsNothing):
 
         return head_loss(teacher_TD, head_weight(self._teacher.model, self._vocab), chunk)[0]
 
-    def _importance(self, sounds: Sounds, mask_BS: Tensor | None) -> Tensor:
+    def _importance(self, activations: Sounds, mask_BS: Tensor | None) -> Tensor:
         """CV(importance)^2 over real tokens, mean over layers."""
         values = []
-        for layer, logits_TE in sounds.router_logits.items():
+        for layer, logits_TE in activations.router_logits.items():
             real_TE = logits_TE if mask_BS is None else logits_TE[mask_BS.flatten().bool()]
             values.append(importance_variation(gate_logprobs(real_TE, self._sigmoid[layer]).exp()))
         return torch.stack(values).mean()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moe_edge.distillation.terms import Heard, Needs
+from moe_edge.distillation.terms import Needs, TeacherActivations
 from moe_edge.formulas.divergence import dense_pair, forward_kl
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.models.students import load_student, use_fastest_experts
@@ -62,7 +62,7 @@ class LiveTeacher:
     Args:
         model: the teacher; its parameters are frozen here.
         needs: what losses want beside the logits.
-        logits: does anything want its logits? Without, the layers that nobody listens to are deleted from `model`.
+        logits: does anything want its logits? Without, the layers above the deepest one that is needed are deleted from `model`.
         routing: (model, draw) to a context under which it runs, such as knowledge augmentation; None: its own routing.
     """
 
@@ -78,11 +78,11 @@ class LiveTeacher:
             assert isinstance(layers, nn.ModuleList)
             del layers[max(needs.layers | needs.routers) + 1 :]
             gc.collect()
-        self._ids_BS: Tensor | None = None  # of the micro-batch that was heard last
-        self._heard: dict[int, Heard] = {}  # by draw
+        self._ids_BS: Tensor | None = None  # of the last micro-batch
+        self._activations: dict[int, TeacherActivations] = {}  # by draw
 
     @torch.no_grad()
-    def hear(self, ids_BS: Tensor, mask_BS: Tensor | None = None, draw: int = 0) -> Heard:
+    def run(self, ids_BS: Tensor, mask_BS: Tensor | None = None, draw: int = 0) -> TeacherActivations:
         """Everything wanted of one micro-batch; asked again for the same one, it answers from memory.
 
         Args:
@@ -90,26 +90,28 @@ class LiveTeacher:
             draw: which sample of a random routing.
         """
         if self._ids_BS is not ids_BS:
-            self._ids_BS, self._heard = ids_BS, {}
-        if draw in self._heard:
-            return self._heard[draw]
+            self._ids_BS, self._activations = ids_BS, {}
+        if draw in self._activations:
+            return self._activations[draw]
         with ExitStack() as stack:
             if self._routing is not None:
                 stack.enter_context(self._routing(self.model, draw))
-            sounds = stack.enter_context(listening(self.model, self.needs.layers, self.needs.routers))
+            activations = stack.enter_context(listening(self.model, self.needs.layers, self.needs.routers))
             output = body(self.model)(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         hidden_BSD = output.last_hidden_state if self.has_logits else None
-        self._heard[draw] = Heard(hidden_BSD, sounds.layers, sounds.router_logits, sounds.expert_inputs)
-        return self._heard[draw]
+        self._activations[draw] = TeacherActivations(
+            hidden_BSD, activations.layers, activations.router_logits, activations.expert_inputs
+        )
+        return self._activations[draw]
 
     def forget(self) -> None:
-        """Its weights have changed: what was heard no longer holds."""
-        self._ids_BS, self._heard = None, {}
+        """Its weights have changed: what it gave no longer holds."""
+        self._ids_BS, self._activations = None, {}
 
-    def signal(self, heard: Heard, chosen_BS: Tensor, vocab: int | None) -> HiddenSignal:
+    def signal(self, activations: TeacherActivations, chosen_BS: Tensor, vocab: int | None) -> HiddenSignal:
         """The distribution at the positions where `chosen_BS` is True, row after row."""
-        assert heard.hidden_BSD is not None
-        return HiddenSignal(heard.hidden_BSD[chosen_BS], head_weight(self.model, vocab))
+        assert activations.hidden_BSD is not None
+        return HiddenSignal(activations.hidden_BSD[chosen_BS], head_weight(self.model, vocab))
 
     @torch.no_grad()
     def logits(self, ids_BS: Tensor, vocab: int | None = None) -> Iterator[Tensor]:
@@ -118,14 +120,14 @@ class LiveTeacher:
         Args:
             vocab: true vocabulary; the head's rows beyond it are padding. None: all are real.
         """
-        hidden_BSD = self.hear(ids_BS).hidden_BSD
+        hidden_BSD = self.run(ids_BS).hidden_BSD
         assert hidden_BSD is not None
         for hidden_SD in hidden_BSD:
             yield head(self.model)(hidden_SD)[:, :vocab]
 
 
 def own_dtype(device: torch.device) -> torch.dtype:
-    """What a teacher computes in unless it is told otherwise: float32 on a CPU, bfloat16 on an accelerator."""
+    """What a teacher computes in unless a dtype is given: float32 on a CPU, bfloat16 on an accelerator."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

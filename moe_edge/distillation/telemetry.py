@@ -98,7 +98,7 @@ class RoutingTelemetry:
         self._sigmoid = {view.index: is_sigmoid(view) for view in moe_layers(student)}
         self._experts = [len(view.real) for view in moe_layers(student)]
         self._start = RouterSnapshot(student)
-        self._ringing: set[int] = set()
+        self._alarmed: set[int] = set()
         self._clear()
 
     def _clear(self) -> None:
@@ -111,23 +111,23 @@ class RoutingTelemetry:
         self._tokens = 0
 
     @contextmanager
-    def listening(self, student: nn.Module) -> Iterator[None]:
-        with listening(student, routers=self._sigmoid) as sounds:
+    def recording(self, student: nn.Module) -> Iterator[None]:
+        with listening(student, routers=self._sigmoid) as activations:
             yield
-        self._add(sounds)
+        self._add(activations)
 
     @torch.no_grad()
-    def _add(self, sounds: Sounds) -> None:
+    def _add(self, activations: Sounds) -> None:
         for place, layer in enumerate(self._sigmoid):
-            index_TK, weight_TK = sounds.routing[layer]
-            logprob_TE = gate_logprobs(sounds.router_logits[layer].detach(), self._sigmoid[layer])
+            index_TK, weight_TK = activations.routing[layer]
+            logprob_TE = gate_logprobs(activations.router_logits[layer].detach(), self._sigmoid[layer])
             self._entropy_L[place] -= (logprob_TE.exp() * logprob_TE).sum()
             ones_TK = torch.ones_like(weight_TK, dtype=torch.float32)
             self._counts[place].scatter_add_(0, index_TK.flatten(), ones_TK.flatten())
             self._gates[place].scatter_add_(0, index_TK.flatten(), weight_TK.detach().float().flatten())
         self._tokens += len(logprob_TE)
         if self._drift_L is None:
-            inputs = {layer: hidden_TD[:DRIFT_TOKENS] for layer, hidden_TD in sounds.expert_inputs.items()}
+            inputs = {layer: hidden_TD[:DRIFT_TOKENS] for layer, hidden_TD in activations.expert_inputs.items()}
             self._drift_L = self._start.drift(inputs)
 
     def read(self) -> dict[str, float]:
@@ -135,7 +135,7 @@ class RoutingTelemetry:
             return {}
         self._gather()
         counts = [counts_E.cpu() for counts_E in self._counts]
-        self._ring(counts)
+        self._warn(counts)
         most_L = torch.tensor([ln(experts) if experts > 1 else 1.0 for experts in self._experts])
         variations = [float(load_variation(counts_E[None])) for counts_E in counts]
         dead = torch.cat([counts_E < DEAD_LOAD * counts_E.mean() for counts_E in counts])
@@ -156,14 +156,14 @@ class RoutingTelemetry:
         tokens = torch.tensor(float(self._tokens), dtype=torch.float64)
         self._tokens = int(reduce(tokens.to(self._entropy_L.device), "sum"))
 
-    def _ring(self, counts: Sequence[Tensor]) -> None:
+    def _warn(self, counts: Sequence[Tensor]) -> None:
         """One warning per layer when it begins to look collapsed, not one per step."""
         pairs = zip(counts, self._gates, strict=True)
         health = [layer_health(one_E[None], gates_E.cpu()[None], self._tokens)[0] for one_E, gates_E in pairs]
         alarms = {layer: state.alarm for layer, state in zip(self._sigmoid, health, strict=True) if state.alarm}
-        for layer in alarms.keys() - self._ringing:
+        for layer in alarms.keys() - self._alarmed:
             log.warning("the router of layer %d looks collapsed: %s", layer, alarms[layer])
-        self._ringing = set(alarms)
+        self._alarmed = set(alarms)
 
     def state(self) -> dict[str, Tensor]:
         """The routers at the start of the stage."""

@@ -1,6 +1,6 @@
 """`DistillationTrainer`: a transformers Trainer whose loss is the blend of losses.py, with rates per parameter.
 
-What differs from the plain Trainer: the loss (on chunks of logits that are never held whole, and terms that listen to
+What differs from the plain Trainer: the loss (on chunks of logits that are never held whole, and terms that read
 layers, experts and routers), the parameter groups (regex multipliers; a frozen parameter is not in the optimizer), the
 order of the rows (as given), hooks that see a step's micro-batches before they are trained on (rows that the student
 writes, a router step of the teacher), checkpoints in the model's own weight names, and the log names total_loss, ce_loss,
@@ -32,7 +32,7 @@ from moe_edge.distillation.losses import LOSSES, TokenLosses, active_weights, of
 from moe_edge.distillation.schedule import multipliers_of, rate_factor
 from moe_edge.distillation.signal import SignalSource, joined
 from moe_edge.distillation.teacher import LiveTeacher, head_weight
-from moe_edge.distillation.terms import BatchHook, Heard, Observer, Scene, Stateful, Term
+from moe_edge.distillation.terms import BatchHook, MicroBatch, Observer, Stateful, TeacherActivations, Term
 from moe_edge.formulas.divergence import predicts_label
 from moe_edge.models.taps import hidden_states
 
@@ -194,10 +194,10 @@ class DistillationTrainer(Trainer):
         """This micro-batch's part of the step's loss: token losses over the step's token count, and the terms."""
         inner, training = self.accelerator.unwrap_model(model), model.training
         terms = self._due(training)
-        listeners: list[Term | Observer] = [*terms, *(self.parts.observers if training else ())]
+        recorders: list[Term | Observer] = [*terms, *(self.parts.observers if training else ())]
         with ExitStack() as stack:
-            for listener in listeners:
-                stack.enter_context(listener.listening(inner))
+            for recorder in recorders:
+                stack.enter_context(recorder.recording(inner))
             hidden_BSD = hidden_states(model, inner, inputs["input_ids"], inputs.get("attention_mask"))
         chosen_BS = predicts_label(inputs["labels"])
         labelled, processes = int(chosen_BS.sum()), self._processes(num_items_in_batch)
@@ -234,10 +234,10 @@ class DistillationTrainer(Trainer):
         ids_BS, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
         wanted = self.teacher is not None and any(term.needs for term in terms)
-        heard = self.teacher.hear(ids_BS, mask_BS) if wanted and self.teacher else Heard()
-        scene = Scene(ids_BS, valid_BS, heard)
+        answer = self.teacher.run(ids_BS, mask_BS) if wanted and self.teacher else TeacherActivations()
+        batch = MicroBatch(ids_BS, valid_BS, answer)
         for term in terms:
-            yield term, term.loss(scene)
+            yield term, term.loss(batch)
 
     def _token_loss(
         self, model: nn.Module, hidden_BSD: Tensor, inputs: Batch, chosen_BS: Tensor
@@ -259,8 +259,8 @@ class DistillationTrainer(Trainer):
             return []
         ids_BS = inputs["input_ids"]
         if self.teacher is not None and self.teacher.has_logits:
-            heard = (self.teacher.hear(ids_BS, inputs.get("attention_mask"), draw) for draw in range(self.parts.draws))
-            return [self.teacher.signal(one, chosen_BS, self.vocab) for one in heard]
+            draws = (self.teacher.run(ids_BS, inputs.get("attention_mask"), draw) for draw in range(self.parts.draws))
+            return [self.teacher.signal(one, chosen_BS, self.vocab) for one in draws]
         assert self.signal is not None
         temperature = self.args.distillation_temperature
         pairs = zip(ids_BS, chosen_BS, strict=True)

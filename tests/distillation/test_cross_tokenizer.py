@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.distillation.cross_tokenizer import CrossTokenizerTerm, compares_tokens, cross_tokenizer_trainer
 from moe_edge.distillation.losses import LOSSES
-from moe_edge.distillation.terms import Heard, Scene
+from moe_edge.distillation.terms import TeacherActivations, MicroBatch
 from moe_edge.distillation.tokenizer_pair import TokenizerPair, require_same_tokenizer, tokenizer_differences
 from moe_edge.distillation.trainer import DistillationTrainingArguments, RowDataset
 from moe_edge.formulas.uld import NextSpan, hybrid_distance, projected_kl
@@ -40,16 +40,16 @@ def dense(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCausalLM
     return Qwen3ForCausalLM(config)
 
 
-def scene(tokenizer: PreTrainedTokenizerFast, *texts: str) -> Scene:
+def batch(tokenizer: PreTrainedTokenizerFast, *texts: str) -> MicroBatch:
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     longest = max(map(len, rows))
     ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     valid_BS = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
-    return Scene(ids_BS, valid_BS, Heard())
+    return MicroBatch(ids_BS, valid_BS, TeacherActivations())
 
 
-def heard(term: CrossTokenizerTerm, student: nn.Module, at: Scene) -> Tensor:
-    with term.listening(student):
+def heard(term: CrossTokenizerTerm, student: nn.Module, at: MicroBatch) -> Tensor:
+    with term.recording(student):
         student(input_ids=at.ids_BS, attention_mask=at.valid_BS.long())
     return term.loss(at)
 
@@ -199,7 +199,7 @@ def test_the_loss_is_the_mean_distance_at_the_places(name: str) -> None:
     student = dense(student_tokenizer)
     teacher = tiny_model("qwen3_moe", vocab=len(teacher_tokenizer) + 4)
     term = CrossTokenizerTerm(student, teacher, student_tokenizer, teacher_tokenizer, name)
-    at = scene(student_tokenizer, TEXTS[0], HARD)
+    at = batch(student_tokenizer, TEXTS[0], HARD)
     pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
     rows = [ids_S[valid_S].tolist() for ids_S, valid_S in zip(at.ids_BS, at.valid_BS, strict=True)]
     expected = torch.cat([by_hand(name, student, teacher, ids, pair) for ids in rows])
@@ -310,7 +310,7 @@ def test_a_teacher_that_changes_texts_is_refused_after_a_while(caplog: pytest.Lo
     teacher_tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     student, teacher = dense(student_tokenizer), tiny_model("mixtral", vocab=len(teacher_tokenizer))
     term = CrossTokenizerTerm(student, teacher, student_tokenizer, teacher_tokenizer)
-    at = scene(student_tokenizer, *["THE FOX"] * 8)
+    at = batch(student_tokenizer, *["THE FOX"] * 8)
     with caplog.at_level(logging.WARNING):
         assert heard(term, student, at).item() == 0.0
     assert "changes the text of some rows" in caplog.text

@@ -78,14 +78,14 @@ def test_what_is_heard_and_watched_is_that_of_the_model_without_padding(family: 
     heard, read = [], []
     for model in (student, plain):
         telemetry = RoutingTelemetry(model)
-        with torch.no_grad(), listening(model, routers=kept) as sounds, telemetry.listening(model):
+        with torch.no_grad(), listening(model, routers=kept) as activations, telemetry.recording(model):
             model(IDS)
-        heard.append(sounds)
+        heard.append(activations)
         read.append(telemetry.read())
     for layer, ids in kept.items():
         assert heard[0].router_logits[layer].shape[1] == len(ids)
         torch.testing.assert_close(heard[0].router_logits[layer], heard[1].router_logits[layer], rtol=0, atol=1e-5)
-        chosen, expected = (sounds.routing[layer][0].sort(dim=1).values for sounds in heard)
+        chosen, expected = (activations.routing[layer][0].sort(dim=1).values for activations in heard)
         assert (chosen == expected).float().mean() > 0.99
     assert read[0] == pytest.approx(read[1], rel=1e-3, abs=1e-6)
 

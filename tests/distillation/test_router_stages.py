@@ -13,7 +13,7 @@ from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.router_terms import ROUTER_TERMS
 from moe_edge.distillation.schedule import schedule_stages, split_rows
-from moe_edge.distillation.terms import Heard, Scene, TermContext
+from moe_edge.distillation.terms import TeacherActivations, MicroBatch, TermContext
 from moe_edge.models.routing import ROUTER_PATTERN, router_parameters
 from tests.distillation.parts import rows, tiny_student, tiny_teacher
 
@@ -111,9 +111,11 @@ def test_recomputed_activations_give_the_same_gradient(name: str) -> None:
             student.gradient_checkpointing_enable()
         term = ROUTER_TERMS[name](TermContext(student, None, StageConfig(stage_name="s"), KEPT))
         logits = {layer: torch.randn(ids_BS.numel(), 4, generator=torch.manual_seed(layer)) for layer in KEPT}
-        with term.listening(student):
+        with term.recording(student):
             student(ids_BS)
-        loss = term.loss(Scene(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), Heard(router_logits=logits)))
+        loss = term.loss(
+            MicroBatch(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), TeacherActivations(router_logits=logits))
+        )
         loss.backward()
         slopes.append([parameter.grad for parameter in router_parameters(student).values()])
     assert all(torch.equal(one, other) and one.abs().max() > 0 for one, other in zip(*slopes, strict=True))

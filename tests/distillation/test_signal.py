@@ -68,7 +68,7 @@ def test_cached_and_live_pairs_give_their_kls(tmp_path: Path) -> None:
 
 def live_signal(teacher, ids_S: torch.Tensor, vocab: int | None = None) -> HiddenSignal:
     live = LiveTeacher(teacher, Needs())
-    return live.signal(live.hear(ids_S[None]), torch.ones(1, len(ids_S), dtype=torch.bool), vocab)
+    return live.signal(live.run(ids_S[None]), torch.ones(1, len(ids_S), dtype=torch.bool), vocab)
 
 
 def forms(tokens: int = 6) -> list:
