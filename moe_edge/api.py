@@ -1,133 +1,279 @@
-"""One build from the user's words to a verdict: settle the configuration, refuse early, run the pipeline, write the report.
+"""The public functions of moe-edge: every command of the command line is one call of this file, with values for words.
 
-The command line is a thin layer over these functions; a notebook can call them too.
+    from moe_edge import build, plan
+
+    run = build("path/to/teacher", target="jetson", overrides={"plan.experts": 64})
+    run.report.verdict, run.artifacts.gguf[0].path
+
+Settings come from the target, then a configuration file, then `overrides` (dotted key -> value). Whatever a user can cause ends
+as a `MoeEdgeError`, which says what, where, why and what to do next.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ruamel.yaml import YAML
 
 from moe_edge import pipeline
-from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.contracts.artifacts import (
+    CompressFolder,
+    DistillFolder,
+    ExportFolder,
+    ExportSummary,
+    PlanFolder,
+    ProfileFolder,
+    StageFolder,
+    ValidationFolder,
+)
+from moe_edge.contracts.checkpoint import Checkpoint, Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
+from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.report import Report, StageInfo
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.delivery import deliver, write_run_manifest
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import changed_files
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from moe_edge.evaluation.instructions import Evaluation, EvaluationSettings
+    from moe_edge.evaluation.validation import BenchedArtifact, ValidatedArtifact
+    from moe_edge.planning.preview import PlanPreview
+    from moe_edge.storage.statistics import Statistics
+
 log = logging.getLogger(__name__)
-# What a build up to a stage may write, as a multiple of the teacher's bytes; the rest of the build is the whole's share.
-DISK_SHARES = {"profile": 0.1, "plan": 0.1, "compress": 1.5}
-WHOLE_DISK_SHARE = 6.0  # student + F16 + fp32 graph + quantized files
+DEMO_NAME = "demo-teacher"
+Source = str | Path | None  # a checkpoint folder or hub id; None: the demo teacher
+Overrides = Mapping[str, Any]  # dotted key -> value
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for, as flags."""
+class DeliveredModel:
+    """One file, or folder, that a user ships."""
 
-    target: str
-    teacher: str | None = None
-    config: Path | None = None
-    out: Path | None = None
-    device: str | None = None
-    settings: Sequence[str] = ()
+    path: Path
+    format: Literal["gguf", "onnx"]
+    quantization: str
+    bytes: int
+    bits_per_weight: float
 
 
-def resolve(request: Request) -> BuildConfig:
-    """The resolved configuration of a request.
+@dataclass(frozen=True)
+class Artifacts:
+    """What lies in artifacts/, the main file of each format first."""
+
+    gguf: tuple[DeliveredModel, ...]
+    onnx: tuple[DeliveredModel, ...]
+    hf: Path  # the student as a plain transformers checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """A build's folder after `build`, `export` or another command that fills it."""
+
+    out: Path
+    config: BuildConfig
+    report: Report | None = None  # None where the build was stopped before its end
+    reused: Mapping[str, bool] = field(default_factory=dict)  # stage -> was it up to date
+    exported: ExportSummary | None = None  # of an export without a build
+
+    @property
+    def profile(self) -> ProfileFolder:
+        return ProfileFolder.open(self.out / "profile")
+
+    @property
+    def plan(self) -> Plan:
+        return PlanFolder.open(self.out / "plan").plan
+
+    @property
+    def compressed(self) -> CompressFolder:
+        return CompressFolder.open(self.out / "compress")
+
+    @property
+    def student(self) -> DistillFolder:
+        return DistillFolder.open(self.out / "distill")
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """The delivered files. Raises ConfigError where nothing was exported."""
+        found: dict[str, list[DeliveredModel]] = {"gguf": [], "onnx": []}
+        exported = self.exported or ExportFolder.open(self.out / "export").summary
+        for row in exported.artifacts:
+            model = DeliveredModel(self.out / row.path, row.format, row.quantization, row.bytes, row.bits_per_weight)
+            found[row.format].append(model)
+        return Artifacts(tuple(found["gguf"]), tuple(found["onnx"]), self.out / "artifacts" / "hf")
+
+
+def settle(
+    target: str,
+    teacher: Source = None,
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    *,
+    settings: Sequence[str] = (),
+    device: str | None = None,
+) -> BuildConfig:
+    """The resolved configuration of a call.
+
+    Args:
+        target: a shipped target's name, or the path of a .yaml.
+        config: a build configuration (YAML).
+        settings: `key=value` texts, as the command line has them.
 
     Raises:
         ConfigError: an unknown target or key, or an impossible value.
     """
     flags: dict[str, Any] = {}
-    if request.teacher is not None:
-        flags["teacher"] = {"path": request.teacher}
-    if request.device is not None:
-        flags["validate"] = {"device": request.device}
-    file = read_yaml(request.config) if request.config else None
-    return resolve_config(read_target(request.target), file, list(request.settings), flags)
+    if teacher is not None:
+        flags["teacher"] = {"path": str(teacher)}
+    if device is not None:
+        flags["validate"] = {"device": device}
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in (overrides or {}).items()}
+    return resolve_config(read_target(target), read_yaml(Path(config)) if config else None, settings, flags, plain)
 
 
-def find_teacher(config: BuildConfig) -> Path:
-    """The teacher's folder: the given one, a downloaded one, or the demo teacher."""
-    if config.teacher.path is None:
-        from moe_edge.demo import demo_teacher_path
-
-        return demo_teacher_path()
-    from moe_edge.models.loading import resolve_teacher
-
-    return resolve_teacher(config.teacher.path, config.teacher.revision)
-
-
-def output_folder(request: Request, config: BuildConfig) -> Path:
-    """--out, or runs/<teacher>-<target>."""
-    if request.out is not None:
-        return request.out
-    name = Path(config.teacher.path).name if config.teacher.path else "demo-teacher"
-    return Path("runs") / f"{name}-{config.target.name}"
-
-
-def inspect_teacher(config: BuildConfig, *, students: bool = False) -> tuple[Path, CheckpointHeaders]:
-    """The teacher's folder and headers; every refusal that needs no weights happens here.
+def find_checkpoint(config: BuildConfig, *, students: bool = False) -> Checkpoint:
+    """The teacher, found and checked; every refusal that needs no weights happens here.
 
     Args:
         students: take dense students, too.
-    """
-    teacher = find_teacher(config)
-    headers = inspect_checkpoint(teacher)
-    from moe_edge.families import family_of, student_family
 
+    Raises:
+        ConfigError: there is none.
+        InputRejected: it is corrupt, unsafe or unsupported.
+    """
+    from moe_edge.families import family_of, student_family
+    from moe_edge.models.loading import resolve_teacher
+    from moe_edge.storage.checkpoint import inspect_checkpoint
+
+    if config.teacher.path is None:
+        from moe_edge.demo import demo_teacher_path
+
+        path, name = demo_teacher_path(), DEMO_NAME
+    else:
+        path, name = resolve_teacher(config.teacher.path, config.teacher.revision), Path(config.teacher.path).name
+    headers = inspect_checkpoint(path)
     family = (student_family if students else family_of)(headers.config)
     family.tensors(headers.config, headers.tensors)
-    return teacher, headers
+    return Checkpoint(path, name, headers, family.spec(headers.config))
 
 
-def dry_run(request: Request) -> dict[str, Any]:
-    """What fits, what it costs and why, from config.json and the safetensors headers (and a profile if one exists)."""
-    from moe_edge.stages.plan import dry_run as options
+def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
+    """As `find_checkpoint`, and hashed, which reads the whole of a file that has changed."""
+    return _hashed(find_checkpoint(config, students=students))
 
-    config = resolve(request)
-    _, headers = inspect_teacher(config)
-    out = output_folder(request, config)
-    profile = out / "profile"
-    return options(headers, config, profile if read_manifest(profile) else None, out / "plan")
+
+def _hashed(found: Checkpoint) -> Teacher:
+    from moe_edge.storage.checkpoint import checkpoint_digest
+
+    return Teacher(found.path, found.name, found.headers, found.spec, checkpoint_digest(found.path))
+
+
+def output_folder(config: BuildConfig, out: str | Path | None) -> Path:
+    """`out`, or runs/<teacher>-<target>."""
+    if out is not None:
+        return Path(out)
+    name = Path(config.teacher.path).name if config.teacher.path else DEMO_NAME
+    return Path("runs") / f"{name}-{config.target.name}"
+
+
+def preview(
+    teacher: Source = None,
+    *,
+    target: str = "cpu",
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+    settings: Sequence[str] = (),
+) -> "PlanPreview":
+    """What fits, what it costs and why, from config.json and the safetensors headers (and a profile, if `out` has one)."""
+    from moe_edge.planning.preview import preview_plan
+
+    resolved = settle(target, teacher, config, overrides, settings=settings)
+    folder = output_folder(resolved, out)
+    return preview_plan(find_checkpoint(resolved), resolved, folder / "profile", folder / "plan")
+
+
+def plan(
+    teacher: Source = None,
+    *,
+    target: str = "cpu",
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+) -> Plan:
+    """The plan as far as headers tell: how many experts, how wide, in which bits, and what that weighs.
+
+    Which experts stay (`plan.kept`) is decided by a profile; expected losses are priors.
+
+    Raises:
+        ConfigError, InfeasibleError, InputRejected: wrong wishes, nothing that fits, a model that cannot be used.
+    """
+    return preview(teacher, target=target, config=config, overrides=overrides, out=out).plan
 
 
 def build(
-    request: Request, *, start: str | None = None, until: str | None = None, fresh: bool = False
-) -> tuple[Path, dict[str, Any] | None, dict[str, bool]]:
-    """Run a build; returns its folder, the report (None when stopped before the end) and which stages were reused."""
-    config = resolve(request)
-    teacher, headers = inspect_teacher(config)
-    _refuse_infeasible(headers, config)
-    out = output_folder(request, config)
-    with pipeline.locked(out):
-        if fresh or not (out / "manifest.json").exists():
-            pipeline.check_disk(out, int(DISK_SHARES.get(until or "", WHOLE_DISK_SHARE) * headers.total_bytes))
+    teacher: Source = None,
+    *,
+    target: str = "cpu",
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    start: str | None = None,
+    until: str | None = None,
+    fresh: bool = False,
+    settings: Sequence[str] = (),
+) -> Run:
+    """Take a teacher to a validated student for a target: all stages, resumable.
+
+    Args:
+        out: the output folder, default runs/<teacher>-<target>.
+        start: run from this stage on; earlier ones are used as they lie there.
+        until: stop after this stage; without a report, unless it is the last.
+        fresh: run every stage, reuse nothing.
+
+    Returns:
+        The run. A missed gate is no exception: look at `run.report.verdict`.
+    """
+    from moe_edge.planning.allocation import header_plan
+    from moe_edge.planning.disk import room_for_build
+
+    for option, stage in (("start", start), ("until", until)):
+        if stage is not None and stage not in pipeline.STAGE_NAMES:
+            why = f"stages: {', '.join(pipeline.STAGE_NAMES)}"
+            raise ConfigError(f"{option} '{stage}': no such stage", why=why)
+    resolved = settle(target, teacher, config, overrides, settings=settings, device=device)
+    found = find_checkpoint(resolved)
+    budget = header_plan(found.headers, resolved)  # refuses what cannot be before anything is read or locked
+    folder = output_folder(resolved, out)
+    last = pipeline.STAGE_NAMES.index(until) if until else len(pipeline.STAGES) - 1
+    with pipeline.locked(folder):
+        room = room_for_build(folder, budget, resolved, pipeline.STAGE_NAMES[: last + 1])
+        log.info("disk: %s", room)
         state = pipeline.Build(
-            config, teacher, checkpoint_digest(teacher), out, named_files=named_files(config), fresh=fresh
+            resolved,
+            _hashed(found),
+            folder,
+            named_files=named_files(resolved),
+            fresh=fresh,
+            given={"plan": {"budget": budget}},
         )
         pipeline.run_stages(state, start, until)
-        if until is not None and until != pipeline.STAGE_NAMES[-1]:
-            return out, None, state.cached
-        return out, finish(state), state.cached
-
-
-def _refuse_infeasible(headers: CheckpointHeaders, config: BuildConfig) -> None:
-    from moe_edge.planning.allocation import header_plan
-
-    header_plan(headers, config)
+        if "export" in state.manifests:
+            _deliver(state)
+        report = _finish(state) if "validate" in state.manifests else None
+    return Run(folder, resolved, report, state.cached)
 
 
 def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
@@ -159,150 +305,264 @@ def _data_digests(data: str) -> dict[str, str]:
     return {"capture": sha256_file(manifest)} if manifest.is_file() else {}
 
 
-def finish(state: pipeline.Build) -> dict[str, Any]:
-    """Report and manifest of a complete build; untouched when every stage was reused and all is still there."""
-    report_path, kept = state.out / "report.json", read_manifest(state.out)
-    if all(state.cached.values()) and kept is not None and not changed_files(state.out, kept.files):
-        if kept.inputs == _digests(state) and kept.config == _resolved(state.config):
-            report: dict[str, Any] = json.loads(report_path.read_text())
-            return report
-    return _write_results(state)
+def _deliver(state: pipeline.Build) -> None:
+    """artifacts/: the student, the exported files, and their device bundles."""
+    student, exported = state.finished("distill"), state.finished("export")
+    assert isinstance(student, DistillFolder) and isinstance(exported, ExportFolder)
+    deliver(state.out, student.model, exported.path)
+    _bundle(state.out, exported, state.config, state.teacher.digest)
 
 
-def _resolved(config: BuildConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", by_alias=True)
-
-
-def _digests(state: pipeline.Build) -> dict[str, str]:
-    return {"teacher": state.teacher_digest} | {name: manifest.digest for name, manifest in state.done.items()}
-
-
-def _write_results(state: pipeline.Build) -> dict[str, Any]:
-    from moe_edge.stages.report import write_report
-
-    resolved = _resolved(state.config)
-    write_text_atomic(state.out / "config.yaml", _as_yaml(resolved))
-    report = write_report(
-        state.out, [_stage_row(name, manifest, state.cached[name]) for name, manifest in state.done.items()], state.config,
-        {name: manifest.summary for name, manifest in state.done.items()},
-    )  # fmt: skip
-    exported = state.done["export"].summary
-    deliver_bundles(state.out, exported, state.config, state.teacher_digest)
-    write_run_manifest(state.out, resolved, _digests(state), _versions())
-    return report
-
-
-def _versions() -> dict[str, str]:
-    return {name: text for stage in pipeline.STAGES for name, text in pipeline.versions_of(stage).items()}
-
-
-def deliver_bundles(out: Path, exported: Mapping[str, Any], config: BuildConfig, teacher_digest: str) -> None:
-    """The device bundles of what was exported."""
+def _bundle(out: Path, exported: ExportFolder, config: BuildConfig, teacher_digest: str) -> None:
     from moe_edge.export.bundles import write_bundles
 
-    inputs = {"teacher": teacher_digest}
-    for folder in write_bundles(out, exported["artifacts"], config, exported["name"], inputs, _versions()):
+    for folder in write_bundles(out, exported, config, {"teacher": teacher_digest}, pipeline.all_versions()):
         log.info("device bundle: %s and %s.tar", out / folder, folder)
 
 
-def _stage_row(name: str, manifest: Manifest, cached: bool) -> dict[str, Any]:
-    cost = manifest.cost
-    return {
-        "name": name, "cached": cached,
-        "seconds": cost.seconds if cost else 0.0, "peak_rss_mib": cost.peak_rss_mib if cost else None,
-    }  # fmt: skip
+def _plain(config: BuildConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", by_alias=True)
 
 
-def _as_yaml(data: Mapping[str, Any]) -> str:
+def _finish(state: pipeline.Build) -> Report:
+    """Report and manifest of a complete build; untouched when every stage was reused and all is still there."""
+    inputs = {"teacher": state.teacher.digest} | {name: manifest.digest for name, manifest in state.manifests.items()}
+    kept = read_manifest(state.out)
+    unchanged = kept is not None and kept.inputs == inputs and kept.config == _plain(state.config)
+    if kept is not None and unchanged and all(state.cached.values()) and not changed_files(state.out, kept.files):
+        return Report.model_validate_json((state.out / "report.json").read_bytes())
     stream = StringIO()
-    YAML(typ="safe").dump(dict(data), stream)
-    return stream.getvalue()
+    YAML(typ="safe").dump(_plain(state.config), stream)
+    write_text_atomic(state.out / "config.yaml", stream.getvalue())
+    report = _write_report(state.out, state.config, state.teacher.name, state.manifests, state.cached)
+    write_run_manifest(state.out, _plain(state.config), inputs, pipeline.all_versions())
+    return report
 
 
-def distill_student(request: Request, student: str, *, fresh: bool = False) -> tuple[Path, dict[str, Any]]:
-    """Teach a student of the user's own from a mixture; returns the output folder and what was gained.
+def _write_report(
+    out: Path, config: BuildConfig, teacher: str, manifests: Mapping[str, Manifest], reused: Mapping[str, bool]
+) -> Report:
+    from moe_edge.stages import report
+
+    rows = [_stage_info(name, manifest, reused[name]) for name, manifest in manifests.items()]
+    folders: dict[str, StageFolder[Any]] = {
+        kind.stage: kind.of(out / kind.stage, manifests[kind.stage])
+        for kind in (ProfileFolder, PlanFolder, CompressFolder, DistillFolder, ExportFolder, ValidationFolder)
+    }
+    return report.run(config, out, rows, teacher=teacher, **folders)
+
+
+def _stage_info(name: str, manifest: Manifest, reused: bool) -> StageInfo:
+    cost = manifest.cost
+    seconds, peak = (cost.seconds, cost.peak_rss_mib) if cost else (0.0, None)
+    return StageInfo(name=name, seconds=seconds, peak_rss_mib=peak, cached=reused)
+
+
+def profile(teacher: Source = None, *, target: str = "cpu", **settings: Any) -> ProfileFolder:
+    """Measure a teacher over the calibration set, once for every target; settings as those of `build`."""
+    return build(teacher, target=target, until="profile", **settings).profile
+
+
+def compress(
+    model: "PreTrainedModel",
+    plan: Plan,
+    *,
+    rows: "Tensor | None" = None,
+    statistics: "Statistics | None" = None,
+) -> "PreTrainedModel":
+    """Apply a plan to a model in memory; returns the student, which may share the model's tensors: the model is used up.
+
+    Args:
+        model: the teacher, as transformers loaded it.
+        rows: token ids [N, S], int64, of the calibration set; needed where the plan fits something (a refit, a merge, ...).
+        statistics: of a profile; needed where experts become narrower.
 
     Raises:
-        ConfigError: the folder holds a build.
-        InputRejected, ConfigError: as `stages.distill_pair.run`.
+        ConfigError: the plan does not fit the model, or needs what was not given.
+        InputRejected: the action does not know this family.
     """
-    from moe_edge.models.loading import resolve_teacher
-    from moe_edge.stages import distill_pair
+    from moe_edge.compression.layers import Material
+    from moe_edge.compression.surgery import apply_plan, check_plan
+    from moe_edge.models.views import moe_layers
 
-    config = resolve(request)
-    teacher, headers = inspect_teacher(config)
-    folder = resolve_teacher(student, role="student")
-    out = request.out or Path("runs") / f"{teacher.name}-to-{folder.name}"
-    if (out / "compress").exists():
-        raise ConfigError("the folder holds a build", where=str(out), next_command="--out with another folder")
-    needed = 3 * inspect_checkpoint(folder).total_bytes  # weights, and a checkpoint with Adam's two moments
-    texts = {"student": checkpoint_digest(folder)} | _data_digests(config.distill.data)
-    with pipeline.locked(out):
-        pipeline.check_disk(out, needed)
+    views = moe_layers(model)
+    check_plan(plan, views[0].count, [view.index for view in views])
+    return apply_plan(model, plan, Material(statistics, rows)).model
+
+
+def distill(
+    teacher: Source = None,
+    *,
+    student: str | Path | None = None,
+    target: str = "cpu",
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    settings: Sequence[str] = (),
+) -> DistillFolder:
+    """Recover a build's student from its teacher; or teach a student of your own, dense or a mixture, with any tokenizer.
+
+    Raises:
+        ConfigError: `out` holds a build and a student is given.
+        Whatever the stages raise.
+    """
+    if student is None:
+        given = {"config": config, "overrides": overrides, "out": out, "fresh": fresh, "settings": settings}
+        return build(teacher, target=target, until="distill", **given).student
+    from moe_edge.models.loading import resolve_teacher
+    from moe_edge.planning.disk import CHECKPOINT_BYTES, refuse_full_disk
+    from moe_edge.stages import distill_pair
+    from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
+
+    resolved = settle(target, teacher, config, overrides, settings=settings)
+    opened = open_teacher(resolved)
+    learner = resolve_teacher(str(student), role="student")
+    folder = Path(out) if out else Path("runs") / f"{opened.path.name}-to-{learner.name}"
+    if (folder / "compress").exists():
+        raise ConfigError("the folder holds a build", where=str(folder), next_command="--out with another folder")
+    headers = inspect_checkpoint(learner)
+    texts = {"student": checkpoint_digest(learner)} | _data_digests(resolved.distill.data)
+    with pipeline.locked(folder):
+        refuse_full_disk(folder, {"distill": headers.total_bytes + CHECKPOINT_BYTES * headers.weights})
         state = pipeline.Build(
-            config, teacher, checkpoint_digest(teacher), out, named_files={"distill": texts}, fresh=fresh,
-            find_stage=lambda _: partial(distill_pair.run, student=folder),
-        )  # fmt: skip
+            resolved,
+            opened,
+            folder,
+            named_files={"distill": texts},
+            fresh=fresh,
+            find_stage=lambda _: partial(distill_pair.run, student=learner),
+        )
         pipeline.run_stage(state, pipeline.PAIR_STAGE, force=fresh)
         pipeline.dismiss_helpers()
-    return out, state.done["distill"].summary
+    return DistillFolder.open(folder / "distill")
 
 
-def export_plain(request: Request) -> tuple[Path, dict[str, Any]]:
+def export(
+    model: str | Path,
+    *,
+    target: str = "cpu",
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+    settings: Sequence[str] = (),
+) -> Run:
     """Export any plain checkpoint as it is: no pruning budget, no training; a cached profile of it lends its imatrix."""
-    from moe_edge.stages.export import export_model, plan_job
+    from moe_edge.stages.export import export_model, plain_job
     from moe_edge.storage.cache import cached_profile_of
-    from moe_edge.storage.statistics import Statistics
 
-    config = resolve(request)
-    model, _ = inspect_teacher(config, students=True)
-    digest = checkpoint_digest(model)
-    out = output_folder(request, config)
-    if (out / "export" / MANIFEST_NAME).exists():
-        raise ConfigError("the folder holds a build", where=str(out), next_command="--out with another folder")
-    types = config.target.quantization
-    cached = cached_profile_of(digest)
-    statistics = Statistics.load(cached[0] / "statistics.safetensors") if cached else None
+    resolved = settle(target, model, config, overrides, settings=settings)
+    opened = open_teacher(resolved, students=True)
+    folder = output_folder(resolved, out)
+    work = folder / "export"
+    if (work / MANIFEST_NAME).exists():
+        raise ConfigError("the folder holds a build", where=str(folder), next_command="--out with another folder")
+    cached = cached_profile_of(opened.digest)
     if cached is None:
-        log.warning(
-            "no profile of this model is cached: quantizing without an imatrix ('moe-edge profile MODEL' makes one)"
-        )
-    with pipeline.locked(out):
-        job = plan_job(
-            config, model, out / "export", main=types.gguf[0], precision=types.onnx, statistics=statistics, kept=None,
-            provenance={"base_digest": digest, "method": "plain export"},
-        )  # fmt: skip
-        pipeline.begin(out / "export", pipeline.plain_export_key(config, digest, cached and cached[1].digest))
-        summary = export_model(job)
-        deliver(out, model, out / "export")
-        deliver_bundles(out, summary, config, digest)
-        write_run_manifest(out, _resolved(config), {"teacher": digest}, _versions())
-    return out, summary
+        command = "'moe-edge profile MODEL' makes one"
+        log.warning("no profile of this model is cached: quantizing without an imatrix (%s)", command)
+    profile = ProfileFolder.of(*cached) if cached else None
+    with pipeline.locked(folder):
+        job = plain_job(resolved, opened, work, profile)
+        pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile and profile.digest))
+        exported = ExportFolder(work, "", export_model(job))
+        deliver(folder, opened.path, work)
+        _bundle(folder, exported, resolved, opened.digest)
+        write_run_manifest(folder, _plain(resolved), {"teacher": opened.digest}, pipeline.all_versions())
+    return Run(folder, resolved, exported=exported.summary)
 
 
-def rewrite_report(run: Path) -> dict[str, Any]:
-    """Write report.json and report.md again from the stages' manifests.
+def validate(
+    artifact: str | Path,
+    *,
+    teacher: Source = None,
+    target: str = "cpu",
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    settings: Sequence[str] = (),
+) -> "ValidatedArtifact":
+    """Compare an artifact with its teacher on held-out text, measure its speed, and apply the target's gates.
+
+    Args:
+        artifact: a .gguf file, an ONNX folder or a checkpoint folder.
+        out: where measurements stay, default runs/<artifact>-validate.
+    """
+    from moe_edge.devices.detect import refuse_bad_headers
+    from moe_edge.evaluation.validation import validate_artifact
+
+    path = Path(artifact)
+    refuse_bad_headers(path)  # before anything heavy is imported: a crafted file is refused in a moment
+    resolved = settle(target, teacher, config, overrides, settings=settings, device=device)
+    return validate_artifact(path, open_teacher(resolved), resolved, _beside(path, out, "validate"))
+
+
+def bench(
+    artifact: str | Path,
+    *,
+    device: str = "local",
+    target: str = "cpu",
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+    settings: Sequence[str] = (),
+) -> "BenchedArtifact":
+    """Measure an artifact's speed and memory in a fresh process; arguments as those of `validate`."""
+    from moe_edge.devices.detect import refuse_bad_headers
+    from moe_edge.evaluation.validation import bench_artifact
+
+    path = Path(artifact)
+    refuse_bad_headers(path)
+    resolved = settle(target, overrides=overrides, settings=settings, device=device)
+    return bench_artifact(path, resolved, _beside(path, out, "bench"))
+
+
+def _beside(artifact: Path, out: str | Path | None, what: str) -> Path:
+    """`out`, or runs/<artifact>-<what>; made if it is not there."""
+    folder = Path(out) if out is not None else Path("runs") / f"{artifact.name}-{what}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def evaluate(
+    artifact: str | Path,
+    data: Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    settings: "EvaluationSettings | None" = None,
+    out: str | Path | None = None,
+) -> "Evaluation":
+    """Let an artifact answer instruction sets and score the answers: ROUGE-L, BLEU, chrF, exact match; resumable.
+
+    Args:
+        data: instruction sets (.jsonl).
+        limit: only the first rows of each set.
+    """
+    from moe_edge.evaluation.instructions import EvaluationSettings, run
+    from moe_edge.texts.instruction_rows import read_instruction_sets
+
+    path = Path(artifact)
+    sets = read_instruction_sets([Path(one) for one in data], limit)
+    folder = Path(out) if out is not None else Path("runs") / f"{path.resolve().name}-evaluate"
+    with pipeline.locked(folder):
+        return run(path, sets, settings or EvaluationSettings(), folder)
+
+
+def report(run: str | Path) -> Report:
+    """Write the report of a finished build again, from what its stages found; the gates are those of its configuration.
 
     Raises:
         ConfigError: a stage is missing.
     """
-    from moe_edge.stages.report import write_report
-
-    manifests = {name: read_manifest(run / name) for name in pipeline.STAGE_NAMES}
-    if missing := [name for name, manifest in manifests.items() if manifest is None]:
-        raise ConfigError(
-            "the run is not complete",
-            where=str(run),
-            why=f"no finished stage: {', '.join(missing)}",
-            next_command="moe-edge build ...",
-        )
-    config = BuildConfig.model_validate(read_yaml(run / "config.yaml").data)
-    done = {name: manifest for name, manifest in manifests.items() if manifest is not None}
-    old = read_manifest(run)
-    report = write_report(
-        run, [_stage_row(name, manifest, True) for name, manifest in done.items()], config,
-        {name: manifest.summary for name, manifest in done.items()},
-    )  # fmt: skip
-    if old is not None:
-        write_run_manifest(run, old.config, old.inputs, old.versions)
-    return report
+    out = Path(run)
+    found = {name: read_manifest(out / name) for name in pipeline.STAGE_NAMES}
+    manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
+    if missing := [name for name in found if name not in manifests]:
+        why = f"no finished stage: {', '.join(missing)}"
+        raise ConfigError("the run is not complete", where=str(out), why=why, next_command="moe-edge build ...")
+    config = BuildConfig.model_validate(read_yaml(out / "config.yaml").data)
+    name = Path(config.teacher.path).name if config.teacher.path else DEMO_NAME
+    written = _write_report(out, config, name, manifests, dict.fromkeys(manifests, True))
+    if (old := read_manifest(out)) is not None:
+        write_run_manifest(out, old.config, old.inputs, old.versions)
+    return written

@@ -1,17 +1,17 @@
 """The stages in order, and when one is skipped: this file is the whole story of a build.
 
-teacher -> profile -> plan -> compress -> distill -> export -> validate -> report. A stage is skipped when the key in its
-folder's manifest equals the key of what would be computed now and the files still have their digests. A stage writes into
-its own folder; its manifest is written last. After a kill the folder has no manifest: the stage runs again and may resume
-from what it finds there, provided that the folder was begun for the same key. Of several processes (profiling/ranks.py) the
-leader decides, writes and runs what is not shared; the others take part in the stages of SHARED.
+teacher -> profile -> plan -> compress -> distill -> export -> validate, then delivery and report (api.py). A stage is skipped
+when the key in its folder's manifest equals the key of what would be computed now and the files still have their digests. A
+stage writes into its own folder; its manifest is written last. After a kill the folder has no manifest: the stage runs again and
+may resume from what it finds there, provided that the folder was begun for the same key. Of several processes (process/ranks.py)
+the leader decides, writes and runs what is not shared; the others take part in the stages of SHARED.
 """
 
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
+from pydantic import BaseModel
 
-from moe_edge import __version__
-from moe_edge.contracts.artifacts import StageContext, StageRun
+from moe_edge.contracts.artifacts import FOLDERS, StageFolder
+from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, ResourceProblem
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.contracts.manifest import (
     MANIFEST_NAME,
     Cost,
@@ -34,14 +35,13 @@ from moe_edge.contracts.manifest import (
     read_manifest,
     stage_key,
 )
-from moe_edge.contracts.units import format_bytes
 from moe_edge.metrics.memory import PeakRss
 from moe_edge.process import interrupts
 from moe_edge.process.ranks import current_ranks, lost_processes_named
 from moe_edge.storage.cache import publish_profile, reuse_profile
-from moe_edge.storage.delivery import deliver
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
 from moe_edge.storage.folders import changed_files, hash_folder
+from moe_edge.version import __version__
 
 log = logging.getLogger(__name__)
 RSS_INTERVAL_S = 0.5  # a look walks /proc and holds the GIL: at 0.03 s it cost a training step a tenth
@@ -50,19 +50,18 @@ BEGUN = ".key"  # in an unfinished stage folder: the key it was begun for
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the pipeline: what its key depends on."""
+    """One row of the pipeline: what its key depends on, which is what its function reads."""
 
     name: str
-    sections: tuple[str, ...]  # of the configuration, dotted
-    inputs: tuple[str, ...]  # earlier stages whose digests it pins
+    reads: tuple[str, ...]  # keys of the configuration, dotted: all that change what is computed, and no others
+    takes: tuple[str, ...]  # earlier stages whose folders it is given, and whose digests it pins
     packages: tuple[str, ...] = ()  # beside torch and transformers
     schema: int = 1  # raised when the stage's output changes meaning
 
     def config_for_key(self, config: BuildConfig) -> dict[str, Any]:
-        whole = config.model_dump(
-            mode="json", by_alias=True, exclude={"export": {"bundle"}}
-        )  # no stage computes with it
-        return {dotted: _descend(whole, dotted) for dotted in self.sections}
+        """The values of `reads`."""
+        whole = config.model_dump(mode="json", by_alias=True)
+        return {dotted: _descend(whole, dotted) for dotted in self.reads}
 
 
 def _descend(data: Any, dotted: str) -> Any:
@@ -72,27 +71,49 @@ def _descend(data: Any, dotted: str) -> Any:
 
 
 _RUNTIMES = ("llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai")
+_EXPORTED = ("export.formats", "export.gguf", "export.onnx", "target.formats", "target.quantization")
 STAGES: tuple[Stage, ...] = (
     Stage("profile", ("teacher.dtype", "calibration", "profile"), (), schema=3),
     Stage(
-        "plan", ("plan", "target", "export", "calibration.sequence_length"), ("profile",),
-        ("matplotlib", "llama-cpp-python"), schema=3,
+        "plan",
+        (
+            *("plan", *_EXPORTED, "target.context_length", "target.context_least", "target.budget", "target.device"),
+            *(f"target.hardware.{fact}.value" for fact in ("memory_bytes", "usable_share")),
+            *(f"target.hardware.{fact}.value" for fact in ("bandwidth_gb_per_s", "bandwidth_efficiency")),
+            *("target.runtime.kv_cache", "target.runtime.gpu_layers", "profile.mode", "teacher.dtype"),
+        ),
+        ("profile",),
+        ("matplotlib", "llama-cpp-python"),
+        schema=4,
     ),
-    Stage("compress", (), ("profile", "plan"), schema=3),
-    Stage("distill", ("distill", "calibration.seed"), ("profile", "plan", "compress"), ("accelerate",), schema=3),
+    Stage("compress", ("profile.mode",), ("profile", "plan"), schema=4),
     Stage(
-        "export", ("export", "target.formats", "target.quantization", "target.runtime", "target.context_length"),
-        ("profile", "plan", "compress", "distill"), _RUNTIMES,
+        "distill",
+        ("distill", "calibration.sequence_length", "profile.logits"),
+        ("profile", "plan", "compress"),
+        ("accelerate",),
+        schema=4,
     ),
     Stage(
-        "validate", ("validate", "calibration", "target.gates", "target.runtime", "target.context_length", "target.name"),
-        ("plan", "distill", "export"), _RUNTIMES,
+        "export",
+        ("teacher.path", *_EXPORTED, "target.budget.weights", "target.runtime.threads"),
+        ("profile", "plan", "compress", "distill"),
+        _RUNTIMES,
+        schema=2,
     ),
-)  # fmt: skip
+    Stage(
+        "validate",
+        ("validate", "calibration.sequence_length", "target.runtime.threads"),
+        ("profile", "plan", "distill", "export"),
+        _RUNTIMES,
+        schema=2,
+    ),
+)
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 # `moe-edge distill --student`: the same stage for a student that no plan made
-PAIR_STAGE = Stage("distill", ("distill", "calibration", "profile.logits"), (), ("accelerate",))
+PAIR_STAGE = Stage("distill", ("distill", "calibration", "profile.logits"), (), ("accelerate",), schema=2)
 SHARED = ("profile", "distill")  # the stages in which several processes take part
+StageRun = Callable[..., BaseModel | None]  # see contracts/artifacts.py; None in a process that only helps
 
 
 def load_stage(name: str) -> StageRun:
@@ -106,29 +127,40 @@ class Build:
     """A build in its output folder, and what has been done so far."""
 
     config: BuildConfig
-    teacher: Path
-    teacher_digest: str
+    teacher: Teacher
     out: Path
-    named_files: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> digests of files its settings name
+    named_files: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict
+    )  # stage -> digests of files its settings name
     fresh: bool = False
-    done: dict[str, Manifest] = field(default_factory=dict)
-    cached: dict[str, bool] = field(default_factory=dict)
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> what was found before it, by name
+    manifests: dict[str, Manifest] = field(default_factory=dict)  # of the finished stages
+    cached: dict[str, bool] = field(default_factory=dict)  # were they reused
     find_stage: Callable[[str], StageRun] = load_stage  # tests bring their own
 
     def folder(self, stage: str) -> Path:
+        """Where a stage writes."""
         return self.out / stage
 
-    def key(self, stage: Stage) -> str:
-        inputs = {"teacher": self.teacher_digest} | self.named_files.get(stage.name, {})
-        inputs |= {name: self.done[name].digest for name in stage.inputs}
-        return stage_key(stage.name, stage.schema, stage.config_for_key(self.config), inputs, versions_of(stage))
+    def finished(self, stage: str) -> StageFolder[Any]:
+        """The typed folder of a stage that is done."""
+        return FOLDERS[stage].of(self.folder(stage), self.manifests[stage])
 
-    def context(self, stage: Stage) -> StageContext:
-        return StageContext(
-            config=self.config, teacher=self.teacher, teacher_digest=self.teacher_digest, out=self.folder(stage.name),
-            inputs={name: self.folder(name) for name in self.done},
-            summaries={name: manifest.summary for name, manifest in self.done.items()},
-        )  # fmt: skip
+    def inputs(self, stage: Stage) -> dict[str, str]:
+        """What a stage is made from: the digests of the teacher, the earlier stages and the files that its settings name."""
+        digests = {name: self.manifests[name].digest for name in stage.takes}
+        return {"teacher": self.teacher.digest} | dict(self.named_files.get(stage.name, {})) | digests
+
+    def key(self, stage: Stage) -> str:
+        """What names the stage's computation."""
+        config = stage.config_for_key(self.config)
+        return stage_key(stage.name, stage.schema, config, self.inputs(stage), versions_of(stage))
+
+    def call(self, stage: Stage) -> BaseModel | None:
+        """Run the stage's function on the folders that it takes."""
+        earlier = {name: self.finished(name) for name in stage.takes}
+        more = self.given.get(stage.name, {})
+        return self.find_stage(stage.name)(self.config, self.teacher, self.folder(stage.name), **earlier, **more)
 
 
 def versions_of(stage: Stage) -> dict[str, str]:
@@ -136,6 +168,11 @@ def versions_of(stage: Stage) -> dict[str, str]:
     return {"moe-edge": __version__} | {
         name: installed_version(name) for name in ("torch", "transformers", *stage.packages)
     }
+
+
+def all_versions() -> dict[str, str]:
+    """The same of every stage together."""
+    return {name: text for stage in STAGES for name, text in versions_of(stage).items()}
 
 
 def plain_export_key(config: BuildConfig, model_digest: str, profile_digest: str | None) -> str:
@@ -202,12 +239,10 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
     for position, stage in enumerate(STAGES[: last + 1]):
         interrupts.check()
         if start and position < first:
-            build.done[stage.name] = current_ranks().lead(partial(_adopted, build, stage))
+            build.manifests[stage.name] = current_ranks().lead(partial(_adopted, build, stage))
             build.cached[stage.name] = True
         else:
             run_stage(build, stage, force=build.fresh or start is not None)
-        if stage.name == "export":
-            deliver(build.out, build.folder("distill") / "model", build.folder("export"))
     dismiss_helpers()
 
 
@@ -246,8 +281,8 @@ def run_stage(build: Build, stage: Stage, force: bool = False) -> None:
         if kept is None and stage.name in SHARED:
             ranks.take_accelerator()
             if not ranks.leads:
-                build.find_stage(stage.name)(build.context(stage))
-        build.done[stage.name] = kept or ranks.lead(partial(_execute, build, stage))
+                build.call(stage)
+        build.manifests[stage.name] = kept or ranks.lead(partial(_execute, build, stage))
 
 
 def _kept(build: Build, stage: Stage, force: bool) -> Manifest | None:
@@ -275,8 +310,10 @@ def _reusable(folder: Path, key: str) -> Manifest | None:
         log.warning(
             "%s: %s changed since it was written; building it again (the changed folder is kept as %s; "
             "to build on your edit use --from)",
-            folder.name, ", ".join(changed), kept.name,
-        )  # fmt: skip
+            folder.name,
+            ", ".join(changed),
+            kept.name,
+        )
         return None
     return manifest
 
@@ -294,32 +331,24 @@ def begin(folder: Path, key: str, force: bool = False) -> None:
 
 
 def _execute(build: Build, stage: Stage) -> Manifest:
-    context, key, started = build.context(stage), build.key(stage), time.monotonic()
+    folder, key, started = build.folder(stage.name), build.key(stage), time.monotonic()
     with PeakRss(interval_s=RSS_INTERVAL_S) as memory:
-        summary = build.find_stage(stage.name)(context)
-    (context.out / BEGUN).unlink()
-    files = hash_folder(context.out)
+        summary = build.call(stage)
+    assert summary is not None  # this is the leader
+    (folder / BEGUN).unlink()
+    files = hash_folder(folder)
     manifest = Manifest(
-        stage=stage.name, key=key, digest=content_digest(files), files=files, summary=summary,
-        inputs={"teacher": build.teacher_digest} | {name: build.done[name].digest for name in stage.inputs},
-        config=stage.config_for_key(build.config), versions=versions_of(stage),
+        stage=stage.name,
+        key=key,
+        digest=content_digest(files),
+        files=files,
+        summary=summary.model_dump(mode="json"),
+        inputs=build.inputs(stage),
+        config=stage.config_for_key(build.config),
+        versions=versions_of(stage),
         cost=Cost(seconds=round(time.monotonic() - started, 3), peak_rss_mib=memory.peak_rss_mib),
-    )  # fmt: skip
-    write_text_atomic(context.out / MANIFEST_NAME, manifest.to_json())
+    )
+    write_text_atomic(folder / MANIFEST_NAME, manifest.to_json())
     if stage.name == "profile":
-        publish_profile(context.out, key)
+        publish_profile(folder, key)
     return manifest
-
-
-def check_disk(out: Path, needed_bytes: int) -> None:
-    """Refuse before hours are spent.
-
-    Raises:
-        ResourceProblem: less than `needed_bytes` are free where `out` lies.
-    """
-    free = shutil.disk_usage(out).free
-    if free < needed_bytes:
-        raise ResourceProblem(
-            "not enough disk space", where=str(out), why=f"needs about {format_bytes(needed_bytes)}, has {format_bytes(free)}",
-            next_command="free some space, or choose another --out",
-        )  # fmt: skip

@@ -215,18 +215,17 @@ def test_a_held_folder_is_five(tmp_path):
 
 
 def test_a_full_disk_is_six(called, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device", "x.bin")
 
-    monkeypatch.setattr("moe_edge.api.resolve", full)
+    monkeypatch.setattr("moe_edge.api.settle", full)
     code, _, err = called("build")
     assert code == 6 and "disk is full" in err and "resumes" in err
 
 
 def test_a_stage_asks_for_the_disk_that_it_writes_to_and_no_more(called, tmp_path, monkeypatch):
     teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
-    free = 2 * (teacher / "model.safetensors").stat().st_size
-    monkeypatch.setattr("moe_edge.pipeline.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr("moe_edge.storage.folders.shutil.disk_usage", lambda _: SimpleNamespace(free=12 << 20))
     ran: list[str] = []
     monkeypatch.setattr("moe_edge.pipeline.run_stages", lambda _state, _start, until: ran.append(until))
     for until, code in (("profile", 0), ("compress", 0), ("distill", 6)):
@@ -236,12 +235,12 @@ def test_a_stage_asks_for_the_disk_that_it_writes_to_and_no_more(called, tmp_pat
 
 
 def test_missed_gates_are_ten_and_bugs_are_one(called, monkeypatch):
-    def missed(*_):
+    def missed(*_, **__):
         raise GateFailed("missed", why="KL")
 
-    monkeypatch.setattr("moe_edge.api.resolve", missed)
+    monkeypatch.setattr("moe_edge.api.settle", missed)
     assert called("build")[0] == 10
-    monkeypatch.setattr("moe_edge.api.resolve", lambda *_: 1 / 0)
+    monkeypatch.setattr("moe_edge.api.settle", lambda *_, **__: 1 / 0)
     code, _, err = called("build")
     assert code == 1 and "bug in moe-edge" in err
 

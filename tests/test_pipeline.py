@@ -1,35 +1,41 @@
 """The pipeline: skip on equal keys, rebuild on changed files, resume after a kill, adopt hand edits with --from."""
 
+import inspect
 import json
+from typing import get_type_hints
 
 import pytest
 
 from moe_edge import pipeline
+from moe_edge.contracts.artifacts import FOLDERS
+from moe_edge.contracts.checkpoint import CheckpointHeaders, Teacher
 from moe_edge.contracts.config_io import resolve_config
-from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, ResourceProblem
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.contracts.targets_io import read_target
+from moe_edge.families import family_of
+from tests.qwen3_30b import CONFIG
+from tests.summaries import summary_of
+
+SPEC = family_of(CONFIG).spec(CONFIG)
 
 
 class Stages:
     """Fake stages that count their runs and write one file each."""
 
     def __init__(self):
-        self.runs = []
+        self.runs, self.saw = [], {}
         self.fail_in = None
 
     def __call__(self, name):
-        def run(context):
+        def run(config, teacher, out, **earlier):
             self.runs.append(name)
-            seen = sorted(context.inputs)
             if self.fail_in == name:
-                (context.out / "half").write_text("unfinished")
+                (out / "half").write_text("unfinished")
                 raise RuntimeError("killed")
-            (context.out / f"{name}.json").write_text(json.dumps(seen))
-            for part in ("model", "gguf") if name in ("distill", "export") else ():
-                (context.out / part).mkdir(exist_ok=True)
-                (context.out / part / "weights").write_text(name)
-            return {"saw": seen}
+            (out / f"{name}.json").write_text(json.dumps({"saw": sorted(earlier)}))
+            self.saw[name] = earlier
+            return summary_of(name)
 
         return run
 
@@ -42,7 +48,9 @@ def stages(tmp_path, monkeypatch):
 
 def run(tmp_path, stages, settings=(), start=None, until=None, fresh=False, out="run"):
     config = resolve_config(read_target("cpu"), None, list(settings))
-    state = pipeline.Build(config, tmp_path, "sha256:teacher", tmp_path / out, fresh=fresh, find_stage=stages)
+    headers = CheckpointHeaders(tmp_path, {}, {}, 0)
+    teacher = Teacher(tmp_path, "teacher", headers, SPEC, "sha256:teacher")
+    state = pipeline.Build(config, teacher, tmp_path / out, fresh=fresh, find_stage=stages)
     pipeline.run_stages(state, start, until)
     return state
 
@@ -52,8 +60,42 @@ def test_all_stages_run_once_then_nothing(tmp_path, stages):
     assert stages.runs == list(pipeline.STAGE_NAMES) and not any(first.cached.values())
     second = run(tmp_path, stages)
     assert len(stages.runs) == len(pipeline.STAGES) and all(second.cached.values())
-    assert (tmp_path / "run/artifacts/gguf/weights").read_text() == "export"
-    assert (tmp_path / "run/artifacts/hf/weights").read_text() == "distill"
+
+
+def test_a_stage_is_given_the_typed_folders_that_it_takes(tmp_path, stages):
+    state = run(tmp_path, stages)
+    for stage in pipeline.STAGES:
+        folders = stages.saw[stage.name]
+        assert {name: type(folder) for name, folder in folders.items()} == {name: FOLDERS[name] for name in stage.takes}
+        assert all(folder.digest == state.manifests[name].digest for name, folder in folders.items())
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES, ids=lambda stage: stage.name)
+def test_a_stages_signature_says_what_the_table_says(stage):
+    """The table hands folders over by name; the function takes those and no others, each with its type."""
+    given = {"plan": {"budget"}}.get(stage.name, set())
+    parameters = inspect.signature(pipeline.load_stage(stage.name)).parameters
+    assert list(parameters)[:3] == ["config", "teacher", "out"]
+    hints = get_type_hints(pipeline.load_stage(stage.name))
+    assert set(parameters) - {"config", "teacher", "out"} == {*stage.takes, *given}
+    assert {name: hints[name] for name in stage.takes} == {name: FOLDERS[name] for name in stage.takes}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "target.gates.kl_to_teacher_nats=0.001",
+        "target.description=another",
+        "target.hardware.memory_bytes.source=someone",
+        "target.system=android",
+        "export.bundle=false",
+    ],
+)
+def test_what_no_stage_reads_runs_no_stage(tmp_path, stages, setting):
+    run(tmp_path, stages)
+    stages.runs.clear()
+    run(tmp_path, stages, [setting])
+    assert stages.runs == []
 
 
 def test_a_changed_setting_runs_only_what_depends_on_it(tmp_path, stages):
@@ -87,7 +129,9 @@ def test_from_builds_on_a_hand_edit(tmp_path, stages):
     (tmp_path / "run/plan/plan.json").write_text("edited")
     state = run(tmp_path, stages, start="compress")
     assert stages.runs == ["compress", "distill", "export", "validate"]
-    assert state.done["plan"].edited and state.done["compress"].inputs["plan"] == state.done["plan"].digest
+    assert (
+        state.manifests["plan"].edited and state.manifests["compress"].inputs["plan"] == state.manifests["plan"].digest
+    )
     stages.runs.clear()
     run(tmp_path, stages)
     assert stages.runs == []  # the edit is now what the manifest says
@@ -102,7 +146,7 @@ def test_a_killed_stage_finds_its_own_files_and_failures_are_not_cached(tmp_path
     stages.fail_in = None
     state = run(tmp_path, stages)
     assert state.cached == {name: name in ("profile", "plan") for name in pipeline.STAGE_NAMES}
-    assert "half" in state.done["compress"].files  # resumed in the same folder
+    assert "half" in state.manifests["compress"].files  # resumed in the same folder
 
 
 def test_another_key_empties_an_unfinished_folder(tmp_path, stages):
@@ -111,7 +155,7 @@ def test_another_key_empties_an_unfinished_folder(tmp_path, stages):
         run(tmp_path, stages)
     stages.fail_in = None
     state = run(tmp_path, stages, ["plan.seed=5"])
-    assert "half" not in state.done["plan"].files
+    assert "half" not in state.manifests["plan"].files
 
 
 def test_profiles_are_shared_between_output_folders(tmp_path, stages):
@@ -148,9 +192,3 @@ def test_a_second_build_is_refused_while_the_first_holds_the_folder(tmp_path):
             pass
     with pipeline.locked(tmp_path / "run"):  # released
         assert (tmp_path / "run/.lock.json").exists()
-
-
-def test_disk_is_checked_before_work(tmp_path):
-    with pytest.raises(ResourceProblem, match="needs about"):
-        pipeline.check_disk(tmp_path, 1 << 60)
-    pipeline.check_disk(tmp_path, 1)

@@ -33,9 +33,17 @@ Json = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
 
 
 def _request(
-    teacher: str, data: str, tokens: int, k: int, temperatures: str | None, rs: int, sequence_length: int, seed: int,
-    dtype: str, shard_rows: int,
-) -> Any:  # fmt: skip
+    teacher: str,
+    data: str,
+    tokens: int,
+    k: int,
+    temperatures: str | None,
+    rs: int,
+    sequence_length: int,
+    seed: int,
+    dtype: str,
+    shard_rows: int,
+) -> Any:
     from moe_edge.distillation.capture import CaptureConfig, teacher_of
     from moe_edge.distillation.capture_run import CaptureRequest
     from moe_edge.models.loading import resolve_teacher
@@ -56,10 +64,17 @@ def _temperatures(text: str) -> tuple[float, ...]:
 def capture(
     teacher: Teacher,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache.")],
-    data: Data = "calibration", tokens: Tokens = 65536, k: Kept = 32, temperatures: Temperatures = None,
-    rs: RandomDraws = 0, sequence_length: RowTokens = 512, seed: Seed = 0, dtype: Dtype = "auto",
-    shard_rows: ShardRows = 64, as_json: Json = False,
-) -> None:  # fmt: skip
+    data: Data = "calibration",
+    tokens: Tokens = 65536,
+    k: Kept = 32,
+    temperatures: Temperatures = None,
+    rs: RandomDraws = 0,
+    sequence_length: RowTokens = 512,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    shard_rows: ShardRows = 64,
+    as_json: Json = False,
+) -> None:
     """Run TEACHER over a text and keep what distillation needs; goes on where a killed run stopped.
 
     Several processes share the work: accelerate launch --num_processes N -m moe_edge logits capture ...
@@ -80,10 +95,18 @@ def capture(
 
 @logits.command()
 def estimate(
-    teacher: Teacher, data: Data = "calibration", tokens: Tokens = 65536, k: Kept = 32, temperatures: Temperatures = None,
-    rs: RandomDraws = 0, sequence_length: RowTokens = 512, seed: Seed = 0, dtype: Dtype = "auto",
-    shard_rows: ShardRows = 64, as_json: Json = False,
-) -> None:  # fmt: skip
+    teacher: Teacher,
+    data: Data = "calibration",
+    tokens: Tokens = 65536,
+    k: Kept = 32,
+    temperatures: Temperatures = None,
+    rs: RandomDraws = 0,
+    sequence_length: RowTokens = 512,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    shard_rows: ShardRows = 64,
+    as_json: Json = False,
+) -> None:
     """Say what a capture would cost: bytes, hours from one measured row, and the memory of a live teacher instead."""
     from moe_edge.distillation.capture_run import estimate as run
 
@@ -109,9 +132,11 @@ def import_(
     file: Annotated[Path, typer.Argument(help="An HDF5 file with values and indices [rows, tokens, k].")],
     out: Annotated[Path, typer.Argument(help="Folder of the cache to make.")],
     teacher: Annotated[str, typer.Option("--teacher", help="The model that the logits are of.")],
-    rows: Annotated[Path | None, typer.Option("--rows", help="A rows.safetensors, where the file has no input_ids.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="A rows.safetensors, where the file has no input_ids.")
+    ] = None,
     shard_rows: ShardRows = 64,
-) -> None:  # fmt: skip
+) -> None:
     """Make a cache from another tool's file; without tail masses only the kept ids are compared."""
     from moe_edge.distillation.capture import teacher_of
     from moe_edge.distillation.capture_exchange import import_plain_logits

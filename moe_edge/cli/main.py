@@ -11,8 +11,9 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 
@@ -20,7 +21,6 @@ from moe_edge.cli.evaluate import evaluate
 from moe_edge.cli.logits import logits
 from moe_edge.cli.tables import cache, targets
 from moe_edge.contracts.errors import (
-    ConfigError,
     EnvironmentProblem,
     GateFailed,
     InputRejected,
@@ -30,13 +30,17 @@ from moe_edge.contracts.errors import (
 from moe_edge.process import interrupts
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Take a Mixture-of-Experts teacher to a smaller, quantized, validated student on an edge device.",
-)  # fmt: skip
+)
 app.add_typer(targets, name="targets")
 app.add_typer(cache, name="cache")
 app.command()(evaluate)
 app.add_typer(logits, name="logits")
+
+log = logging.getLogger(__name__)
 
 Teacher = Annotated[str | None, typer.Argument(help="A checkpoint folder or hub id; without it, the demo teacher.")]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="A shipped target, or the path of a target .yaml.")]
@@ -49,6 +53,11 @@ FromOption = Annotated[
     str | None, typer.Option("--from", help="Run from this stage on; earlier ones are used as they lie there.")
 ]
 UntilOption = Annotated[str | None, typer.Option("--until", help="Stop after this stage.")]
+StudentOption = Annotated[
+    str | None,
+    typer.Option("--student", help="Teach this checkpoint, dense or a mixture, whatever its tokenizer; no build."),
+]
+ArtifactArgument = Annotated[Path, typer.Argument(help="A .gguf file, an ONNX folder or a checkpoint folder.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Run every stage, reuse nothing.")]
 
 
@@ -117,78 +126,90 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _request(
-    teacher: str | None, target: str, config: Path | None, out: Path | None, device: str | None, settings: list[str] | None
-) -> Any:  # fmt: skip
-    from moe_edge.api import Request
-
-    return Request(target, teacher, config, out, device, settings or ())
-
-
 def _print(data: Any) -> None:
     print(json.dumps(data, indent=1, default=str))
 
 
 @app.command()
 def build(
-    teacher: Teacher = None, target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None,
-    device: DeviceOption = None, settings: SetOption = None,
-    start: FromOption = None, until: UntilOption = None,
+    teacher: Teacher = None,
+    target: TargetOption = "cpu",
+    config: ConfigOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    settings: SetOption = None,
+    start: FromOption = None,
+    until: UntilOption = None,
     fresh: FreshOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what fits and what it costs.")] = False,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Take TEACHER to a validated student for a target: all stages, resumable."""
-    request = _request(teacher, target, config, out, device, settings)
     if dry_run:
-        return _show_plan(request, as_json)
-    from moe_edge.pipeline import STAGE_NAMES
-
-    for option, value in (("--from", start), ("--until", until)):
-        if value is not None and value not in STAGE_NAMES:
-            raise ConfigError(f"{option} {value}: no such stage", why=f"stages: {', '.join(STAGE_NAMES)}")
-    _build(request, start, until, fresh, as_json)
+        return plan(teacher, target, config, out, settings, as_json)
+    given: Given = {"target": target, "config": config, "out": out, "settings": settings or ()}
+    _build(as_json, until, teacher, device=device, start=start, until=until, fresh=fresh, **given)
 
 
-def _build(request: Any, start: str | None, until: str | None, fresh: bool, as_json: bool) -> None:
-    from moe_edge.api import build as run_build
+class Given(TypedDict):
+    """The options that every command with a configuration has, as arguments of api.py."""
 
-    out, report, cached = run_build(request, start=start, until=until, fresh=fresh)
-    if all(cached.values()):
-        logging.getLogger(__name__).info("nothing to do: every stage is up to date in %s", out)
-    if report is None:
-        _print({"out": str(out), "stages": cached}) if as_json else print(f"{out}: finished until {until}")
-        return
-    _print(report) if as_json else print((out / "report.md").read_text())
-    if report["verdict"] != "pass":
-        raise GateFailed("the build missed its gates", where=str(out / "report.md"), why="; ".join(report["reasons"]))
+    target: str
+    config: Path | None
+    out: Path | None
+    settings: Sequence[str]
+
+
+def _build(as_json: bool, last: str | None, *arguments: Any, **options: Any) -> None:
+    """Run a build and say what became of it; a missed gate is an error with an exit code of its own."""
+    from moe_edge import api
+
+    run = api.build(*arguments, **options)
+    if all(run.reused.values()):
+        log.info("nothing to do: every stage is up to date in %s", run.out)
+    if run.report is None:
+        return (
+            _print({"out": str(run.out), "stages": run.reused})
+            if as_json
+            else print(f"{run.out}: finished until {last}")
+        )
+    print((run.out / ("report.json" if as_json else "report.md")).read_text())
+    if run.report.verdict != "pass":
+        why = "; ".join(run.report.reasons)
+        raise GateFailed("the build missed its gates", where=str(run.out / "report.md"), why=why)
 
 
 @app.command()
 def plan(
-    teacher: Teacher = None, target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None,
-    settings: SetOption = None, as_json: JsonOption = False,
-) -> None:  # fmt: skip
+    teacher: Teacher = None,
+    target: TargetOption = "cpu",
+    config: ConfigOption = None,
+    out: OutOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Say what fits, what it costs and why; reads headers only (and a profile if there is one)."""
-    _show_plan(_request(teacher, target, config, out, None, settings), as_json)
-
-
-def _show_plan(request: Any, as_json: bool) -> None:
-    from moe_edge.api import dry_run
+    from moe_edge import api
     from moe_edge.reporting.options_text import options_text
 
-    options = dry_run(request)
-    _print(options) if as_json else print(options_text(options))
+    preview = api.preview(teacher, target=target, config=config, out=out, settings=settings or ())
+    _print(preview.to_dict()) if as_json else print(options_text(preview))
 
 
 def _stage_command(name: str, text: str) -> None:
     """One command per stage that needs the earlier ones: `build --until NAME`."""
 
     def command(
-        teacher: Teacher = None, target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None,
-        settings: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False,
-    ) -> None:  # fmt: skip
-        _build(_request(teacher, target, config, out, None, settings), None, name, fresh, as_json)
+        teacher: Teacher = None,
+        target: TargetOption = "cpu",
+        config: ConfigOption = None,
+        out: OutOption = None,
+        settings: SetOption = None,
+        fresh: FreshOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        given: Given = {"target": target, "config": config, "out": out, "settings": settings or ()}
+        _build(as_json, name, teacher, until=name, fresh=fresh, **given)
 
     app.command(name, help=text)(command)
 
@@ -199,98 +220,89 @@ _stage_command("compress", "Apply the plan: profile and plan are made if they ar
 
 @app.command()
 def distill(
-    teacher: Teacher = None, target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None,
-    student: Annotated[
-        str | None,
-        typer.Option("--student", help="Teach this checkpoint, dense or a mixture, whatever its tokenizer; no build."),
-    ] = None,
-    settings: SetOption = None, fresh: FreshOption = False, as_json: JsonOption = False,
-) -> None:  # fmt: skip
+    teacher: Teacher = None,
+    target: TargetOption = "cpu",
+    config: ConfigOption = None,
+    out: OutOption = None,
+    student: StudentOption = None,
+    settings: SetOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Recover quality from the teacher: earlier stages are made if they are missing. Or teach a --student of your own."""
-    request = _request(teacher, target, config, out, None, settings)
+    given: Given = {"target": target, "config": config, "out": out, "settings": settings or ()}
     if student is None:
-        return _build(request, None, "distill", fresh, as_json)
-    from moe_edge.api import distill_student
+        return _build(as_json, "distill", teacher, until="distill", fresh=fresh, **given)
+    from moe_edge import api
 
-    folder, summary = distill_student(request, student, fresh=fresh)
+    taught = api.distill(teacher, student=student, fresh=fresh, **given)
     if as_json:
-        return _print({"out": str(folder), **summary})
-    print(f"{folder / 'distill' / 'model'}: {summary['kept']}; {summary['reason']}")
-    print(f"next: moe-edge export {folder / 'distill' / 'model'} --target TARGET")
+        return _print({"out": str(taught.path.parent), **taught.summary.model_dump(mode="json")})
+    print(f"{taught.model}: {taught.summary.kept}; {taught.summary.reason}")
+    print(f"next: moe-edge export {taught.model} --target TARGET")
 
 
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Any checkpoint folder of a supported family; exported as it is.")],
-    target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None, settings: SetOption = None,
+    target: TargetOption = "cpu",
+    config: ConfigOption = None,
+    out: OutOption = None,
+    settings: SetOption = None,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Export a checkpoint to GGUF and ONNX without compressing it; every file is reopened and compared."""
-    from moe_edge.api import export_plain
+    from moe_edge import api
 
-    folder, summary = export_plain(_request(model, target, config, out, None, settings))
+    run = api.export(model, target=target, config=config, out=out, settings=settings or ())
+    assert run.exported is not None
     if as_json:
-        return _print({"out": str(folder), **summary})
-    for row in summary["artifacts"]:
-        print(f"{folder / row['path']}  {row['bytes'] / 2**20:.1f} MiB  {row['bits_per_weight']} bits/weight")
+        return _print({"out": str(run.out), **run.exported.model_dump(mode="json", exclude_unset=True)})
+    for row in (*run.artifacts.gguf, *run.artifacts.onnx):
+        print(f"{row.path}  {row.bytes / 2**20:.1f} MiB  {row.bits_per_weight} bits/weight")
 
 
 @app.command()
 def validate(
-    artifact: Annotated[Path, typer.Argument(help="A .gguf file, an ONNX folder or a checkpoint folder.")],
+    artifact: ArtifactArgument,
     teacher: Annotated[str, typer.Option("--teacher", help="The model it is compared with.")],
-    target: TargetOption = "cpu", config: ConfigOption = None, out: OutOption = None, device: DeviceOption = None,
+    target: TargetOption = "cpu",
+    config: ConfigOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
     settings: SetOption = None,
-) -> None:  # fmt: skip
+) -> None:
     """Compare an artifact with its teacher on held-out text and measure its speed."""
-    _refuse_bad_headers(artifact)
-    from moe_edge.api import inspect_teacher, resolve
-    from moe_edge.stages.validate import validate_artifact
+    from moe_edge import api
 
-    request = _request(teacher, target, config, out, device, settings)
-    resolved = resolve(request)
-    result = validate_artifact(artifact, inspect_teacher(resolved)[0], resolved, _beside(artifact, out, "validate"))
-    _print(result)
-    if result.get("verdict") != "pass":
+    given: Given = {"target": target, "config": config, "out": out, "settings": settings or ()}
+    result = api.validate(artifact, teacher=teacher, device=device, **given)
+    _print(result.to_dict())
+    if result.verdict != "pass":
         raise GateFailed("the artifact missed its gates", where=str(artifact))
 
 
 @app.command()
 def bench(
-    artifact: Annotated[Path, typer.Argument(help="A .gguf file, an ONNX folder or a checkpoint folder.")],
+    artifact: ArtifactArgument,
     device: Annotated[str, typer.Option("--device", help="local (ssh:// and adb: are not supported yet).")] = "local",
-    target: TargetOption = "cpu", out: OutOption = None, settings: SetOption = None,
-) -> None:  # fmt: skip
+    target: TargetOption = "cpu",
+    out: OutOption = None,
+    settings: SetOption = None,
+) -> None:
     """Measure an artifact's speed and memory in a fresh process."""
-    _refuse_bad_headers(artifact)
-    from moe_edge.api import resolve
-    from moe_edge.stages.validate import bench_artifact
+    from moe_edge import api
 
-    resolved = resolve(_request(None, target, None, out, device, settings))
-    _print(bench_artifact(artifact, resolved, _beside(artifact, out, "bench")))
-
-
-def _refuse_bad_headers(artifact: Path) -> None:
-    """Before anything heavy is imported: a crafted file is refused in a moment."""
-    from moe_edge.devices.detect import refuse_bad_headers
-
-    refuse_bad_headers(artifact)
-
-
-def _beside(artifact: Path, out: Path | None, what: str) -> Path:
-    """--out, or runs/<artifact>-<what>."""
-    folder = out if out is not None else Path("runs") / f"{artifact.name}-{what}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    _print(api.bench(artifact, device=device, target=target, out=out, settings=settings or ()).to_dict())
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A build's output folder.")], as_json: JsonOption = False) -> None:
     """Write the report of a finished build again and print it."""
-    from moe_edge.api import rewrite_report
+    from moe_edge import api
 
-    result = rewrite_report(run)
-    _print(result) if as_json else print((run / "report.md").read_text())
+    api.report(run)
+    print((run / ("report.json" if as_json else "report.md")).read_text())
 
 
 @app.command()

@@ -60,11 +60,17 @@ class CheckpointHeaders:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The checkpoint that a command starts from; found, checked and read once, then handed on."""
+class Checkpoint:
+    """A folder that was found and whose headers were checked: all that a plan needs."""
 
     path: Path
     name: str  # for people and file names
     headers: CheckpointHeaders
     spec: ModelSpec
+
+
+@dataclass(frozen=True)
+class Teacher(Checkpoint):
+    """The checkpoint that a command starts from; found, checked and hashed once, then handed on."""
+
     digest: str  # "sha256:..." over the folder's content

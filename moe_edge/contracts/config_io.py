@@ -5,7 +5,7 @@ that a relative budget in a target and an absolute one in a config file are judg
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,12 @@ def parse_setting(text: str) -> dict[str, Any]:
         parsed = YAML(typ="safe").load(value)
     except YAMLError as error:
         raise ConfigError(f"--set {path}: not a YAML value", why=_one_line(error)) from error
-    setting: dict[str, Any] = {keys[-1]: parsed}
+    return nested(keys, parsed)
+
+
+def nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """["plan", "experts"], 10 -> {"plan": {"experts": 10}}."""
+    setting: dict[str, Any] = {keys[-1]: value}
     for key in reversed(keys[:-1]):
         setting = {key: setting}
     return setting
@@ -104,10 +109,15 @@ def parse_setting(text: str) -> dict[str, Any]:
 def resolve_config(
     target: Document,
     file: Document | None = None,
-    settings: list[str] | None = None,
+    settings: Sequence[str] | None = None,
     flags: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> BuildConfig:
     """Merge the layers and validate.
+
+    Args:
+        settings: texts of `--set`.
+        overrides: the same as values: dotted key -> value.
 
     Raises:
         ConfigError: listing every wrong key with its file, line and the nearest known name.
@@ -117,6 +127,8 @@ def resolve_config(
         data = merge(data, file.data)
     for setting in settings or []:
         data = merge(data, parse_setting(setting))
+    for dotted, value in (overrides or {}).items():
+        data = merge(data, nested(dotted.split("."), value))
     data = merge(data, flags or {})
     data.setdefault("schema", "moe-edge/config@1")
     try:

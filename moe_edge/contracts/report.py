@@ -164,7 +164,7 @@ class StageInfo(BaseModel):
     cached: bool
 
 
-class ReportV1(BaseModel):
+class Report(BaseModel):
     """The whole report."""
 
     model_config = _CLOSED

@@ -26,9 +26,13 @@ class MoeEdgeExportCommand(BaseOptimumCLICommand):
             "--target", default="cpu", help="a shipped target (moe-edge targets list), or a target .yaml"
         )
         parser.add_argument(
-            "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+            "--set",
+            dest="settings",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
             help="override one key, e.g. --set export.formats=[gguf]",
-        )  # fmt: skip
+        )
         parser.add_argument("--json", action="store_true", help="only JSON on stdout")
         parser.add_argument("output", help="output folder; the models are in OUTPUT/artifacts")
 

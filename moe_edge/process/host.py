@@ -15,8 +15,15 @@ from moe_edge.contracts.manifest import installed_version
 BUSY_CORES_NOTE = 0.2  # other processes' use above this share of one core is worth a note
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _PACKAGES = (
-    "moe-edge", "torch", "transformers", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "gguf", "numpy",
-)  # fmt: skip
+    "moe-edge",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "llama-cpp-python",
+    "gguf",
+    "numpy",
+)
 
 
 def available_cores() -> int:

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_edge.contracts.artifacts import ProfileSummary
 from moe_edge.formulas.cka_bootstrap import mean_cka, mean_cka_ci
 from moe_edge.formulas.super_experts import super_experts
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 
 
-def profile_summary(statistics: Statistics, rows: TokenRows) -> dict[str, Any]:
-    """JSON-able; null where there is no evidence.
+def profile_summary(statistics: Statistics, rows: TokenRows) -> ProfileSummary:
+    """What stands in the profile's manifest; null where there is no evidence.
 
     `no_evidence` are experts that no token was routed to: nothing is known of them, and no pair with them counts in
     `mean_cka`. `cka_null` is the mean CKA that is left when one expert's tokens are shuffled: similarity at that level
@@ -42,7 +43,7 @@ def profile_summary(statistics: Statistics, rows: TokenRows) -> dict[str, Any]:
     summary |= _similarity(statistics, routed_LE)
     if rows.short:
         summary["note"] = f"the calibration text has only {rows.n_tokens} of the {rows.asked_tokens} tokens asked for"
-    return summary
+    return ProfileSummary.model_validate(summary)
 
 
 def _similarity(statistics: Statistics, routed_LE: Tensor) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """The report's sections about the plan: what was chosen, what it was expected to cost and what it really costs, the
-safe-ratio curve, and how the experts' load changed. Pure text out of a checked ReportV1.
+safe-ratio curve, and how the experts' load changed. Pure text out of a checked Report.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from moe_edge.contracts.report import Prediction, ReportV1
+from moe_edge.contracts.report import Prediction, Report
 from moe_edge.contracts.units import format_bytes
 from moe_edge.reporting.markdown import NOT_MEASURED, inert, number, table
 
 CURVE_PICTURE = "plan/curve.svg"
 
 
-def plan_section(report: ReportV1) -> str:
+def plan_section(report: Report) -> str:
     """The choice, the candidates, prediction against measurement, and the curve."""
     plan = report.plan
     if not plan:
@@ -68,7 +68,7 @@ def _interval(interval: Sequence[float] | None) -> str:
     return f"[{number(interval[0])}, {number(interval[1])}]" if interval else NOT_MEASURED
 
 
-def _prediction(report: ReportV1, plan: dict[str, Any]) -> str:
+def _prediction(report: Report, plan: dict[str, Any]) -> str:
     student = next((artifact for artifact in report.artifacts if artifact.format == "hf"), None)
     before = (report.distillation or {}).get("before", {}).get("kl_nats")
     measured = student.quality.kl_nats if student else None
@@ -93,7 +93,7 @@ def _cache(plan: dict[str, Any]) -> str:
     return f"{text} (largest that fits: {reach})" if reach else text
 
 
-def _used_cache(report: ReportV1) -> str:
+def _used_cache(report: Report) -> str:
     used = sorted({str(a.device["kv_cache"]) for a in report.artifacts if "kv_cache" in a.device})
     return f" The GGUF files were judged and timed with a KV cache in {', '.join(used)}." if used else ""
 
@@ -149,7 +149,7 @@ def _curve(curve: dict[str, Any] | None) -> str:
     )
 
 
-def routing_section(report: ReportV1) -> str:
+def routing_section(report: Report) -> str:
     """Load of the experts before and after the experts were dropped."""
     health = report.routing_health
     if not health:

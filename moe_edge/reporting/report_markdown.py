@@ -1,4 +1,4 @@
-"""report.md: the report for people, verdict first. Pure text out of a checked ReportV1.
+"""report.md: the report for people, verdict first. Pure text out of a checked Report.
 
 A number that was not measured is printed as `n/a` and its reason is listed below the table. Names from outside (models,
 messages) are made inert: no table breaks, no HTML.
@@ -7,7 +7,7 @@ messages) are made inert: no table breaks, no HTML.
 from collections.abc import Sequence
 from typing import Any
 
-from moe_edge.contracts.report import Artifact, ReportV1
+from moe_edge.contracts.report import Artifact, Report
 from moe_edge.contracts.units import format_bytes
 from moe_edge.reporting.markdown import inert, number, table
 from moe_edge.reporting.plan_sections import plan_section, routing_section
@@ -15,7 +15,7 @@ from moe_edge.reporting.plan_sections import plan_section, routing_section
 __all__ = ["inert", "number", "render", "table"]
 
 
-def render(report: ReportV1) -> str:
+def render(report: Report) -> str:
     """The whole page."""
     sections = (
         _head, _results, _gates, _storage, plan_section, routing_section, _distillation, _parity, _stages, _machine, _definitions,
@@ -24,7 +24,7 @@ def render(report: ReportV1) -> str:
     return "\n\n".join(text for text in (section(report) for section in sections) if text) + "\n"
 
 
-def _head(report: ReportV1) -> str:
+def _head(report: Report) -> str:
     passed = sum(gate.passed for gate in report.gates)
     lines = [
         f"# {report.verdict.upper()}: {inert(_name(report))} for {inert(report.target)}",
@@ -35,11 +35,11 @@ def _head(report: ReportV1) -> str:
     return "\n\n".join(lines)
 
 
-def _name(report: ReportV1) -> str:
+def _name(report: Report) -> str:
     return str((report.teacher.model_extra or {}).get("name", "model"))
 
 
-def _headline(report: ReportV1) -> str:
+def _headline(report: Report) -> str:
     teacher, student = report.teacher, report.student
     average = " on average" if (student.model_extra or {}).get("experts_per_layer") else ""
     text = (
@@ -56,7 +56,7 @@ def _headline(report: ReportV1) -> str:
     return text
 
 
-def _results(report: ReportV1) -> str:
+def _results(report: Report) -> str:
     models = [
         *([report.baseline] if report.baseline else []),
         *sorted(report.artifacts, key=lambda a: a.format != "hf"),
@@ -72,7 +72,7 @@ def _results(report: ReportV1) -> str:
     return "\n\n".join(["## Results", table(header, rows), *(["\n".join(reasons)] if reasons else [])])
 
 
-def _result_row(report: ReportV1, model: Artifact) -> list[str]:
+def _result_row(report: Report, model: Artifact) -> list[str]:
     quality, speed = model.quality, model.speed
     interval = quality.kl_nats_ci95
     kl = number(quality.kl_nats) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
@@ -84,7 +84,7 @@ def _result_row(report: ReportV1, model: Artifact) -> list[str]:
     ]  # fmt: skip
 
 
-def _label(report: ReportV1, model: Artifact) -> str:
+def _label(report: Report, model: Artifact) -> str:
     if model is report.baseline:
         return "teacher (transformers fp32)"
     if model.format == "hf":
@@ -92,7 +92,7 @@ def _label(report: ReportV1, model: Artifact) -> str:
     return f"{model.format.upper()} {model.quantization or ''}".strip()
 
 
-def _reasons(report: ReportV1, models: Sequence[Artifact]) -> list[tuple[str, str]]:
+def _reasons(report: Report, models: Sequence[Artifact]) -> list[tuple[str, str]]:
     found = []
     for model in models:
         parts = (model.quality.reason, model.quality.student_reason, model.speed.reason, model.memory.reason)
@@ -101,7 +101,7 @@ def _reasons(report: ReportV1, models: Sequence[Artifact]) -> list[tuple[str, st
     return found
 
 
-def _gates(report: ReportV1) -> str:
+def _gates(report: Report) -> str:
     rows = [
         (gate.artifact, gate.name, f"{gate.direction} {number(gate.limit)} {gate.unit}",
          number(gate.value) if gate.reason is None else f"n/a: {gate.reason}", "pass" if gate.passed else "FAIL")
@@ -110,13 +110,13 @@ def _gates(report: ReportV1) -> str:
     return "## Gates\n\n" + (table(("artifact", "gate", "limit", "value", ""), rows) if rows else "None is configured.")
 
 
-def _storage(report: ReportV1) -> str:
+def _storage(report: Report) -> str:
     """Where the bytes of every quantized file are, and which tensors got another type than the recipe names."""
     parts = [part for artifact in report.artifacts if (part := _classes(report, artifact))]
     return "\n\n".join(["## Bits per tensor class", *parts]) if parts else ""
 
 
-def _classes(report: ReportV1, artifact: Artifact) -> str:
+def _classes(report: Report, artifact: Artifact) -> str:
     total = sum(artifact.bytes_by_class.values())
     if not total:
         return ""
@@ -131,7 +131,7 @@ def _classes(report: ReportV1, artifact: Artifact) -> str:
     return f"{text}\n\nRows that are no multiple of the type's block got another type: {told}." if told else text
 
 
-def _distillation(report: ReportV1) -> str:
+def _distillation(report: Report) -> str:
     summary = report.distillation
     if not summary:
         return ""
@@ -164,7 +164,7 @@ def _training_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 _OUTCOME = {None: "not limited", True: "pass", False: "FAIL"}
 
 
-def _parity(report: ReportV1) -> str:
+def _parity(report: Report) -> str:
     files = [row for row in report.parity if "pair" not in row]
     pairs = [row for row in report.parity if "pair" in row]
     if not files:
@@ -196,24 +196,24 @@ def _parity_row(row: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _stages(report: ReportV1) -> str:
+def _stages(report: Report) -> str:
     rows = [(s.name, number(s.seconds), number(s.peak_rss_mib), "yes" if s.cached else "no") for s in report.stages]
     return "## Stages\n\n" + table(("stage", "seconds", "peak MiB", "reused"), rows) if rows else ""
 
 
-def _machine(report: ReportV1) -> str:
+def _machine(report: Report) -> str:
     facts = "; ".join(f"{name} {inert(value)}" for name, value in report.machine.items() if value is not None)
     versions = "; ".join(f"{name} {inert(value)}" for name, value in report.versions.items())
     return f"## Machine and versions\n\n{facts}\n\n{versions}" if facts or versions else ""
 
 
-def _definitions(report: ReportV1) -> str:
+def _definitions(report: Report) -> str:
     return "## Definitions\n\n" + "\n".join(f"- `{name}`: {text}" for name, text in report.definitions.items())
 
 
-def _notes(report: ReportV1) -> str:
+def _notes(report: Report) -> str:
     return "## Notes\n\n" + "\n".join(f"- {inert(note)}" for note in report.notes) if report.notes else ""
 
 
-def _next(report: ReportV1) -> str:
+def _next(report: Report) -> str:
     return "## Next\n\n```\n" + "\n".join(report.next_commands) + "\n```" if report.next_commands else ""

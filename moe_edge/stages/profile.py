@@ -3,7 +3,7 @@
 Writes statistics.safetensors, logits.h5 (the teacher's top-k for distillation), imatrix.gguf, rows.safetensors (the
 very tokens) and calibration.json (where they came from). The teacher is read whole, or layer by layer where it does not
 fit into memory. After a kill the pass goes on behind the last saved shard of rows, or layer. Several processes share
-the rows (profiling/ranks.py); each leaves its sums and logits in a folder of its own, and rank 0 merges them.
+the rows (process/ranks.py); each leaves its sums and logits in a folder of its own, and rank 0 merges them.
 
 Shape suffixes: N rows, S tokens of a row, V vocabulary.
 """
@@ -19,78 +19,78 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.artifacts import StageContext
-from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.contracts.artifacts import Placement, ProfileSummary
+from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.export.imatrix import write_imatrix_gguf
-from moe_edge.families import family_of
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.models.loading import load_model, load_tokenizer, true_vocabulary
 from moe_edge.models.streaming import StreamedModel
-from moe_edge.process.placement import fits_in_memory
+from moe_edge.process.placement import DTYPES, settled, to_run
 from moe_edge.process.ranks import Ranks, current_ranks
 from moe_edge.profiling.layerwise import run_layerwise
 from moe_edge.profiling.passes import STATE, OnLogits, run_pass, share_of
 from moe_edge.profiling.summary import profile_summary
 from moe_edge.profiling.sums import PassSums, merged, to_statistics
-from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files
-from moe_edge.storage.files import sha256_file, write_json_atomic, write_text_atomic
+from moe_edge.storage.checkpoint import tokenizer_files
+from moe_edge.storage.files import sha256_file, write_json_atomic
 from moe_edge.storage.logits import LogitCache, LogitCacheWriter
 from moe_edge.storage.rows import TokenRows
 from moe_edge.texts.recipes import LoadedRecipe, load_recipe
 from moe_edge.texts.rows import calibration_rows
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LOGITS, PARTIAL, MODE = "logits.h5", "partial", "mode.txt"
+LOGITS, PARTIAL = "logits.h5", "partial"
 
 
 @dataclass(frozen=True)
-class Job:
+class ProfileJob:
     """One process's pass, settled."""
 
-    context: StageContext
-    spec: ModelSpec
+    config: BuildConfig
+    teacher: Teacher
+    out: Path
     vocab: int  # true vocabulary
     rows: TokenRows
     ranks: Ranks
-    device: torch.device
-    dtype: str
-    mode: str  # whole | layerwise
+    placement: Placement
     identity: dict[str, str]  # of the logit cache; what pins the results
 
     def folder(self, rank: int) -> Path:
         """What a process leaves for resuming and merging; another number of processes begins anew."""
-        return self.context.out / PARTIAL / f"rank-{rank}-of-{self.ranks.world}"
+        return self.out / PARTIAL / f"rank-{rank}-of-{self.ranks.world}"
 
     def logits(self, rank: int) -> Path:
         """The logit cache of a process; one process alone writes the final one."""
-        return (self.context.out if self.ranks.world == 1 else self.folder(rank)) / LOGITS
+        return (self.out if self.ranks.world == 1 else self.folder(rank)) / LOGITS
+
+    @property
+    def mode(self) -> str:
+        """whole | layerwise, as the statistics name it."""
+        return "whole" if self.placement.whole else "layerwise"
 
     def cache_writer(self, path: Path) -> LogitCacheWriter:
-        wanted = self.context.config.profile.logits
+        wanted = self.config.profile.logits
         temperatures = sorted({1.0, *wanted.temperatures})
         return LogitCacheWriter(path, self.vocab, wanted.k, temperatures, self.identity)
 
 
-def run(context: StageContext) -> dict[str, Any]:
-    """Profile the teacher; returns `profile_summary`, and nothing in the processes that only help.
+def run(config: BuildConfig, teacher: Teacher, out: Path) -> ProfileSummary | None:
+    """Profile the teacher; returns the summary, and nothing in the processes that only help.
 
     Raises:
         ConfigError: rows longer than the model's context, no or too little text.
         InputRejected: the teacher or the text cannot be read.
     """
-    config, headers = context.config, inspect_checkpoint(context.teacher)
-    spec = family_of(headers.config).spec(headers.config)
-    _check(config, spec)
-    recipe, tokenizer = load_recipe(config.calibration.recipe), load_tokenizer(context.teacher)
+    _check(config, teacher.spec)
+    recipe, tokenizer = load_recipe(config.calibration.recipe), load_tokenizer(teacher.path)
     asked = config.calibration
     rows = calibration_rows(recipe, tokenizer, asked.tokens, asked.sequence_length, asked.seed)
-    job = _job(context, headers, spec, true_vocabulary(tokenizer, spec.vocab), rows)
+    job = _job(config, teacher, out, true_vocabulary(tokenizer, teacher.spec.vocab), rows)
     sums = _pass(job)
     job.ranks.wait()
-    return _results(job, sums, recipe) if job.ranks.leads else {}
+    return _results(job, sums, recipe) if job.ranks.leads else None
 
 
 def _check(config: BuildConfig, spec: ModelSpec) -> None:
@@ -102,80 +102,67 @@ def _check(config: BuildConfig, spec: ModelSpec) -> None:
         )
 
 
-def _job(context: StageContext, headers: CheckpointHeaders, spec: ModelSpec, vocab: int, rows: TokenRows) -> Job:
-    ranks, cuda = current_ranks(), torch.cuda.is_available()
-    device = torch.device(f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if cuda else "cpu")
-    dtype = context.config.teacher.dtype
-    dtype = dtype if dtype != "auto" else "bfloat16" if cuda else "float32"
-    tokenizer = hashlib.sha256("".join(sha256_file(path) for path in tokenizer_files(context.teacher)).encode())
+def _job(config: BuildConfig, teacher: Teacher, out: Path, vocab: int, rows: TokenRows) -> ProfileJob:
+    ranks = current_ranks()
+    tokenizer = hashlib.sha256("".join(sha256_file(path) for path in tokenizer_files(teacher.path)).encode())
     identity = {
-        "teacher": context.teacher_digest,
+        "teacher": teacher.digest,
         "tokenizer": tokenizer.hexdigest(),
         "calibration": rows.digest,
         "vocab": str(vocab),
     }
-    mode = ranks.share(_mode(context, headers, DTYPES[dtype], device, ranks) if ranks.leads else "")
-    return Job(context, spec, vocab, rows, ranks, device, dtype, mode, identity)
+    placement = settled(out, lambda: to_run(teacher.headers, config.teacher.dtype, config.profile.mode, ranks))
+    return ProfileJob(config, teacher, out, vocab, rows, ranks, placement, identity)
 
 
-def _mode(
-    context: StageContext, headers: CheckpointHeaders, dtype: torch.dtype, device: torch.device, ranks: Ranks
-) -> str:
-    """Whole or layerwise; a resumed pass goes on as it began, whatever memory is free by then."""
-    chosen, path = context.config.profile.mode, context.out / PARTIAL / MODE
-    if chosen != "auto":
-        return chosen
-    if path.is_file():
-        return path.read_text()
-    mode = "whole" if fits_in_memory(headers, dtype, device, ranks.local_world) else "layerwise"
-    write_text_atomic(path, mode)
-    return mode
-
-
-def _pass(job: Job) -> PassSums:
+def _pass(job: ProfileJob) -> PassSums:
     """This process's share of the rows; the logit cache is written while it runs."""
-    config, folder = job.context.config.profile, job.folder(job.ranks.rank)
+    config, folder = job.config.profile, job.folder(job.ranks.rank)
     work = share_of(job.rows.ids_NS, config.cka_tokens, job.ranks.rank, job.ranks.world)
-    identity = job.identity | {"cka_tokens": config.cka_tokens, "dtype": job.dtype, "mode": job.mode}
+    identity = job.identity | {"cka_tokens": config.cka_tokens, "dtype": job.placement.dtype, "mode": job.mode}
     folder.mkdir(parents=True, exist_ok=True)
     cache = job.cache_writer(job.logits(job.ranks.rank))
-    settings: dict[str, Any] = {"partial": folder, "identity": identity}
-    settings["on_logits"] = cache_logits(cache, job.vocab)
+    on_logits = cache_logits(cache, job.vocab)
+    dtype, device = DTYPES[job.placement.dtype], torch.device(job.placement.device)
     with cache if work.shards else nullcontext():
-        if job.mode == "whole":
-            model = load_model(job.context.teacher, DTYPES[job.dtype])
-            model.to(job.device)  # type: ignore[arg-type]  # transformers hides nn.Module.to
-            return run_pass(model, work, **settings)
-        with StreamedModel(job.context.teacher, DTYPES[job.dtype], job.device, compact=True) as teacher:
-            return run_layerwise(teacher, work, **settings)
+        if job.placement.whole:
+            model = load_model(job.teacher.path, dtype)
+            model.to(device)  # type: ignore[arg-type]  # transformers hides nn.Module.to
+            return run_pass(model, work, partial=folder, identity=identity, on_logits=on_logits)
+        with StreamedModel(job.teacher.path, dtype, device, compact=True) as teacher:
+            return run_layerwise(teacher, work, partial=folder, identity=identity, on_logits=on_logits)
 
 
-def _results(job: Job, sums: PassSums, recipe: LoadedRecipe) -> dict[str, Any]:
+def _results(job: ProfileJob, sums: PassSums, recipe: LoadedRecipe) -> ProfileSummary:
     """Merge what the processes left, write the stage's files, and sum up."""
-    out, config = job.context.out, job.context.config
+    out, config = job.out, job.config
     if job.ranks.world > 1:
         sums = merged([PassSums.load(job.folder(rank) / STATE)[0] for rank in range(job.ranks.world)])
         _merge_logits(job)
     meta = {
-        "teacher_digest": job.context.teacher_digest, "calibration_digest": job.rows.digest, "recipe": recipe.name,
-        "seed": config.calibration.seed, "sequence_length": config.calibration.sequence_length,
-        "dtype": job.dtype, "mode": job.mode,
-    }  # fmt: skip
+        "teacher_digest": job.teacher.digest,
+        "calibration_digest": job.rows.digest,
+        "recipe": recipe.name,
+        "seed": config.calibration.seed,
+        "sequence_length": config.calibration.sequence_length,
+        "dtype": job.placement.dtype,
+        "mode": job.mode,
+    }
     statistics = to_statistics(sums, meta)
     job.rows.save(out / "rows.safetensors")
     statistics.save(out / "statistics.safetensors")
-    write_imatrix_gguf(out / "imatrix.gguf", statistics, job.spec)
+    write_imatrix_gguf(out / "imatrix.gguf", statistics, job.teacher.spec)
     write_json_atomic(out / "calibration.json", _origin(config, recipe, job.rows))
     shutil.rmtree(out / PARTIAL)
     return profile_summary(statistics, job.rows)
 
 
-def _merge_logits(job: Job) -> None:
+def _merge_logits(job: ProfileJob) -> None:
     """One cache with the rows in their order: the bytes that one process would have written."""
     paths = [job.logits(rank) for rank in range(job.ranks.world)]
     with ExitStack() as stack:
         caches = [stack.enter_context(LogitCache(path, job.identity)) for path in paths if path.is_file()]
-        with job.cache_writer(job.context.out / LOGITS) as merged_cache:
+        with job.cache_writer(job.out / LOGITS) as merged_cache:
             for ids_S in job.rows.ids_NS:
                 merged_cache.take(ids_S, next(cache for cache in caches if ids_S in cache))
 

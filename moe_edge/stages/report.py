@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Plan
-from moe_edge.contracts.report import REPORT_SCHEMA, Artifact, GateResult, ModelInfo, Prediction, ReportV1, StageInfo
+from moe_edge.contracts.report import REPORT_SCHEMA, Artifact, GateResult, ModelInfo, Prediction, Report, StageInfo
 from moe_edge.metrics import quality, speed
 from moe_edge.reporting.report_markdown import render
 from moe_edge.storage.files import read_json, write_json_atomic, write_text_atomic
@@ -61,7 +61,7 @@ def build_report(
     stages: Sequence[Mapping[str, Any]],
     config: BuildConfig,
     summaries: Mapping[str, Mapping[str, Any]],
-) -> ReportV1:
+) -> Report:
     """The checked report; arguments as in write_report."""
     measured = summaries.get("validate", NOT_VALIDATED)
     teacher, student = _models(config, summaries["compress"])
@@ -71,7 +71,7 @@ def build_report(
         for row in measured["artifacts"]
     ]
     baseline, plan = measured.get("baseline"), _plan(run_dir)
-    return ReportV1(
+    return Report(
         schema=REPORT_SCHEMA,
         verdict=measured["verdict"],
         reasons=measured["reasons"],

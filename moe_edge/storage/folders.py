@@ -80,3 +80,27 @@ def mirror(source: Path, destination: Path) -> None:
             link_or_copy(path, beside / path.relative_to(source))
         if (source / MANIFEST_NAME).exists():
             link_or_copy(source / MANIFEST_NAME, beside / MANIFEST_NAME)
+
+
+def bytes_below(folder: Path) -> int:
+    """Size of all files below a folder, half-written ones too; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """What is free where a folder lies."""
+    return shutil.disk_usage(folder).free
+
+
+def links_are_possible(folder: Path) -> bool:
+    """Can the disk of an existing folder give a file a second name? Tried, because no system call tells."""
+    source, twin = folder / ".link-probe", folder / ".link-probe-twin"
+    try:
+        source.touch()
+        os.link(source, twin)
+        return True
+    except OSError:
+        return False
+    finally:
+        source.unlink(missing_ok=True)
+        twin.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moe_edge.api import Request, build, resolve
+from moe_edge.api import build, settle
 from moe_edge.compression.layers import Material
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.config import BuildConfig
@@ -83,7 +83,10 @@ def _lines(options: argparse.Namespace, work: Path) -> Iterator[Row]:
             }  # fmt: skip
             try:
                 changed = with_action(
-                    plan, resolve(_request(options, work, keep, settings)), spec, partial(_same, stats)
+                    plan,
+                    settle("cpu", options.model, settings=_settings(options, keep, settings)),
+                    spec,
+                    partial(_same, stats),
                 )
                 changed = changed.model_copy(update={"top_k": top_k})
                 applied = apply_plan(load_model(options.model).to(_device()), changed, Material(stats, ids_NS))
@@ -100,23 +103,23 @@ def _same(stats: Statistics) -> Statistics:
 
 
 def _planned(options: argparse.Namespace, work: Path, keep: int) -> tuple[Plan, BuildConfig, Statistics, torch.Tensor]:
-    request = _request(options, work, keep, [])
-    out, _, _ = build(request, until="plan")
+    run = build(options.model, out=work / f"keep-{keep}", settings=_settings(options, keep, []), until="plan")
+    out = run.out
     rows_NS = TokenRows.load(out / "profile" / "rows.safetensors").ids_NS
     plan = Plan.read(out / "plan" / "plan.json")
     if plan.experts_kept != keep:
         raise SystemExit(f"the plan keeps {plan.experts_kept} experts instead of {keep}: {plan.competitor}")
     return (
         plan,
-        resolve(request),
+        run.config,
         Statistics.load(out / "profile" / "statistics.safetensors"),
         torch.from_numpy(rows_NS),
     )
 
 
-def _request(options: argparse.Namespace, work: Path, keep: int, settings: list[str]) -> Request:
+def _settings(options: argparse.Namespace, keep: int, settings: list[str]) -> list[str]:
     given = [f"plan.experts={keep}", "plan.force=true", f"calibration.sequence_length={options.sequence_length}"]
-    return Request("cpu", str(options.model), out=work / f"keep-{keep}", settings=[*given, *options.set, *settings])
+    return [*given, *options.set, *settings]
 
 
 def _device() -> str:

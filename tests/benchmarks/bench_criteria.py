@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_edge.api import Request, build
+from moe_edge.api import build
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families import family_of
 from moe_edge.formulas.divergence import cross_entropy, kl_dense
@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
 def _profile(options: argparse.Namespace, work: Path) -> tuple[Statistics, CalibrationRows]:
     """The statistics, and the rows that they were taken on."""
     settings = [f"calibration.sequence_length={options.sequence_length}", *options.set]
-    out, _, _ = build(Request("cpu", str(options.model), out=work, settings=settings), until="profile")
+    out = build(options.model, out=work, settings=settings, until="profile").out
     rows = calibration_rows(out / "profile" / "rows.safetensors", PLAN_TOKENS)
     return Statistics.load(out / "profile" / "statistics.safetensors"), rows
 

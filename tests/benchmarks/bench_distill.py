@@ -100,7 +100,7 @@ def _lines(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
-    from moe_edge.api import Request, build
+    from moe_edge.api import build
 
     line = {"benchmark": "distill", "row": name, "seed": seed, "tokens": options.tokens, "kept": options.experts}
     if name == "teacher":
@@ -111,8 +111,7 @@ def _measure(options: argparse.Namespace, name: str, seed: int) -> Row:
     settings: Row = {"plan": {"experts": options.experts, "force": True}}
     settings["distill"] = {"tokens": options.tokens, "seed": seed, "stages": _stages(RECIPES[name], options.rate)}
     write_json_atomic(config, settings)  # JSON is YAML
-    request = Request("cpu", str(options.model), config, options.work / "run", settings=options.set)
-    out, _, _ = build(request, until="distill")
+    out = build(options.model, config=config, out=options.work / "run", settings=options.set, until="distill").out
     manifest = json.loads((out / "distill" / "manifest.json").read_text())
     line |= {"seconds": round(manifest["cost"]["seconds"], 1), "peak_rss_mib": manifest["cost"]["peak_rss_mib"]}
     student = out / "distill" / "model"

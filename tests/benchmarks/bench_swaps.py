@@ -19,7 +19,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from moe_edge.api import Request, build
+from moe_edge.api import build
 from moe_edge.families import family_of
 from moe_edge.formulas import swaps as formulas
 from moe_edge.models.loading import load_model
@@ -40,9 +40,7 @@ def main() -> None:
     headers = inspect_checkpoint(options.model)
     spec = family_of(headers.config).spec(headers.config)
     with tempfile.TemporaryDirectory(prefix="moe-edge-swaps-") as scratch:
-        out, _, _ = build(
-            Request("cpu", str(options.model), out=options.work or Path(scratch), settings=options.set), until="profile"
-        )
+        out = build(options.model, out=options.work or scratch, settings=options.set, until="profile").out
         stats = Statistics.load(out / "profile" / "statistics.safetensors")
         ids_NS = torch.from_numpy(TokenRows.load(out / "profile" / "rows.safetensors").ids_NS).long()
     rows_NS = ids_NS[: max(1, options.tokens // ROW_TOKENS), :ROW_TOKENS]

@@ -113,10 +113,10 @@ def test_out_and_back_again(teacher: Path, cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_profile_folder_goes_out_too(teacher: Path, tmp_path: Path) -> None:
-    from moe_edge.api import Request, build
+    from moe_edge.api import build
 
     sizes = ("calibration.tokens=256", "calibration.sequence_length=64", "profile.cka_tokens=64", "profile.logits.k=8")
-    build(Request("cpu", str(teacher), out=tmp_path / "run", settings=sizes), until="profile")
+    build(teacher, out=tmp_path / "run", settings=sizes, until="profile")
     exported = export_plain_logits(tmp_path / "run" / "profile", tmp_path / "plain.h5")
     assert exported["rows"] == 4 and exported["k"] == 8
 

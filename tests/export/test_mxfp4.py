@@ -10,7 +10,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from moe_edge.api import Request, build
+from moe_edge.api import build
 from moe_edge.contracts.plan import Plan
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_quantize import quantize_gguf
@@ -78,7 +78,7 @@ def test_it_is_profiled_planned_and_pruned(tmp_path: Path, mode: str) -> None:
         f"profile.mode={mode}", "plan.compensate=false", "plan.experts=4", "plan.tokens=128", "profile.cka_tokens=128",
         "calibration.tokens=320", "calibration.sequence_length=32", "export.formats=[gguf]",
     )  # fmt: skip
-    build(Request("cpu", str(packed), out=tmp_path / "run", settings=settings), until="compress")
+    build(packed, out=tmp_path / "run", settings=settings, until="compress")
     plan = Plan.read(tmp_path / "run" / "plan" / "plan.json")
     assert plan.experts_kept == 4
     student, teacher = TensorReader(tmp_path / "run" / "compress" / "model"), TensorReader(plain)

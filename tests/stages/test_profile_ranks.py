@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.api import Request, build
+from moe_edge.api import build
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.pipeline import Build, run_stages
+from moe_edge.process.placement import DECIDED
 from moe_edge.process.ranks import Ranks, current_ranks, lost_processes_named
 from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
 from tests.tiny import tiny_checkpoint
@@ -24,7 +25,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest
     teacher, alone, together = tiny_checkpoint(tmp_path, "qwen3_moe"), tmp_path / "alone", tmp_path / "together"
     monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    build(Request("cpu", str(teacher), out=alone, settings=SETTINGS), until="profile")
+    build(teacher, out=alone, settings=SETTINGS, until="profile")
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     launch = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # said, so that accelerate does not warn
@@ -51,7 +52,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest
     assert manifests[0] and manifests[1] and manifests[0].key == manifests[1].key
     assert manifests[0].files.keys() == manifests[1].files.keys()
     assert sorted(path.name for path in (together / "profile").iterdir()) == sorted(
-        [*manifests[1].files, "manifest.json"]
+        [DECIDED, *manifests[1].files, "manifest.json"]
     )
 
 
@@ -78,7 +79,7 @@ def test_ranks_come_from_the_launcher(
 def test_other_stages_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    state = Build(None, tmp_path, "digest", tmp_path / "out")  # type: ignore[arg-type]
+    state = Build(None, None, tmp_path / "out")  # type: ignore[arg-type]
     for until in ("plan", "validate", None):
         with pytest.raises(ConfigError, match="(?s)profile and distill, but not.*then the build in one process"):
             run_stages(state, until=until)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.plan import Candidate, Estimate, Plan, TriedShape
-from moe_edge.contracts.report import Artifact, GateResult, Memory, Quality, ReportV1, Speed
+from moe_edge.contracts.report import Artifact, GateResult, Memory, Quality, Report, Speed
 from moe_edge.contracts.targets_io import load_target
 from moe_edge.planning.curve import Curve, CurvePoint
 from moe_edge.reporting.report_markdown import inert, number, table
@@ -165,7 +165,7 @@ def _write(
     stages = [{"name": "profile", "seconds": 12.34, "peak_rss_mib": 500.0, "cached": False}]
     data = write_report(tmp_path, stages, config, summaries)
     assert json.loads((tmp_path / "report.json").read_text()) == data
-    ReportV1.model_validate(data)
+    Report.model_validate(data)
     return data, (tmp_path / "report.md").read_text()
 
 
@@ -397,11 +397,11 @@ def test_a_null_without_a_reason_is_refused(model: type) -> None:
 def test_impossible_reports_are_refused(tmp_path: Path) -> None:
     data, _ = _write(tmp_path, _summaries())
     with pytest.raises(ValidationError, match="a pass needs gates"):
-        ReportV1.model_validate(data | {"gates": []})
+        Report.model_validate(data | {"gates": []})
     with pytest.raises(ValidationError, match="a fail needs a reason"):
-        ReportV1.model_validate(data | {"verdict": "fail"})
+        Report.model_validate(data | {"verdict": "fail"})
     with pytest.raises(ValidationError):
-        ReportV1.model_validate(data | {"surprise": 1})
+        Report.model_validate(data | {"surprise": 1})
     with pytest.raises(ValidationError, match="cannot pass"):
         GateResult.model_validate(data["gates"][0] | {"value": None})
     with pytest.raises(ValidationError):

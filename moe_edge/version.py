@@ -1,0 +1,3 @@
+"""The version of moe-edge: in manifests, keys and the package."""
+
+__version__ = "0.1.0"
