@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.distillation.cross_tokenizer import CrossTokenizerTerm, compares_tokens, cross_tokenizer_trainer
 from moe_edge.distillation.losses import LOSSES
-from moe_edge.distillation.terms import TeacherActivations, MicroBatch
+from moe_edge.distillation.terms import MicroBatch, TeacherActivations
 from moe_edge.distillation.tokenizer_pair import TokenizerPair, require_same_tokenizer, tokenizer_differences
 from moe_edge.distillation.trainer import DistillationTrainingArguments, RowDataset
 from moe_edge.formulas.uld import NextSpan, hybrid_distance, projected_kl

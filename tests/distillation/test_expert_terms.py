@@ -9,7 +9,7 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.expert_terms import EXPERT_TERMS, sampled_tokens
 from moe_edge.distillation.teacher import LiveTeacher
-from moe_edge.distillation.terms import TeacherActivations, MicroBatch, TermContext
+from moe_edge.distillation.terms import MicroBatch, TeacherActivations, TermContext, TermInputs
 from moe_edge.formulas.cka_loss import cka_pair
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.models.dense import build_dense
@@ -25,7 +25,7 @@ KEPT = [0, 2, 3]  # of parts.tiny_student
 
 def context(student: Any = None, teacher: Any = None, table: Any = None, **stage: Any) -> TermContext:
     student, teacher, ids = student or tiny_student(), teacher or tiny_teacher(), torch.from_numpy(rows())
-    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), None, ids, table)
+    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), TermInputs(None, ids, table))
 
 
 def test_every_kept_expert_finds_itself_and_the_dropped_one_joins_somebody() -> None:

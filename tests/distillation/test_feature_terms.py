@@ -9,7 +9,7 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.feature_terms import FEATURE_TERMS, FeatureTerm, spread
 from moe_edge.distillation.teacher import LiveTeacher
-from moe_edge.distillation.terms import MicroBatch, Term, TermContext
+from moe_edge.distillation.terms import MicroBatch, Term, TermContext, TermInputs
 from moe_edge.formulas.cka_loss import cka_pair, kept_tokens
 from moe_edge.models.taps import body, listening
 from tests.distillation.parts import VOCAB, rows, tiny_student, tiny_teacher
@@ -21,7 +21,8 @@ NAMES = sorted(FEATURE_TERMS)
 
 def context(student: Any = None, teacher: Any = None, **stage: Any) -> TermContext:
     student, teacher = student or tiny_student(), teacher or tiny_teacher()
-    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), ids_NS=torch.from_numpy(rows()[:3]))
+    inputs = TermInputs(ids_NS=torch.from_numpy(rows()[:3]))
+    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), inputs)
 
 
 def judged(term: Term, student: Any, teacher: LiveTeacher, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:

@@ -10,31 +10,34 @@ from torch import Tensor, nn
 from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.router_terms import ROUTER_TERMS
-from moe_edge.distillation.terms import TeacherActivations, MicroBatch, Term, TermContext
+from moe_edge.distillation.terms import MicroBatch, TeacherActivations, Term, TermContext, TermInputs
 from moe_edge.formulas.router_loss import gate_logprobs, importance_variation, load_balance, router_z
 from moe_edge.models.pruning import prune
 from moe_edge.models.routing import router_parameters
 from moe_edge.models.taps import listening
 from moe_edge.models.views import moe_layers
-from tests.distillation.parts import VOCAB, tiny_student, tiny_teacher
+from tests.distillation.parts import KEPT, VOCAB, tiny_student, tiny_teacher
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
 
 IDS = tiny_ids(tokens=16, rows=3, vocab=VOCAB)
 STAGE = StageConfig(stage_name="s")
-KEPT = {layer: [0, 2, 3] for layer in range(3)}
 
 
-def built(name: str, student: nn.Module, **more: object) -> Term:
-    return ROUTER_TERMS[name](TermContext(student, stage=STAGE, **({"teacher": None} | more)))
+def built(
+    name: str, student: nn.Module, teacher: nn.Module | None = None, kept: dict[int, list[int]] | None = None
+) -> Term:
+    return ROUTER_TERMS[name](TermContext(student, teacher, STAGE, TermInputs(kept)))
 
 
 def batch(teacher: nn.Module | None = None, valid_BS: Tensor | None = None, layers: tuple[int, ...] = ()) -> MicroBatch:
-    heard = TeacherActivations()
+    teacher_activations = TeacherActivations()
     if teacher is not None:
         with torch.no_grad(), listening(teacher, routers=layers) as activations:
             teacher(IDS)
-        heard = TeacherActivations(router_logits=activations.router_logits)
-    return MicroBatch(IDS, torch.ones_like(IDS, dtype=torch.bool) if valid_BS is None else valid_BS, heard)
+        teacher_activations = TeacherActivations(router_logits=activations.router_logits)
+    return MicroBatch(
+        IDS, torch.ones_like(IDS, dtype=torch.bool) if valid_BS is None else valid_BS, teacher_activations
+    )
 
 
 def judged(term: Term, student: nn.Module, at: MicroBatch) -> Tensor:
@@ -43,7 +46,7 @@ def judged(term: Term, student: nn.Module, at: MicroBatch) -> Tensor:
     return term.loss(at)
 
 
-def heard_logits(student: nn.Module) -> dict[int, Tensor]:
+def student_logits(student: nn.Module) -> dict[int, Tensor]:
     layers = [view.index for view in moe_layers(student)]
     with torch.no_grad(), listening(student, routers=layers) as activations:
         student(IDS)
@@ -56,7 +59,7 @@ def test_a_term_is_the_mean_of_its_formula_over_layers_and_real_tokens(name: str
     valid_BS = torch.ones_like(IDS, dtype=torch.bool)
     valid_BS[1, 5:] = False
     expected = []
-    for logits_TE in heard_logits(student).values():
+    for logits_TE in student_logits(student).values():
         real_TE = logits_TE[valid_BS.flatten()]
         gate_TE = real_TE.softmax(dim=1)
         values = {
@@ -90,7 +93,7 @@ def test_routing_kl_is_zero_in_the_first_layer_of_a_pruned_student() -> None:
     at = batch(teacher, layers=(0, 1, 2))
     whole = judged(term, student, at)
     by_hand = []
-    for layer, student_TE in heard_logits(student).items():
+    for layer, student_TE in student_logits(student).items():
         p = at.teacher.router_logits[layer][:, KEPT[layer]].double().softmax(dim=1)
         q = student_TE.double().softmax(dim=1)
         by_hand.append(float((p * (p / q).log()).sum(dim=1).mean()))
@@ -140,9 +143,14 @@ def test_a_dense_student_has_no_routers_to_train(name: str) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     with pytest.raises(ConfigError, match=f"the loss '{name}' needs a student with routers"):
         built(name, Qwen3ForCausalLM(config))
 
