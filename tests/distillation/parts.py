@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig
 from moe_edge.contracts.row_split import RowSplit
@@ -32,6 +32,25 @@ def tiny_student(family: str = "qwen3_moe", tied: bool = True) -> PreTrainedMode
     student = tiny_teacher(family, tied)
     prune(student, KEPT)
     return student
+
+
+def dense_student(folder: Path, tokenizer: PreTrainedTokenizerFast, layers: int = 1) -> Path:
+    """A dense checkpoint with this tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer) + 8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def rows() -> np.ndarray:

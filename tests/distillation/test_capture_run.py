@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.cli.main import main as cli
+from moe_edge.cli import main as cli
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.capture import CaptureConfig, teacher_of
 from moe_edge.distillation.capture_exchange import export_plain_logits, import_plain_logits
