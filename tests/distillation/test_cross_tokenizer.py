@@ -34,9 +34,15 @@ def small() -> PreTrainedTokenizerFast:
 def dense(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer) + 8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=False,
+    )
     return Qwen3ForCausalLM(config)
 
 
@@ -286,9 +292,17 @@ def packed(tokenizer: PreTrainedTokenizerFast, row_tokens: int = 24) -> RowDatas
 
 def arguments(folder: Path, **losses: float) -> DistillationTrainingArguments:
     return DistillationTrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=6, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", use_cpu=True, distillation_alpha=1.0, distillation_temperature=1.0, loss_weights=losses,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=6,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        distillation_alpha=1.0,
+        distillation_temperature=1.0,
+        loss_weights=losses,
+    )
 
 
 def test_a_loss_that_compares_tokens_is_refused_across_tokenizers(tmp_path: Path) -> None:
@@ -299,8 +313,14 @@ def test_a_loss_that_compares_tokens_is_refused_across_tokenizers(tmp_path: Path
             *models, tokenizers, arguments(tmp_path, ce=1.0, uld=1.0, kl=0.5), packed(tokenizers[0])
         )
     assert [name for name in LOSSES if not compares_tokens(name)] == [
-        "ce", "expert_diversity", "load_balance", "importance", "router_z", "uld", "projected_kl",
-    ]  # fmt: skip
+        "ce",
+        "expert_diversity",
+        "load_balance",
+        "importance",
+        "router_z",
+        "uld",
+        "projected_kl",
+    ]
 
 
 def test_a_teacher_that_changes_texts_is_refused_after_a_while(caplog: pytest.LogCaptureFixture) -> None:
