@@ -38,9 +38,8 @@ from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.report import Report, StageInfo
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.storage.delivery import deliver, write_run_manifest
 from moe_edge.storage.files import sha256_file, write_text_atomic
-from moe_edge.storage.folders import changed_files
+from moe_edge.storage.folders import changed_files, deliver, write_run_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,7 +36,7 @@ from moe_edge.contracts.manifest import (
     stage_key,
 )
 from moe_edge.metrics.memory import PeakRss
-from moe_edge.process import interrupts
+from moe_edge.process.progress import raise_pending_interrupt
 from moe_edge.process.ranks import current_ranks, lost_processes_named
 from moe_edge.storage.cache import publish_profile, reuse_profile
 from moe_edge.storage.files import write_json_atomic, write_text_atomic
@@ -237,7 +237,7 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
             next_command="accelerate launch ... -m moe_edge distill ..., then the build in one process",
         )
     for position, stage in enumerate(STAGES[: last + 1]):
-        interrupts.check()
+        raise_pending_interrupt()
         if start and position < first:
             build.manifests[stage.name] = current_ranks().lead(partial(_adopted, build, stage))
             build.cached[stage.name] = True

@@ -30,7 +30,7 @@ def test_a_pre_tokenizer_that_is_not_recognised_can_be_named(called, tmp_path):
     model, out = tiny_checkpoint(tmp_path, "mixtral", layers=1, vocab=420), tmp_path / "o"
     for file in (*model.glob("*token*"), model / "chat_template.jinja"):
         file.unlink()
-    byte_level([pre_tokenizers.Split(Regex(f"{known._QWEN2}|(?!)"), "isolated")]).save_pretrained(model)
+    byte_level([pre_tokenizers.Split(Regex(f"{known.QWEN2}|(?!)"), "isolated")]).save_pretrained(model)
     only = settings("export.formats=[gguf]", "export.gguf.types=[Q8_0]")
     code, _, err = called("export", model, "--out", out, *only)
     assert code == 4 and "--set export.gguf.pre_tokenizer=" in err

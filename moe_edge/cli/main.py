@@ -27,7 +27,7 @@ from moe_edge.contracts.errors import (
     MoeEdgeError,
     ResourceProblem,
 )
-from moe_edge.process import interrupts
+from moe_edge.process.progress import Terminated, handle_interrupts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    interrupts.install()
+    handle_interrupts()
     sys.exit(_run(arguments))
 
 
@@ -94,7 +94,7 @@ def _run(arguments: list[str] | None) -> int:
         return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _say(f"interrupted; {resume}", 130)
-    except interrupts.Terminated:
+    except Terminated:
         return _say(f"terminated; {resume}", 143)
     except MemoryError:
         return _say(str(ResourceProblem("out of memory", next_command=resume)), 6)

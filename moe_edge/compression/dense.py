@@ -14,8 +14,7 @@ import torch
 from moe_edge.compression.layers import Applied, Layer, Material, kept_in, student_routing, work_on_layers
 from moe_edge.compression.refit import LayerFit
 from moe_edge.contracts.plan import Plan
-from moe_edge.formulas.dense import mean_gates
-from moe_edge.formulas.ffn import Ffn, concatenate
+from moe_edge.formulas.ffn import Ffn, concatenate, mean_gates
 from moe_edge.models.dense import (
     build_dense,
     build_single_expert,

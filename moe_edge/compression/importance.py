@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moe_edge.contracts.spec import ModelSpec
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 FILE = "imatrix.safetensors"
 SCHEMA = "moe-edge/student-imatrix@1"

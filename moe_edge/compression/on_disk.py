@@ -17,7 +17,7 @@ from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.spec import EXPERT_SIZED, TensorEntry
 from moe_edge.contracts.units import format_bytes
 from moe_edge.families import family_of
-from moe_edge.models.streamed_pruning import padding_value, stream_pruned_checkpoint
+from moe_edge.models.checkpoint_subsets import padding_value, stream_pruned_checkpoint
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.tensor_files import PieceReader
 

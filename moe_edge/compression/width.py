@@ -1,6 +1,6 @@
 """Which neurons stay at an expert width, for predicting what narrower experts cost before a weight is cut.
 
-The choice is the one that `width.narrow_layer` makes later (formulas/neurons.py), so that masking predicts it exactly,
+The choice is the one that `width.narrow_layer` makes later (formulas/importance.py), so that masking predicts it exactly,
 up to rounding and before any refit.
 
 Shape suffixes: L MoE layers, E experts, F expert width, W width after.
@@ -8,7 +8,7 @@ Shape suffixes: L MoE layers, E experts, F expert width, W width after.
 Narrower experts: each keeps the neurons that carry most of its output, all of them the same number.
 
 Which neurons stay differs from expert to expert; the model only sees a smaller width. Choosing needs the profile's sums
-of squared activations and no forward pass; neurons without energy go at no cost (formulas/neurons.py has the sources).
+of squared activations and no forward pass; neurons without energy go at no cost (formulas/importance.py has the sources).
 llama.cpp's K-quants want a width that is a multiple of 256, other types a multiple of 32.
 
 Shape suffixes: E experts, F expert width before, W width after.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_edge.formulas.neurons import neurons_to_keep
+from moe_edge.formulas.importance import neurons_to_keep
 from moe_edge.models.views import MoELayerView
 from moe_edge.models.weights import read_expert, replace_experts
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.manifest import Manifest, read_manifest
@@ -118,12 +118,32 @@ class DistillSummary(BaseModel):
     seconds_per_stage: dict[str, float] = {}
 
 
+class ExportedArtifact(BaseModel):
+    """One delivered file or folder. Dumped, it has no key for what its format does not have."""
+
+    model_config = _CLOSED
+    format: Literal["gguf", "onnx"]
+    runtime: Literal["llama_cpp", "ort"]
+    path: str = Field(description="below the build's folder; of a file in parts, the first one")
+    quantization: str = Field(description="recipe or precision, with -mix where classes or layers have their own types")
+    bytes: int
+    bits_per_weight: float
+    files: list[str] | None = Field(None, description="all parts; a GGUF's alone")
+    bytes_by_class: dict[str, int]
+    bits_per_weight_by_class: dict[str, float]
+    fallbacks: dict[str, int] | None = Field(None, description="'Q4_K -> Q5_0': tensors; a GGUF's alone")
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}
+
+
 class ExportSummary(BaseModel):
     """The files that were written, reopened and compared."""
 
     model_config = _CLOSED
     name: str = Field(description="of the model, in file names")
-    artifacts: list[dict[str, Any]]
+    artifacts: list[ExportedArtifact] = Field(description="the main file of each format first")
     parity: list[dict[str, Any]] = Field(description="a row per reopened file, and per pair of formats")
     notes: list[str] = []
     imatrix: bool = Field(description="did the quantizer know the columns' importance")

@@ -54,7 +54,8 @@ def save_checkpoint(
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint: position, settings and running totals."""
-    return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    progress: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    return progress
 
 
 def load_checkpoint(folder: Path, model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -93,8 +94,8 @@ def export_teacher(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBas
     folder.mkdir(parents=True, exist_ok=True)
     shipped = Qwen3MoeForCausalLM(model.config)
     shipped.load_state_dict(model.state_dict())
-    shipped = shipped.to(torch.bfloat16)
-    shipped.generation_config = GenerationConfig(
+    shipped = shipped.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps it without its types
+    shipped.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     shipped.save_pretrained(folder)

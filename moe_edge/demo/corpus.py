@@ -58,7 +58,9 @@ def content_bytes(conversation: list[Message]) -> int:
 
 def render(tokenizer: PreTrainedTokenizerBase, conversation: list[Message]) -> str:
     """The conversation as the text the model is trained on."""
-    return tokenizer.apply_chat_template(conversation, tokenize=False)
+    text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert isinstance(text, str)
+    return text
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[np.ndarray]:

@@ -131,7 +131,7 @@ def evaluate(
     batch_tokens: int = 4096,
 ) -> Evaluation:
     """Score every conversation at the model's own context length."""
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]  # transformers
     context_tokens = model.config.max_position_embeddings
     rows = [make_row(tokenizer, conversation, context_tokens) for conversation in conversations]
     nats, counts_LE = 0.0, torch.zeros(1)
@@ -159,7 +159,8 @@ def load_teacher(
 ) -> tuple[Qwen3MoeForCausalLM, PreTrainedTokenizerBase]:
     """The model (its shipped bfloat16 values, computed in `dtype`) and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer  # type: ignore[no-untyped-call]  # transformers
 
 
 def main(argv: list[str] | None = None) -> None:

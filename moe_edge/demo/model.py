@@ -45,14 +45,15 @@ def build_config(shape: DemoShape, token_ids: dict[str, int]) -> Qwen3MoeConfig:
         attention_bias=False,
         use_sliding_window=False,
         bos_token_id=None,
-        **token_ids,
+        pad_token_id=token_ids["pad_token_id"],
+        eos_token_id=token_ids["eos_token_id"],
     )
 
 
 def build_model(config: Qwen3MoeConfig, seed: int, experts_kernel: str) -> Qwen3MoeForCausalLM:
     """A freshly initialised float32 model; residual outputs start scaled down by depth."""
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(config).float()
+    model: Qwen3MoeForCausalLM = Qwen3MoeForCausalLM(config).float()  # type: ignore[no-untyped-call]  # transformers
     model.set_experts_implementation(experts_kernel)
     depth_scale = (2 * config.num_hidden_layers) ** -0.5
     with torch.no_grad():

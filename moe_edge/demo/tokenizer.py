@@ -43,7 +43,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int, context_tokens: int) -> PreTrainedTokenizerFast:
     """Train on `texts` and return the fast tokenizer that is saved beside the model."""
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers
         tokenizer_object=train_bpe(texts, vocab_size),
         pad_token=PAD_TOKEN,
         eos_token=TURN_END_TOKEN,

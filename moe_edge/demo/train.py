@@ -109,7 +109,7 @@ def train_step(
     logits_TV = model.lm_head(outputs.last_hidden_state.flatten(0, 1))
     token_loss = functional.cross_entropy(logits_TV, label_RL.flatten())
     balance = balance_loss(outputs.router_logits, model.config.num_experts_per_tok)
-    (token_loss + settings.balance_weight * balance).backward()
+    (token_loss + settings.balance_weight * balance).backward()  # type: ignore[no-untyped-call]  # torch
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(settings, step)
@@ -228,7 +228,8 @@ def run(args: argparse.Namespace, shape: DemoShape, settings: TrainSettings) -> 
         advance(state, args.log_every)
         if state.step % args.checkpoint_every == 0 or state.step == last_step:
             save(state, shape, args.out)
-    return args.out / "teacher"
+    teacher: Path = args.out / "teacher"
+    return teacher
 
 
 def log_step(

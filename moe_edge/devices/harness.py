@@ -31,7 +31,7 @@ _OUT_OF_MEMORY_TEXTS = ("MemoryError", "bad_alloc", "out of memory", "failed to 
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """One artifact, one shape. `prompt_ids` None: the worker draws seeded random ids. `options`: for the runtime."""
 
     runtime: str
@@ -79,7 +79,7 @@ class Failure:
 
 
 def measure(
-    transport: Transport, job: Job, *, worker: Sequence[str] = WORKER, timeout_s: float = TIMEOUT_S
+    transport: Transport, job: BenchJob, *, worker: Sequence[str] = WORKER, timeout_s: float = TIMEOUT_S
 ) -> Samples | Failure:
     """Run one job in a fresh process on the device.
 

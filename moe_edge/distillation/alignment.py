@@ -6,7 +6,7 @@ tokens are left out.
 
 A pruned student has the teacher's layers, so the layer map is `identity`, and an error where the depths differ.
 `proportional` needs no data. `auto` measures CKA between all pairs of layers on a few rows and takes the map that never
-steps back and has the largest sum (formulas/layer_map.py).
+steps back and has the largest sum (formulas/matching.py).
 
 Shape suffixes: N rows, S tokens of a row, J layers of the student, L layers of the teacher, T tokens, D model.
 """
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
 from moe_edge.formulas.cka_loss import MIN_TOKENS, hsic_triple, kept_tokens, usable_tokens
-from moe_edge.formulas.layer_map import best_monotone_map, proportional_map
-from moe_edge.models.taps import body, decoder_layers, listening
+from moe_edge.formulas.matching import best_monotone_map, proportional_map
+from moe_edge.models.taps import body, decoder_layers, recorded_activations
 from moe_edge.process.progress import track
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _outputs(
         ids_1S = ids_S.long()[None].to(device)
         outputs = []
         for model, layers in models:
-            with listening(model, layers) as activations:
+            with recorded_activations(model, layers) as activations:
                 body(model)(input_ids=ids_1S, use_cache=False)
             outputs.append({layer: output[0] for layer, output in activations.layers.items()})
         yield outputs[0], outputs[1]

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
 from moe_edge.distillation.terms import Stateful
-from moe_edge.storage.tensor_dict import load_tensors, load_weights_file, save_tensors
+from moe_edge.storage.tensor_files import load_tensors, load_weights_file, save_tensors
 
 MARKER = "complete"
 WEIGHTS = "model.safetensors"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows, sink_mask
-from moe_edge.models.taps import Outputs, body, decoder_layers, recording
+from moe_edge.models.taps import Outputs, body, decoder_layers, recorded_outputs
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers
 from moe_edge.process.progress import track
 from moe_edge.storage.files import write_json_atomic
@@ -71,7 +71,7 @@ def _row(
         for handle in handles:
             handle.remove()
     recorded, layers = Outputs(), decoder_layers(student)
-    with recording(layers, recorded):
+    with recorded_outputs(layers, recorded):
         body(student)(input_ids=ids_S[None].to(student.device), use_cache=False)
     outputs = [
         recorded[index][0] if isinstance(recorded[index], tuple) else recorded[index] for index in range(len(layers))

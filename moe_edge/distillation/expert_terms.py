@@ -27,9 +27,9 @@ from moe_edge.distillation.feature_terms import spread
 from moe_edge.distillation.terms import MicroBatch, Needs, RecordsNothing, Term, TermContext, student_layers, unfit
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
 from moe_edge.formulas.cka_loss import MIN_TOKENS, cka_pair, mean_pairwise_cka, usable_tokens
-from moe_edge.formulas.expert_groups import expert_owners, group_outputs, group_usage
-from moe_edge.models.shared_core import differentiable_outputs
-from moe_edge.models.taps import body, listening, width
+from moe_edge.formulas.matching import expert_owners, group_outputs, group_usage
+from moe_edge.models.kernels import differentiable_outputs
+from moe_edge.models.taps import body, recorded_activations, width
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route, router_scores
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class ExpertDiversity:
     @contextmanager
     def recording(self, student: nn.Module) -> Iterator[None]:
         """While open, a forward pass of the student leaves the inputs of its experts here."""
-        with listening(student, routers=[view.index for view in self.views]) as activations:
+        with recorded_activations(student, routers=[view.index for view in self.views]) as activations:
             self._activations = activations.expert_inputs
             yield
 
@@ -171,7 +171,7 @@ def _expert_inputs(teacher: nn.Module, layers: list[int], ids_NS: Tensor) -> dic
     inputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for ids_S in ids_NS:
         ids_1S = ids_S.long()[None].to(next(teacher.parameters()).device)
-        with listening(teacher, routers=layers) as activations:
+        with recorded_activations(teacher, routers=layers) as activations:
             body(teacher)(input_ids=ids_1S, use_cache=False)
         for layer, hidden_TD in activations.expert_inputs.items():
             usable_TD = sampled_tokens(hidden_TD, torch.ones_like(ids_1S, dtype=torch.bool), GROUP_TOKENS)

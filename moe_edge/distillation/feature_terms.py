@@ -25,9 +25,8 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.alignment import aligned_layers
 from moe_edge.distillation.terms import MicroBatch, Needs, Term, TermContext
 from moe_edge.formulas.cka_loss import MIN_TOKENS, kept_tokens
-from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, relative_mse
-from moe_edge.formulas.procrustes import procrustes_distance
-from moe_edge.models.taps import decoder_layers, listening, width
+from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, procrustes_distance, relative_mse
+from moe_edge.models.taps import decoder_layers, recorded_activations, width
 
 SVD_TOKENS = 256  # the singular values of 512 tokens take seven times as long
 Distance = Callable[[Tensor, Tensor], Tensor]  # (student_TD, teacher_TD) -> scalar, 0 where they agree
@@ -54,7 +53,7 @@ class FeatureTerm:
     @contextmanager
     def recording(self, student: nn.Module) -> Iterator[None]:
         """While open, a forward pass of the student leaves the outputs of its layers here."""
-        with listening(student, self.layers) as activations:
+        with recorded_activations(student, self.layers) as activations:
             self._activations = activations.layers
             yield
 

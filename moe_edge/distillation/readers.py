@@ -20,8 +20,8 @@ from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
 from moe_edge.models.streaming import StreamedModel
 from moe_edge.models.taps import head
-from moe_edge.storage.closing import Closing
-from moe_edge.storage.spill import ITEM_BYTES, Spill
+from moe_edge.storage.files import Closing
+from moe_edge.storage.rows import SPILL_ITEM_BYTES, Spill
 
 BATCH_ROWS = 4
 SPILL_BYTES = 8 * 2**30  # of the residual stream on disk, while a streamed teacher reads a group of rows
@@ -84,7 +84,7 @@ class StreamedReader(LogitReader):
         self._vocab, self._scratch = vocab, scratch
 
     def group_rows(self, row_tokens: int) -> int:
-        return max(1, SPILL_BYTES // (row_tokens * self._model.width * ITEM_BYTES))
+        return max(1, SPILL_BYTES // (row_tokens * self._model.width * SPILL_ITEM_BYTES))
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[np.ndarray]) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ from moe_edge.contracts.config import OnPolicyConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.terms import RecordsNothing
 from moe_edge.formulas.divergence import IGNORED_LABEL
-from moe_edge.formulas.repetition import repeated_suffix
+from moe_edge.metrics.text_answers import repeated_suffix
 
 Batch = dict[str, Tensor]
 COUNTERS = ("rollout_tokens", "rollout_empty", "rollout_repeated", "rollout_seconds")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.terms import MicroBatch, Needs, Term, TermContext, student_layers, unfit
-from moe_edge.formulas.router_loss import (
+from moe_edge.formulas.routers import (
     are_probabilities,
     gate_logprobs,
     importance_variation,
@@ -25,7 +25,7 @@ from moe_edge.formulas.router_loss import (
     routing_kl,
 )
 from moe_edge.models.routing import is_sigmoid
-from moe_edge.models.taps import Sounds, listening
+from moe_edge.models.taps import Activations, recorded_activations
 from moe_edge.models.views import moe_layers
 
 # From the logits (T, E) and ids (T, K) of one layer, real tokens only, and whether its gates are sigmoids.
@@ -45,12 +45,12 @@ class RouterTerm(ABC):
     def __init__(self, name: str, context: TermContext) -> None:
         self.name = name
         self.sigmoid = {view.index: is_sigmoid(view) for view in student_layers(name, context.student)}
-        self.activations = Sounds()
+        self.activations = Activations()
         self._checked = False
 
     @contextmanager
     def recording(self, student: nn.Module) -> Iterator[None]:
-        with listening(student, routers=self.sigmoid) as self.activations:
+        with recorded_activations(student, routers=self.sigmoid) as self.activations:
             yield
 
     def loss(self, batch: MicroBatch) -> Tensor:

@@ -26,7 +26,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.formulas.divergence import coarse_pair, forward_kl, head_pair, temperature_index
 from moe_edge.formulas.logit_views import LogitView
 from moe_edge.formulas.sampling import sampled_kl
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 from moe_edge.storage.logit_shards import ShardedLogits
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.sampled_codec import SampledCodec, SampledRow

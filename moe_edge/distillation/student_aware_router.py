@@ -29,12 +29,11 @@ from moe_edge.distillation.teacher import LiveTeacher, head_weight
 from moe_edge.distillation.telemetry import RouterSnapshot
 from moe_edge.distillation.terms import RecordsNothing
 from moe_edge.formulas.divergence import kl_dense, predicts_label
-from moe_edge.formulas.expert_sampling import every_expert
 from moe_edge.formulas.head_loss import head_loss
-from moe_edge.formulas.router_loss import gate_logprobs, importance_variation
+from moe_edge.formulas.routers import every_expert, gate_logprobs, importance_variation
 from moe_edge.models.routing import is_sigmoid, rerouted
 from moe_edge.models.streaming import recomputed
-from moe_edge.models.taps import Sounds, body, decoder_layers, listening
+from moe_edge.models.taps import Activations, body, decoder_layers, recorded_activations
 from moe_edge.models.views import moe_layers
 
 log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class StudentAwareRouter(RecordsNothing):
         with ExitStack() as stack:
             stack.enter_context(rerouted(teacher, _all))
             stack.enter_context(recomputed(teacher) if self._recompute else nullcontext())
-            with listening(teacher, routers=self._sigmoid) as activations:
+            with recorded_activations(teacher, routers=self._sigmoid) as activations:
                 teacher_TD = body(teacher)(**given).last_hidden_state[chosen_BS]
             kl = self._divergence(teacher_TD, student_TD) / tokens
             importance = self._importance(activations, batch.get("attention_mask"))
@@ -145,7 +144,7 @@ class StudentAwareRouter(RecordsNothing):
 
         return head_loss(teacher_TD, head_weight(self._teacher.model, self._vocab), chunk)[0]
 
-    def _importance(self, activations: Sounds, mask_BS: Tensor | None) -> Tensor:
+    def _importance(self, activations: Activations, mask_BS: Tensor | None) -> Tensor:
         """CV(importance)^2 over real tokens, mean over layers."""
         values = []
         for layer, logits_TE in activations.router_logits.items():

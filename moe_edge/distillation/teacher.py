@@ -26,7 +26,7 @@ from moe_edge.distillation.terms import Needs, TeacherActivations
 from moe_edge.formulas.divergence import dense_pair, forward_kl
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.models.students import load_student, use_fastest_experts
-from moe_edge.models.taps import body, head, listening
+from moe_edge.models.taps import body, head, recorded_activations
 
 Routing = Callable[[nn.Module, int], AbstractContextManager[Any]]
 
@@ -96,7 +96,7 @@ class LiveTeacher:
         with ExitStack() as stack:
             if self._routing is not None:
                 stack.enter_context(self._routing(self.model, draw))
-            activations = stack.enter_context(listening(self.model, self.needs.layers, self.needs.routers))
+            activations = stack.enter_context(recorded_activations(self.model, self.needs.layers, self.needs.routers))
             output = body(self.model)(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         hidden_BSD = output.last_hidden_state if self.has_logits else None
         self._activations[draw] = TeacherActivations(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_edge.contracts.config import StageConfig, TeacherRoutingConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.terms import RecordsNothing
-from moe_edge.formulas.expert_sampling import augmented_experts, every_expert
+from moe_edge.formulas.routers import augmented_experts, every_expert
 from moe_edge.models.routing import rerouted
 from moe_edge.models.views import moe_layers
 

@@ -24,10 +24,10 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_edge.formulas.router_loss import gate_logprobs
+from moe_edge.formulas.routers import gate_logprobs
 from moe_edge.formulas.routing_health import layer_health, load_variation
 from moe_edge.models.routing import is_sigmoid, router_logits, router_tensors
-from moe_edge.models.taps import Sounds, listening
+from moe_edge.models.taps import Activations, recorded_activations
 from moe_edge.models.views import moe_layers
 
 log = logging.getLogger(__name__)
@@ -112,12 +112,12 @@ class RoutingTelemetry:
 
     @contextmanager
     def recording(self, student: nn.Module) -> Iterator[None]:
-        with listening(student, routers=self._sigmoid) as activations:
+        with recorded_activations(student, routers=self._sigmoid) as activations:
             yield
         self._add(activations)
 
     @torch.no_grad()
-    def _add(self, activations: Sounds) -> None:
+    def _add(self, activations: Activations) -> None:
         for place, layer in enumerate(self._sigmoid):
             index_TK, weight_TK = activations.routing[layer]
             logprob_TE = gate_logprobs(activations.router_logits[layer].detach(), self._sigmoid[layer])

@@ -173,7 +173,7 @@ def _open_reference(session: Session, candidate: Candidate) -> Any:
             raise
         log.warning("%s: it is read layer by layer", problem.why)
     student = StreamedStudent(candidate.location, session.threads, session.rows_NS.shape[1])
-    student.read(list(session.rows_NS))
+    student.routing_gaps(list(session.rows_NS))
     return student
 
 
@@ -250,11 +250,11 @@ def _cache(session: Session, candidate: Candidate) -> dict[str, str]:
     return {"kv_cache": session.kv_cache} if candidate.fields["runtime"] == "llama_cpp" else {}
 
 
-def _job(session: Session, candidate: Candidate) -> harness.Job:
+def _job(session: Session, candidate: Candidate) -> harness.BenchJob:
     settings, runtime = session.settings, candidate.fields["runtime"]
     prompt = np.resize(session.rows_NS.reshape(-1), settings.prompt_tokens).tolist() if session.rows_NS.size else None
     repetitions = min(settings.repetitions, HF_REPETITIONS) if runtime == "hf" else settings.repetitions
-    return harness.Job(
+    return harness.BenchJob(
         runtime,
         str(candidate.location.resolve()),
         session.threads,

@@ -28,12 +28,11 @@ from moe_edge.contracts.manifest import FileEntry, content_digest, installed_ver
 from moe_edge.contracts.report import GateResult
 from moe_edge.devices.detect import Kind, detect, weight_bytes
 from moe_edge.evaluation.answers import ANSWERS_NAME, Journal, Model, Protocol, answer_all
-from moe_edge.metrics.encoders import local_encoder
 from moe_edge.metrics.text import DEFINITIONS, METRICS, EmptyReferences, judged_rows, score_set
 from moe_edge.metrics.text_answers import Answer, Status
-from moe_edge.metrics.text_modules import compute
+from moe_edge.metrics.text_modules import compute, local_encoder
 from moe_edge.process import host
-from moe_edge.storage.digests import remembered_sha256
+from moe_edge.storage.cache import remembered_sha256
 from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.folders import files_of
 from moe_edge.texts.instruction_rows import InstructionSet

@@ -78,9 +78,13 @@ def shell_runner(model: str, runtime: Mapping[str, Any]) -> str:
         runtime: threads, gpu_layers, context_length, kv_cache.
     """
     values = {
-        "SUMS": SUMS, "PROMPTS": PROMPTS, "COMMON": common_options(model, runtime), "CONTEXT": runtime["context_length"],
-        "CACHE": cache_options(runtime), "BENCH_CACHE": cache_options(runtime, bench=True),
-    }  # fmt: skip
+        "SUMS": SUMS,
+        "PROMPTS": PROMPTS,
+        "COMMON": common_options(model, runtime),
+        "CONTEXT": runtime["context_length"],
+        "CACHE": cache_options(runtime),
+        "BENCH_CACHE": cache_options(runtime, bench=True),
+    }
     text = _TEMPLATE
     for name, value in values.items():
         text = text.replace(f"@{name}@", str(value))
@@ -90,9 +94,8 @@ def shell_runner(model: str, runtime: Mapping[str, Any]) -> str:
 def prompt_texts(tokenizer: Path, prompts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Place in the bundle -> text of every golden prompt, by the tokenizer in a folder."""
     decode = load_tokenizer(tokenizer).decode
-    return {
-        f"{PROMPTS}/{n}.txt": decode(prompt["ids"], skip_special_tokens=True) for n, prompt in enumerate(prompts, 1)
-    }
+    texts = [decode(prompt["ids"], skip_special_tokens=True) for prompt in prompts]
+    return {f"{PROMPTS}/{number}.txt": str(text) for number, text in enumerate(texts, 1)}
 
 
 def sums(folder: Path) -> str:

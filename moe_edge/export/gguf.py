@@ -22,7 +22,8 @@ from moe_edge.contracts.spec import ModelSpec, TensorEntry
 from moe_edge.export.gguf_hyperparameters import hyperparameters
 from moe_edge.export.gguf_layout import LAYOUTS, StoredTensor, architecture_of, file_entries, stored_tensors
 from moe_edge.export.gguf_tokenizer import gguf_vocabulary, verify_tokenizer, write_vocabulary
-from moe_edge.families import assemble, student_family
+from moe_edge.families import student_family
+from moe_edge.models.weight_sources import assemble
 from moe_edge.process.progress import track
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint

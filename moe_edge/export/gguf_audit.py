@@ -7,11 +7,11 @@ class, and how many tensors got a larger type than the recipe names because thei
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, Self
 
 from moe_edge.contracts.errors import MoeEdgeError
 from moe_edge.contracts.quantization import Mix, chosen_type, tensor_bytes, type_for_row
@@ -34,6 +34,22 @@ class Expected:
     kind: str  # the type that its rows allow
 
 
+@dataclass(frozen=True)
+class StoredSizes:
+    """What a report tells of the tensor classes of a file."""
+
+    bytes_by_class: dict[str, int]
+    bits_per_weight_by_class: dict[str, float]
+    fallbacks: dict[str, int] | None = None  # "Q4_K -> Q5_0": tensors; None where a format has none
+
+    @classmethod
+    def of(cls, size: Mapping[str, int], weights: Mapping[str, int], fallbacks: dict[str, int] | None = None) -> Self:
+        """From the bytes and the number of weights of every class."""
+        classes = sorted(size)
+        bits = {name: round(8 * size[name] / weights[name], 3) for name in classes}
+        return cls({name: size[name] for name in classes}, bits, fallbacks)
+
+
 def expected_tensors(checkpoint: Path, recipe: str, mix: Mix | None = None) -> dict[str, Expected]:
     """What a file of `checkpoint` under a recipe and a plan's mix consists of, by GGUF name.
 
@@ -51,12 +67,8 @@ def expected_tensors(checkpoint: Path, recipe: str, mix: Mix | None = None) -> d
     return found
 
 
-def audit(parts: Sequence[Path], checkpoint: Path, recipe: str, mix: Mix | None = None) -> dict[str, Any]:
-    """Compare a file, whole or in parts, with what it must be.
-
-    Returns:
-        {"bytes_by_class": {class: bytes}, "bits_per_weight_by_class": {class: bits},
-        "fallbacks": {"Q4_K -> Q5_0": tensors}}
+def audit(parts: Sequence[Path], checkpoint: Path, recipe: str, mix: Mix | None = None) -> StoredSizes:
+    """Compare a file, whole or in parts, with what it must be; returns what it is.
 
     Raises:
         MoeEdgeError: a tensor is missing, unknown, or stored in another type, shape or number of bytes.
@@ -69,7 +81,11 @@ def audit(parts: Sequence[Path], checkpoint: Path, recipe: str, mix: Mix | None 
     if problems:
         refuse(problems, parts[0])
     fallbacks = Counter(f"{item.named} -> {item.kind}" for item in wanted.values() if item.named != item.kind)
-    return _by_class(wanted, actual) | {"fallbacks": dict(sorted(fallbacks.items()))}
+    size, weights = Counter[str](), Counter[str]()
+    for name, item in wanted.items():
+        size[item.tensor_class] += actual[name].bytes
+        weights[item.tensor_class] += prod(item.shape)
+    return StoredSizes.of(size, weights, dict(sorted(fallbacks.items())))
 
 
 def refuse(problems: Sequence[str], where: Path) -> NoReturn:
@@ -99,17 +115,3 @@ def _difference(wanted: Expected, actual: GgufTensor) -> str | None:
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """libllama does not write the first axis of a single expert."""
     return tuple(size for size in shape if size != 1)
-
-
-def _by_class(wanted: dict[str, Expected], actual: dict[str, GgufTensor]) -> dict[str, Any]:
-    """Bytes and bits per weight of every tensor class."""
-    stored: Counter[TensorClass] = Counter()
-    weights: Counter[TensorClass] = Counter()
-    for name, item in wanted.items():
-        stored[item.tensor_class] += actual[name].bytes
-        weights[item.tensor_class] += prod(item.shape)
-    classes = sorted(stored)
-    return {
-        "bytes_by_class": {name: stored[name] for name in classes},
-        "bits_per_weight_by_class": {name: round(8 * stored[name] / weights[name], 3) for name in classes},
-    }

@@ -32,7 +32,7 @@ class Layout:
     names: Mapping[Key, str] = field(default_factory=dict)  # that differ from TENSOR_NAMES
 
 
-_AFTER_ATTENTION = {("norm", "post_attention_norm"): "blk.{}.post_attention_norm.weight"}
+_AFTER_ATTENTION: dict[Key, str] = {("norm", "post_attention_norm"): "blk.{}.post_attention_norm.weight"}
 _DEEPSEEK2 = Layout(
     (write.latent_attention, write.expert_width, write.shared_count, write.leading_dense), rotates_pairs=True
 )

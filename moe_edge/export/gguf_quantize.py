@@ -18,7 +18,7 @@ from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProble
 from moe_edge.contracts.quantization import NEEDS_IMATRIX, RECIPES, Mix, pinned_type
 from moe_edge.export.gguf_layout import class_of, layer_of
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, GgufHeader, check_gguf_header
-from moe_edge.runtimes.llama_log import last_errors, quiet_llama
+from moe_edge.runtimes.llama_cpp import last_errors, quiet_llama
 
 MAX_BUFFER_BYTES = 512 << 20
 # recipe -> llama_ftype: what general.file_type will say
@@ -131,7 +131,7 @@ def _file_type(recipe: str) -> int:
     return FILE_TYPES.get(recipe, FILE_TYPES["Q8_0"])
 
 
-def _overrides(wanted: dict[str, str]) -> ctypes.Array:
+def _overrides(wanted: dict[str, str]) -> ctypes.Array[lib.llama_model_tensor_override]:
     """One anchored pattern per tensor (std::regex_search, first match wins), ended by an empty row."""
     rows = (lib.llama_model_tensor_override * (len(wanted) + 1))()
     for row, (name, kind) in zip(rows, wanted.items(), strict=False):
@@ -139,7 +139,7 @@ def _overrides(wanted: dict[str, str]) -> ctypes.Array:
     return rows
 
 
-def _imatrix(vectors: dict[str, np.ndarray]) -> ctypes.Array:
+def _imatrix(vectors: dict[str, np.ndarray]) -> ctypes.Array[lib.llama_model_imatrix_data]:
     """Rows that point into `vectors`, which the caller keeps alive; ended by an empty row."""
     rows = (lib.llama_model_imatrix_data * (len(vectors) + 1))()
     for row, (name, values) in zip(rows, vectors.items(), strict=False):

@@ -7,7 +7,7 @@ tokenizer that is almost right gives a model that is almost sensible, and nothin
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,19 @@ def gguf_vocabulary(checkpoint: Path, rows: int, pre_tokenizer: str | None) -> V
     tokens, types = _token_table(parsed, rows)
     prefix, suffix = _automatic_ids(tokenizer)
     specials = _special_ids(tokenizer, checkpoint)
-    common = {
-        "special_ids": specials | ({"bos": prefix[0]} if prefix else {}),
-        "add_bos": bool(prefix),
-        "add_eos": bool(suffix),
-        "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
-    }
-    if model.get("byte_fallback"):
-        scores = _scores(model, tokens)
-        return Vocabulary("llama", tokens, types, scores=scores, add_space_prefix=_prepends_space(parsed), **common)
+    vocabulary = Vocabulary(
+        model="llama" if model.get("byte_fallback") else "gpt2",
+        tokens=tokens,
+        types=types,
+        special_ids=specials | ({"bos": prefix[0]} if prefix else {}),
+        add_bos=bool(prefix),
+        add_eos=bool(suffix),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+    )
+    if vocabulary.model == "llama":
+        return replace(vocabulary, scores=_scores(model, tokens), add_space_prefix=_prepends_space(parsed))
     pre = pre_tokenizer or pre_tokenizer_name(parsed, partial(tokenizer.encode, verbose=False))
-    return Vocabulary("gpt2", tokens, types, pre=pre, merges=_merges(model), **common)
+    return replace(vocabulary, pre=pre, merges=_merges(model))
 
 
 def _token_table(parsed: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:

@@ -16,11 +16,12 @@ import torch
 
 from moe_edge.export.device_runner import score
 from moe_edge.formulas.divergence import teacher_topk
-from moe_edge.runtimes.base import Answers, Runtime
+from moe_edge.runtimes.base import LogitModel, Runtime
+from moe_edge.storage.logit_codec import TeacherRow
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
 
-GOLDEN_SCHEMA = "moe-edge/golden@1"
+GOLDEN, GOLDEN_SCHEMA = "golden.json", "moe-edge/golden@1"  # in the export's folder and in every bundle
 PROMPTS, PROMPT_TOKENS, KEPT_IDS = 4, 48, 32
 DIGITS = 6  # of a log-probability: well below what any runtime reproduces
 # Another machine's kernels round otherwise, above all in quantized products; a wrong file is nats away.
@@ -29,7 +30,9 @@ LIMIT_FACTOR, LIMIT_FLOOR_NATS = 1.5, 0.02
 Prompt = dict[str, Any]  # ids [S], top_ids [S][K], top_logprobs [S][K], tail_logmass [S] with null for no mass
 
 
-def _prompt(ids_S: Sequence[int], top_SK: np.ndarray, logprobs_SK: np.ndarray, tail_S: np.ndarray) -> Prompt:
+def _prompt(
+    ids_S: Sequence[int] | np.ndarray, top_SK: np.ndarray, logprobs_SK: np.ndarray, tail_S: np.ndarray
+) -> Prompt:
     return {
         "ids": [int(token) for token in ids_S],
         "top_ids": np.asarray(top_SK).tolist(),
@@ -51,6 +54,7 @@ def from_cache(logits: Path, rows: Path) -> list[Prompt]:
         plain = cache.temperatures.index(1.0)
         for row in chosen:
             teacher, part = cache.row(ids_NS[row]), slice(PROMPT_TOKENS)
+            assert isinstance(teacher, TeacherRow)  # a profile keeps the largest ids, never drawn ones
             tail_S = teacher.tail_logmass_SH[part, plain]
             found.append(_prompt(ids_NS[row][part], teacher.indices_SK[part], teacher.logprobs_SK[part], tail_S))
     return found
@@ -61,7 +65,7 @@ def pieces(ids_S: np.ndarray) -> list[np.ndarray]:
     return [ids_S[start : start + PROMPT_TOKENS] for start in range(0, len(ids_S), PROMPT_TOKENS)][:PROMPTS]
 
 
-def from_model(model: Answers, ids_S: np.ndarray) -> list[Prompt]:
+def from_model(model: LogitModel, ids_S: np.ndarray) -> list[Prompt]:
     """A text cut into prompts, with an open model's own answers."""
     found = []
     for piece_S in pieces(ids_S):

@@ -19,9 +19,9 @@ import torch
 from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of, refuse_absent_layers
+from moe_edge.export.imatrix import Importance
 from moe_edge.export.onnx_check import check_cuda_folder
 from moe_edge.export.onnx_graph import build_graph, write_companions
-from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
 from moe_edge.export.onnx_quantize import Scheme
 from moe_edge.families import student_family

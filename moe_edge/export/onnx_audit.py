@@ -1,7 +1,7 @@
 """The last look at an ONNX folder before it counts: every weight that the checkpoint implies, in its bits and its bytes.
 
 What: `audit_onnx`. Expected is what the checkpoint's neutral map costs under the precision, per class and layer, worked out
-from its headers; found is what the nodes of the written file read. The tables of the quantization pass (onnx_precision)
+from its headers; found is what the nodes of the written file read. The tables of the quantization pass (onnx_pack)
 are not consulted: a rule that is missing there leaves weights in float silently, and a shared table would hide it. A class
 that is missing, a layer that was skipped, experts of one layer that stayed float fail the export with their name.
 
@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx
 
 from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of, stored_bytes, weight_class
 from moe_edge.contracts.spec import TensorEntry
-from moe_edge.export.gguf_audit import refuse
+from moe_edge.export.gguf_audit import StoredSizes, refuse
 from moe_edge.families import student_family
 from moe_edge.runtimes.onnx_header import GRAPH, inspect_onnx
 from moe_edge.storage.checkpoint import TensorReader
@@ -101,16 +101,20 @@ def _written(entries: Sequence[TensorEntry], reader: TensorReader) -> list[Tenso
 
 
 def audit_onnx(
-    folder: Path, checkpoint: Path, precision: str, block_size: int, layer_bits: LayerBits | None = None,
+    folder: Path,
+    checkpoint: Path,
+    precision: str,
+    block_size: int,
+    layer_bits: LayerBits | None = None,
     provider: Provider = "cpu",
-) -> dict[str, Any]:  # fmt: skip
+) -> StoredSizes:
     """Compare a written folder with what it must be.
 
     Args:
         precision, block_size, layer_bits, provider: what `export_onnx` was asked for.
 
     Returns:
-        {"bytes_by_class": {class: bytes}, "bits_per_weight_by_class": {class: bits}} of the classes that have bits.
+        Bytes and bits per weight of every class that has bits to choose, and of the routers.
 
     Raises:
         MoeEdgeError: a class is missing in a layer, has other bits, weights or bytes, or a node's weights have no class.
@@ -126,7 +130,12 @@ def audit_onnx(
         problems += _differences(_name(place), wanted[place], found[place])
     if problems:
         refuse(sorted(problems), folder / GRAPH)
-    return _by_class(found)
+    size, weights = Counter[str](), Counter[str]()
+    for (kind, _), cost in found.items():
+        if kind != PLAIN:
+            size[kind] += cost.bytes
+            weights[kind] += cost.weights
+    return StoredSizes.of(size, weights)
 
 
 def _name(place: Place) -> str:
@@ -202,7 +211,7 @@ def _itemsize(tensor: onnx.TensorProto) -> int:
 
 def _bytes(tensor: onnx.TensorProto) -> int:
     """What the shape and the type take."""
-    return prod(tensor.dims) * _itemsize(tensor)
+    return int(prod(tensor.dims)) * _itemsize(tensor)
 
 
 def _declared(tensor: onnx.TensorProto) -> int:
@@ -210,16 +219,3 @@ def _declared(tensor: onnx.TensorProto) -> int:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return int(next((entry.value for entry in tensor.external_data if entry.key == "length"), 0))
     return len(tensor.raw_data) or onnx.numpy_helper.to_array(tensor).nbytes
-
-
-def _by_class(found: dict[Place, Cost]) -> dict[str, Any]:
-    """Bytes and bits per weight of every class that has bits to choose, and of the routers."""
-    stored, weights = Counter[str](), Counter[str]()
-    for (kind, _), cost in found.items():
-        stored[kind] += cost.bytes
-        weights[kind] += cost.weights
-    classes = sorted(stored.keys() - {PLAIN})
-    return {
-        "bytes_by_class": {name: stored[name] for name in classes},
-        "bits_per_weight_by_class": {name: round(8 * stored[name] / weights[name], 3) for name in classes},
-    }

@@ -81,16 +81,16 @@ def check_builder() -> None:
 
 
 @cache
-def _builder_class(module: str, name: str) -> type:
+def _builder_class(module: str, name: str) -> Any:
     """A builder class. Its modules import a top-level `quantization`: lend them that name while they load."""
-    mine = sys.modules.get("quantization")
+    shadowed = sys.modules.get("quantization")
     sys.modules["quantization"] = importlib.import_module(f"{_PACKAGE}.quantization")
     try:
         return getattr(importlib.import_module(f"{_PACKAGE}.builders.{module}"), name)
     finally:
         del sys.modules["quantization"]
-        if mine is not None:
-            sys.modules["quantization"] = mine
+        if shadowed is not None:
+            sys.modules["quantization"] = shadowed
 
 
 class DecoderGraph:
@@ -120,7 +120,7 @@ class DecoderGraph:
             super().make_rope_init(config)  # type: ignore[misc]
 
     def make_intermediate_size_init(self, config: Any) -> None:
-        """LFM2's class derives a width from keys that its mixtures lack; ours come with each block."""
+        """LFM2's class derives a width from keys that its mixtures lack; here each block has its own."""
 
     def load_weights(self, input_path: str) -> Any:
         return self.hf_model
@@ -183,9 +183,14 @@ class FullWidthNorms:
             weight = f"model.layers.{layer_id}.attn.{part}_norm.layernorm.weight"
             self.make_initializer(norm.weight.detach(), weight, to=self.io_dtype)
             self.make_node(
-                "SimplifiedLayerNormalization", inputs=[self.attention_attrs[f"{part}_path"], weight],
-                outputs=[f"{name}/output_0"], name=name, epsilon=self.layernorm_attrs["epsilon"], axis=-1, stash_type=1,
-            )  # fmt: skip
+                "SimplifiedLayerNormalization",
+                inputs=[self.attention_attrs[f"{part}_path"], weight],
+                outputs=[f"{name}/output_0"],
+                name=name,
+                epsilon=self.layernorm_attrs["epsilon"],
+                axis=-1,
+                stash_type=1,
+            )
             self.make_value(f"{name}/output_0", self.io_dtype, shape=self.make_hidden_state_shape(last_dim=width))
             self.attention_attrs[f"{part}_path"] = f"{name}/output_0"
         if self.spec.clip_qkv is not None:

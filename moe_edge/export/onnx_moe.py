@@ -6,6 +6,7 @@ that layers may differ in experts, top-k and width. The router is in onnx_routin
 Legend: E experts, F expert width, D model width.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,9 @@ class MoEGraph(RoutingGraph):
 
     views: dict[int, MoELayerView]  # decoder layer -> its experts
     names: Names  # of a decoder layer's feed-forward block
+    io_dtype: ir.DataType  # these three are the builder's
+    model: ir.Model
+    make_value: Callable[..., ir.Value]
 
     def make_feed_forward(self: Any, layer_id: int, layer: Any, root_input: str) -> None:
         """Append the layer's block; its output is what the residual connection adds next."""
@@ -52,18 +56,26 @@ class MoEGraph(RoutingGraph):
             self.make_initializer(getattr(experts, f"{part}_proj_bias").detach(), biases[part], to=self.io_dtype)
         clamped = moe.activation == "clamped_swiglu"
         self.make_node(
-            "MoE", inputs=[root_input, routing.logits, gate_up, biases["gate_up"], down, biases["down"]],
-            outputs=[f"{base}/MoE/output_0"], name=f"{base}/MoE", domain="com.microsoft", k=view.top_k,
-            activation_type="swiglu", swiglu_fusion=1, activation_alpha=moe.swiglu_alpha,
-            activation_beta=1.0 if clamped else 0.0, normalize_routing_weights=int(routing.normalise),
+            "MoE",
+            inputs=[root_input, routing.logits, gate_up, biases["gate_up"], down, biases["down"]],
+            outputs=[f"{base}/MoE/output_0"],
+            name=f"{base}/MoE",
+            domain="com.microsoft",
+            k=view.top_k,
+            activation_type="swiglu",
+            swiglu_fusion=1,
+            activation_alpha=moe.swiglu_alpha,
+            activation_beta=1.0 if clamped else 0.0,
+            normalize_routing_weights=int(routing.normalise),
             **({"swiglu_limit": moe.swiglu_limit} if clamped else {}),
-        )  # fmt: skip
+        )
         self.make_value(f"{base}/MoE/output_0", self.io_dtype, shape=self.make_hidden_state_shape())
         if routing.choice is not None:
             choice = routing.choice
             found = (self.make_value(choice.selects), self.make_value(choice.weighs), choice.renormalise)
             self.make_value(f"{base}/MoE/output_0").producer().meta[CHOICE] = found
-        return self._weighed(base, routing)
+        output: str = self._weighed(base, routing)
+        return output
 
     def _weighed(self: Any, base: str, routing: Routing) -> str:
         """The operator's output times what its weights lack: their sum, and the factor on all routed experts."""
@@ -115,16 +127,17 @@ class MoEGraph(RoutingGraph):
 def _gated(block: Any, names: Names) -> SimpleNamespace:
     """A gated MLP under the builder's names."""
     parts = {"gate_proj": names.gate, "up_proj": names.up, "down_proj": names.down}
-    return SimpleNamespace(**{ours: block.get_submodule(theirs) for ours, theirs in parts.items()})
+    return SimpleNamespace(**{name: block.get_submodule(path) for name, path in parts.items()})
 
 
 def _split(view: MoELayerView) -> SimpleNamespace:
     """A shared expert that holds gate and up in one matrix, gate first, as a block with three."""
+    assert view.shared is not None
     gate_up, down = (
         view.shared.get_submodule(name.removesuffix(".weight"))
         for name in (view.names.shared_gate_up, view.names.shared_down)
     )
-    gate, up = (SimpleNamespace(weight=half, bias=None) for half in gate_up.weight.detach().chunk(2))
+    gate, up = (SimpleNamespace(weight=half, bias=None) for half in gate_up.get_parameter("weight").detach().chunk(2))
     return SimpleNamespace(gate_proj=gate, up_proj=up, down_proj=down)
 
 

@@ -1,6 +1,6 @@
 """Rewrites a float32 MoE graph: MoE -> QMoE, MatMul -> MatMulNBits, Gather -> GatherBlockQuantized.
 
-What is quantized is the table in onnx_precision, to how many bits that in contracts/onnx_bits.py, and how is onnx_quantize.
+What is quantized is the table NODE_RULES, to how many bits that in contracts/onnx_bits.py, and how is onnx_quantize.
 Scales are stored as float16 and widened by a Cast that the runtime folds away at load (half a bit per weight saved, same
 kernels); a float16 graph reads them as they are. QMoE on CPU always renormalises the top-k weights of its own softmax, so
 every other routing hands it what selects and what weighs the experts (inputs 1 and 14), computed in the graph
@@ -9,18 +9,18 @@ every other routing hands it what selects and what weighs the experts (inputs 1 
 Legend: E experts, N output rows, K input columns.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
 
-from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, Provider, bits_of, fitting_block
-from moe_edge.export.onnx_imatrix import Importance
+from moe_edge.contracts.onnx_bits import QUANTIZED_BITS, LayerBits, Provider, WeightClass, bits_of, fitting_block
+from moe_edge.export.imatrix import Importance
 from moe_edge.export.onnx_moe import CHOICE, MASS
-from moe_edge.export.onnx_precision import WEIGHT_INPUTS, NodeRule, layer_of, rule_of
 from moe_edge.export.onnx_quantize import Scheme, pack_codes, quantize
 from moe_edge.process.progress import track
 
@@ -30,6 +30,43 @@ ROUTER_PROBS, ROUTER_WEIGHTS = 1, 14  # QMoE's inputs that select experts and th
 # QMoE's inputs of the two expert matrices: weight in the MoE node, imatrix key, quantized weight, zero points
 EXPERT_INPUTS = ((2, "expert_in", 2, 11), (4, "expert_down", 5, 12))
 EXPERT_BIASES = ((3, 4), (5, 7))  # input of MoE, input of QMoE
+# Operator -> inputs that are weights; others (biases) stay as they are.
+WEIGHT_INPUTS = {"MatMul": (1,), "MoE": (2, 4), "Gather": (0,)}
+
+
+class NodeRule(NamedTuple):
+    """How a graph node is recognised, its class, and the imatrix key of its input columns (None: unweighted)."""
+
+    pattern: str
+    weight_class: WeightClass
+    imatrix_key: str | None
+
+
+# The first match wins; node names are those of onnxruntime-genai's builder and of onnx_graph.
+NODE_RULES: tuple[NodeRule, ...] = (
+    NodeRule(r"/attn/(qkv|q|k|v)_proj/MatMul$", "attention", "attention_in"),
+    NodeRule(r"/attn/o_proj/MatMul$", "attention", "attention_o"),
+    NodeRule(r"/conv/in_proj/MatMul$", "attention", "attention_in"),
+    NodeRule(r"/conv/out_proj/MatMul$", "attention", "conv_out"),
+    NodeRule(r"/moe/router/MatMul$", "router", None),
+    NodeRule(r"/shared_expert_gate/MatMul$", "router", None),
+    NodeRule(r"/mlp/(gate|up)_proj/MatMul$", "shared", "ffn_in"),
+    NodeRule(r"/mlp/down_proj/MatMul$", "shared", "shared_down"),
+    NodeRule(r"/lm_head/MatMul$", "head", "head_in"),
+    NodeRule(r"/moe/MoE$", "expert", "expert_in"),
+    NodeRule(r"/embed_tokens/Gather$", "embedding", None),
+)
+
+
+def rule_of(node_name: str) -> NodeRule | None:
+    """The rule of a node, or None for a node that carries no weight of ours."""
+    return next((rule for rule in NODE_RULES if re.search(rule.pattern, node_name)), None)
+
+
+def layer_of(node_name: str) -> int | None:
+    """The decoder layer in a node's name, or None."""
+    match = re.search(r"/layers\.(\d+)/", node_name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -70,14 +107,16 @@ class Packer:
     def run(self) -> Report:
         """Rewrite every node that carries weights; norms and whatever has no rule stay as they are."""
         rewrite: dict[str, Callable[[ir.Node, NodeRule, int], None]] = {
-            "MatMul": self._matmul, "MoE": self._moe, "Gather": self._gather,
-        }  # fmt: skip
+            "MatMul": self._matmul,
+            "MoE": self._moe,
+            "Gather": self._gather,
+        }
         jobs = [(node, rule) for node in self.graph if node.op_type in rewrite and (rule := rule_of(node.name or ""))]
         # The head comes before a tied embedding, which reads the head's tensors.
         jobs.sort(key=lambda job: job[1].weight_class == "embedding")
         for node, rule in track(jobs, "quantizing"):
             bits = self._bits(node, rule)
-            if node.op_type == "Gather" and node.inputs[0].producer() is not None:
+            if node.op_type == "Gather" and _input(node, 0).producer() is not None:
                 self._tied_gather(node)
             elif bits in QUANTIZED_BITS:
                 rewrite[node.op_type](node, rule, bits)
@@ -92,22 +131,23 @@ class Packer:
         return bits_of(self.recipe.precision, rule.weight_class, layer, self.recipe.layer_bits, self.dense)
 
     def _matmul(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
-        weight_NK = _read(node.inputs[1]).T
+        name, weight_KN = _weight(node, 1)
+        weight_NK = weight_KN.T
         rows, columns = weight_NK.shape
         block = fitting_block(self.recipe.block_size, columns)
         importance = self.importance.of(rule.imatrix_key, layer_of(node.name or ""))
         blocks = quantize(weight_NK, bits, block, importance, self.recipe.scheme)
         codes = pack_codes(blocks.codes, bits).reshape(rows, columns // block, block * bits // 8)
-        stored = self._store(node.inputs[1].name, codes, blocks.scale, blocks.zero, bits, rule, weight_NK.numel())
+        stored = self._store(name, codes, blocks.scale, blocks.zero, bits, rule, weight_NK.numel())
         attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block}
         self._replace(node, "MatMulNBits", [node.inputs[0], *stored], attributes | self._accuracy())
 
     def _gather(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
-        table = _read(node.inputs[0])
+        name, table = _weight(node, 0)
         block = fitting_block(self.recipe.block_size, table.shape[1])
         blocks = quantize(table, bits, block, None, self.recipe.scheme)
         codes = pack_codes(blocks.codes, bits)
-        data, *stored = self._store(node.inputs[0].name, codes, blocks.scale, blocks.zero, bits, rule, table.numel())
+        data, *stored = self._store(name, codes, blocks.scale, blocks.zero, bits, rule, table.numel())
         self._gather_blocks(node, data, stored, bits, block)
 
     def _tied_gather(self, node: ir.Node) -> None:
@@ -131,10 +171,10 @@ class Packer:
 
     def _moe(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         layer = layer_of(node.name or "")
-        block = fitting_block(self.recipe.block_size, *(node.inputs[at].shape[2] for at, *_ in EXPERT_INPUTS))
+        block = fitting_block(self.recipe.block_size, *(_row_length(_input(node, at)) for at, *_ in EXPERT_INPUTS))
         inputs: list[ir.Value | None] = [*node.inputs[:2], *[None] * (ROUTER_WEIGHTS - 1)]
         for source, key, weight_at, zero_at in EXPERT_INPUTS:
-            experts_ENK = _read(node.inputs[source])
+            name, experts_ENK = _weight(node, source)
             quantized = [
                 quantize(expert_NK, bits, block, self.importance.of(key, layer, e), self.recipe.scheme)
                 for e, expert_NK in enumerate(experts_ENK)
@@ -142,7 +182,6 @@ class Packer:
             codes, scale, zero = (
                 torch.stack([getattr(b, part) for b in quantized]) for part in ("codes", "scale", "zero")
             )
-            name = node.inputs[source].name
             stored = self._store(name, pack_codes(codes, bits), scale, zero, bits, rule, codes.numel())
             inputs[weight_at], inputs[weight_at + 1], inputs[zero_at] = stored
         for source, target in EXPERT_BIASES:
@@ -165,14 +204,17 @@ class Packer:
 
     def _keep_float(self, node: ir.Node, rule: NodeRule, bits: int) -> None:
         """Leave the weights in float32, or store them as float16 and widen them at load."""
-        for value in [node.inputs[at] for at in WEIGHT_INPUTS[node.op_type]]:
+        for at in WEIGHT_INPUTS[node.op_type]:
+            value = stored = _input(node, at)
             if not value.is_initializer():
                 continue  # a tied embedding reads the head's matrix, which is already counted
-            weights, stored = value.const_value.size, value
             if bits == 16 and value.dtype == ir.DataType.FLOAT:
-                stored, half = self._scales(f"{value.name}_half", _read(value).half())
+                name, weight = _weight(node, at)
+                stored, half = self._scales(f"{name}_half", weight.half())
                 value.replace_all_uses_with(half)
-            self.report.add(rule.weight_class, min(bits, 8 * stored.dtype.itemsize), weights, [stored])
+            assert value.const_value is not None and stored.dtype is not None
+            stored_bits = min(bits, int(8 * stored.dtype.itemsize))
+            self.report.add(rule.weight_class, stored_bits, value.const_value.size, [stored])
 
     def _accuracy(self) -> dict[str, int]:
         """Only CPU kernels have levels."""
@@ -190,6 +232,7 @@ class Packer:
 
     def _initializer(self, name: str, array: Any) -> ir.Value:
         tensor = ir.tensor(array, name=name)
+        assert isinstance(tensor.shape, ir.Shape)
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
@@ -224,6 +267,23 @@ class Packer:
             del self.graph.initializers[name]
 
 
-def _read(value: ir.Value) -> torch.Tensor:
-    """An initializer as float32."""
-    return torch.from_numpy(value.const_value.numpy()).float()
+def _input(node: ir.Node, at: int) -> ir.Value:
+    """An input that every node of its kind has."""
+    value = node.inputs[at]
+    assert value is not None
+    return value
+
+
+def _weight(node: ir.Node, at: int) -> tuple[str, torch.Tensor]:
+    """The name and the float32 numbers of an initializer that a node reads."""
+    value = _input(node, at)
+    assert value.name is not None and value.const_value is not None
+    return value.name, torch.from_numpy(value.const_value.numpy()).float()
+
+
+def _row_length(value: ir.Value) -> int:
+    """Columns of a matrix, known without reading it."""
+    assert value.shape is not None
+    length = value.shape[-1]
+    assert isinstance(length, int)
+    return length

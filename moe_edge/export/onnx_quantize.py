@@ -71,9 +71,12 @@ def quantize(
     codes, scale, zero = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     shape = (rows, columns // block_size)
     return Blocks(
-        codes.to(torch.uint8).reshape(rows, columns), scale.half().reshape(shape), zero.to(torch.uint8).reshape(shape),
-        bits, block_size,
-    )  # fmt: skip
+        codes.to(torch.uint8).reshape(rows, columns),
+        scale.half().reshape(shape),
+        zero.to(torch.uint8).reshape(shape),
+        bits,
+        block_size,
+    )
 
 
 def _half(scale_B: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class RoutingGraph:
         moe, base = self.spec.moe, f"/model/layers.{layer_id}/moe/router"
         name = self.make_matmul(view.router, f"{base}/MatMul", root_input)
         if moe.router_bias:
-            self.make_add_bias(view.router.bias.detach(), f"{base}/Add", root_input=f"{name}/output_0")
+            self.make_add_bias(view.router.get_parameter("bias").detach(), f"{base}/Add", root_input=f"{name}/output_0")
             name = f"{base}/Add"
         logits, every = f"{name}/output_0", self.make_hidden_state_shape(last_dim=view.count)
         native = moe.gating != "sigmoid" and view.groups[0] == 1 and view.selection_bias is None

@@ -1,7 +1,9 @@
 """Parity: an exported file is reopened in its own runtime and compared with the Hugging Face student before it counts.
 
+`compare` measures, `require` judges one file against the student, `agree` judges two formats of one student.
+
 Full-precision exports must reproduce the student up to the runtime's arithmetic. A MoE is not continuous: where two experts
-tie, a rounding error flips a token's routing honestly, and the flipped token reaches the later ones of its row. Three rules
+tie, a rounding error alone flips a token's routing, and the flipped token reaches the later ones of its row. Three rules
 judge:
 
 - number by number, over short rows of the fixed text (parity_rows.py), each up to its first near-tie, the clearest first;
@@ -10,10 +12,17 @@ judge:
 
 Where a model has too few tokens clear of ties, the first rule cannot be asked; the row says so with the count, and its limit
 on the mean KL is that of UNCLEAR. Quantized files are not limited here (the target's gates do that), but their numbers
-stand in the same table. V vocabulary, S tokens of the text, T tokens clear of ties.
+stand in the same table.
+
+The two formats must also agree with each other. At full precision both must be the same function. The delivered, quantized
+files differ by both their quantization errors: for small errors the square root of KL behaves like a distance, so
+KL(gguf || onnx) should not exceed (sqrt(KL(student || gguf)) + sqrt(KL(student || onnx)))^2; twice that and a floor is the
+limit, beyond which the two errors point in the same wrong direction of one of the files.
+
+V vocabulary, S tokens of the text, T tokens clear of ties.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +33,8 @@ from moe_edge.export.parity_rows import FIRM_GAP, NEAR_TIE_GAP, Greedy, Referenc
 from moe_edge.metrics.quality import agreement, kl_per_token, perplexity
 from moe_edge.runtimes.base import Runtime
 
+FULL_PRECISION = ("gguf F16", "onnx fp32")
+PAIR_SLACK, PAIR_FLOOR_NATS = 2.0, 1e-3
 NEAR_TIE_LOGITS = 0.05  # below the student's best logit: a quantized file's answer counts as the student's
 
 
@@ -95,14 +106,14 @@ def limits_of(kind: str, family: str) -> tuple[Limits | None, str | None]:
 def compare(
     expected: Reference,
     artifact: Runtime,
-    said: Sequence[int],
+    continuation: Sequence[int],
     limits: Limits | None = None,
     logits_SV: np.ndarray | None = None,
 ) -> Parity:
     """An open artifact against the student's reference.
 
     Args:
-        said: its greedy continuation of the prompt, about which the student was asked.
+        continuation: its greedy tokens after the prompt, about which the student was asked.
         limits: of a full-precision file; they say which tokens are clear of ties.
         logits_SV: the artifact's own of the text, where they are known already.
     """
@@ -114,16 +125,21 @@ def compare(
     kl_S = kl_per_token(expected.logits_SV, logits_SV)
     p99, largest = float(np.quantile(difference_SV, 0.99)), float(difference_SV.max())
     return Parity(
-        max_abs_logit=largest, p99_abs_logit=p99,
-        p99_relative=p99 / float(np.abs(expected.logits_SV).max()), logit_scale=scale,
-        kl_nats=float(kl_S.mean()), median_kl_nats=float(np.median(kl_S)),
+        max_abs_logit=largest,
+        p99_abs_logit=p99,
+        p99_relative=p99 / float(np.abs(expected.logits_SV).max()),
+        logit_scale=scale,
+        kl_nats=float(kl_S.mean()),
+        median_kl_nats=float(np.median(kl_S)),
         top1_agreement=float(agreement(expected.logits_SV, logits_SV).mean()),
         perplexity=perplexity(logits_SV, expected.ids_S),
         student_perplexity=perplexity(expected.logits_SV, expected.ids_S),
-        greedy_equal=_greedy(expected.greedy[tuple(said)], limits, largest), greedy_compared=len(said),
-        n_tokens=len(expected.ids_S), clear_candidates=expected.candidates,
+        greedy_equal=agreed_tokens(expected.greedy[tuple(continuation)], limits, largest),
+        greedy_compared=len(continuation),
+        n_tokens=len(expected.ids_S),
+        clear_candidates=expected.candidates,
         **_clear(expected, artifact, limits.tie_gap if limits else NEAR_TIE_GAP),
-    )  # fmt: skip
+    )
 
 
 def _scaled(limits: Limits, scale: float) -> Limits:
@@ -131,9 +147,11 @@ def _scaled(limits: Limits, scale: float) -> Limits:
     has 8 or more, where F16 is off by 1.8e-2 on text and 2.6e-2 on short rows (99th percentile), float32 by 1e-4 at most."""
     largest, p99 = limits.clear_max_abs_logit, limits.clear_p99_abs_logit
     return replace(
-        limits, tie_logits=limits.tie_logits * scale,
-        clear_max_abs_logit=largest and largest * scale, clear_p99_abs_logit=p99 and p99 * scale,
-    )  # fmt: skip
+        limits,
+        tie_logits=limits.tie_logits * scale,
+        clear_max_abs_logit=largest and largest * scale,
+        clear_p99_abs_logit=p99 and p99 * scale,
+    )
 
 
 def _clear(expected: Reference, artifact: Runtime, tie_gap: float) -> dict[str, Any]:
@@ -142,9 +160,9 @@ def _clear(expected: Reference, artifact: Runtime, tie_gap: float) -> dict[str, 
     for row in expected.clear_rows:
         wanted = int((row.gap_S > tie_gap).sum())  # gaps fall along a row
         if wanted:
-            ours_TV, theirs_TV = artifact.logits(row.ids_S[:wanted]), row.logits_SV[:wanted]
-            differences.append(np.abs(ours_TV - theirs_TV))
-            kl.append(kl_per_token(theirs_TV, ours_TV))
+            artifact_TV, student_TV = artifact.logits(row.ids_S[:wanted]), row.logits_SV[:wanted]
+            differences.append(np.abs(artifact_TV - student_TV))
+            kl.append(kl_per_token(student_TV, artifact_TV))
     if not differences:
         return {"clear_tokens": 0} | dict.fromkeys(("clear_max_abs_logit", "clear_p99_abs_logit", "clear_kl_nats"))
     difference_TV = np.concatenate(differences)
@@ -156,7 +174,7 @@ def _clear(expected: Reference, artifact: Runtime, tie_gap: float) -> dict[str, 
     }
 
 
-def _greedy(student: Greedy, limits: Limits | None, off_logits: float) -> int:
+def agreed_tokens(student: Greedy, limits: Limits | None, off_logits: float) -> int:
     """Leading greedy tokens that are the student's choice, or as good as that.
 
     From the first near-tie of a router on, a faithful file may have flipped, and be off by what it is on the text.
@@ -211,3 +229,43 @@ def _beyond(parity: Parity, limits: Limits) -> list[str]:
         if limit is not None and not value <= limit:  # a NaN is beyond every limit
             found.append(f"{what} is {value:.2e} > {limit:.0e} {unit}".rstrip())
     return found
+
+
+def agree(
+    gguf: str,
+    onnx: str,
+    gguf_SV: np.ndarray,
+    onnx_SV: np.ndarray,
+    student_SV: np.ndarray,
+    full: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One row of parity.json: KL(gguf || onnx) on the fixed text, gated.
+
+    Args:
+        gguf, onnx: the rows' names of the two artifacts.
+        gguf_SV, onnx_SV, student_SV: logits on the same tokens.
+        full: of two full-precision files the limits of the GGUF against the student; None: they are quantized.
+
+    Raises:
+        GateFailed: the two files are further apart than their own errors explain.
+    """
+    kl_S = kl_per_token(gguf_SV, onnx_SV)
+    kl, median = float(kl_S.mean()), float(np.median(kl_S))
+    own = [float(kl_per_token(student_SV, logits_SV).mean()) for logits_SV in (gguf_SV, onnx_SV)]
+    explained = PAIR_SLACK * sum(max(value, 0.0) ** 0.5 for value in own) ** 2 + PAIR_FLOOR_NATS
+    limit, median_limit = (full["kl_nats"], full["median_kl_nats"]) if full else (explained, None)
+    if not kl <= limit or (median_limit is not None and not median <= median_limit):
+        found = f"KL is {kl:.2e} nats (median {median:.2e}), limit {limit:.2e}"
+        why = f"{found}; against the student {own[0]:.2e} and {own[1]:.2e}"
+        raise GateFailed(f"{gguf} and {onnx} disagree with each other", why=why)
+    return {
+        "pair": [gguf, onnx],
+        "kl_nats": kl,
+        "median_kl_nats": median,
+        "top1_agreement": float(agreement(gguf_SV, onnx_SV).mean()),
+        "kl_to_student_nats": own,
+        "limit_kl_nats": limit,
+        "limit_median_kl_nats": median_limit,
+        "n_tokens": len(kl_S),
+        "passed": True,
+    }

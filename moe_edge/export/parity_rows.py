@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_edge.models.chat_template import render_chat
-from moe_edge.runtimes.base import Answers
+from moe_edge.runtimes.base import LogitModel
 
 NEAR_TIE_GAP = 1e-3  # router gap (families/routing_gap.py) below which a runtime may choose another expert
 FIRM_GAP = 5e-3  # the same for float16 products
@@ -36,10 +36,10 @@ TEXT = (
 PROMPT = "What is the capital of France?"
 
 
-class Student(Answers, Protocol):
+class Student(LogitModel, Protocol):
     """The Hugging Face student: `runtimes.hf.HfRuntime`, or layer by layer `runtimes.hf_streamed.StreamedStudent`."""
 
-    def read(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def routing_gaps(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Smallest router gap of every token of every row, [S] each; `logits` of these rows may be asked for next."""
         ...
 
@@ -71,7 +71,7 @@ class ClearRow:
 class Greedy:
     """What the student thinks of every token of an artifact's greedy continuation."""
 
-    shortfalls: list[float]  # its best logit minus that of the token: 0 where it would have said the same
+    shortfalls: list[float]  # its best logit minus that of the token: 0 where it would have chosen the same
     gaps: list[float]  # smallest router gap of all tokens up to there, those of the prompt, too
 
 
@@ -111,15 +111,15 @@ def reference(
     """Let the student read everything at once.
 
     Args:
-        continuations: what the artifacts said after the prompt.
+        continuations: the artifacts' greedy tokens after the prompt.
         also: further rows that the caller will ask the student for.
     """
-    said = sorted({tuple(tokens) for tokens in continuations})
-    answers = [np.asarray([*text.prompt_ids, *tokens[:-1]], dtype=np.int64) for tokens in said]
+    distinct = sorted({tuple(tokens) for tokens in continuations})
+    answers = [np.asarray([*text.prompt_ids, *tokens[:-1]], dtype=np.int64) for tokens in distinct]
     short = text.short_rows
-    gaps = student.read([*short, *answers, text.ids_S, *also])
+    gaps = student.routing_gaps([*short, *answers, text.ids_S, *also])
     clear = [ClearRow(ids_S, student.logits(ids_S), gap_S) for ids_S, gap_S in clearest(short, gaps[: len(short)])]
-    rows = zip(said, answers, gaps[len(short) : len(short) + len(answers)], strict=True)
+    rows = zip(distinct, answers, gaps[len(short) : len(short) + len(answers)], strict=True)
     greedy = {tokens: _greedy_of(student.logits(row), gap_S, tokens) for tokens, row, gap_S in rows}
     return Reference(text.ids_S, student.logits(text.ids_S), clear, sum(map(len, short)), text.prompt_ids, greedy)
 
@@ -142,8 +142,9 @@ def clearest(rows: Sequence[np.ndarray], gaps: Sequence[np.ndarray]) -> list[tup
     return found
 
 
-def _greedy_of(logits_SV: np.ndarray, gap_S: np.ndarray, said: Sequence[int]) -> Greedy:
-    """The student on a row that ends before the last token of `said`."""
-    last_TV = logits_SV[-len(said) :]
-    shortfall_T = last_TV.max(-1) - last_TV[np.arange(len(said)), list(said)]
-    return Greedy(shortfall_T.tolist(), np.minimum.accumulate(gap_S)[-len(said) :].tolist())
+def _greedy_of(logits_SV: np.ndarray, gap_S: np.ndarray, continuation: Sequence[int]) -> Greedy:
+    """The student on a row that ends before the last token of a continuation."""
+    length = len(continuation)
+    last_TV = logits_SV[-length:]
+    shortfall_T = last_TV.max(-1) - last_TV[np.arange(length), list(continuation)]
+    return Greedy(shortfall_T.tolist(), np.minimum.accumulate(gap_S)[-length:].tolist())

@@ -41,18 +41,21 @@ def check_tokenizer(kind: str, tokenizer: Any, runtime: Runtime, folder: Path) -
         why = f"{len(ids)} ids against {len(expected)}, the first difference at {first}: {ids[first : first + 4]}"
         why += f" against {expected[first : first + 4]}"
         raise GateFailed(
-            f"the tokenizer of {kind} is not the student's", where=str(folder), why=why,
+            f"the tokenizer of {kind} is not the student's",
+            where=str(folder),
+            why=why,
             next_command="deliver the other format alone: --set export.formats=[gguf], or [onnx]",
-        )  # fmt: skip
+        )
     students = tokenizer.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if text not in (students, students.removeprefix(" ")):  # llama.cpp takes back the space that it puts before a text
         at = next((i for i, pair in enumerate(zip(text, students, strict=False)) if pair[0] != pair[1]), len(text))
         part = slice(max(0, at - 8), at + 8)
         raise GateFailed(
-            f"{kind} decodes the student's ids to another text", where=str(folder),
+            f"{kind} decodes the student's ids to another text",
+            where=str(folder),
             why=f"the first difference is at character {at}: {text[part]!r} against {students[part]!r}",
             next_command="deliver the other format alone: --set export.formats=[gguf], or [onnx]",
-        )  # fmt: skip
+        )
     return {"tokens": len(ids), "equal": True, "text_returns": text == ROUND_TRIP}
 
 

@@ -18,7 +18,6 @@ from moe_edge.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moe_edge.families.lfm2_moe import LFM2_MOE
 from moe_edge.families.minimax_m2 import MINIMAX_M2
 from moe_edge.families.mixtral import MIXTRAL
-from moe_edge.families.names import assemble
 from moe_edge.families.olmoe import OLMOE
 from moe_edge.families.phimoe import PHIMOE
 from moe_edge.families.qwen2_moe import QWEN2_MOE
@@ -81,4 +80,4 @@ def _mentions_experts(config: Mapping[str, Any]) -> bool:
     return any("expert" in key or key.startswith("moe_") for key in keys)
 
 
-__all__ = ["DENSE_FAMILIES", "FAMILIES", "Family", "assemble", "family_of", "known_family", "student_family"]
+__all__ = ["DENSE_FAMILIES", "FAMILIES", "Family", "family_of", "known_family", "student_family"]

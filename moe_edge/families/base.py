@@ -35,7 +35,7 @@ class Family(Declared):
         """Experts that every group needs for its score."""
         return SCORED_BY[self.group_score]
 
-    def settled(self, config: Config) -> dict[str, Any]:
+    def with_defaults(self, config: Config) -> dict[str, Any]:
         """The language model's config with the defaults of the transformers class filled in (null counts as given)."""
         own = config.get(self.nested_key, config) if self.nested_key else config
         renamed = {new: own[old] for old, new in self.older_keys.items() if old in own}
@@ -48,7 +48,7 @@ class Family(Declared):
         Raises:
             InputRejected: a feature that moe-edge cannot represent, or an impossible size.
         """
-        values = self.settled(config)
+        values = self.with_defaults(config)
         refusals = (*COMMON_REFUSALS, *(PLAIN_ROTARY if self.rotary == "plain" else ()), *self.refusals)
         refuse_absurd_depth(self.model_type, values)
         try:
@@ -90,7 +90,7 @@ class Family(Declared):
             "dense_layers": dense,
             "dense_width": values["intermediate_size"] if dense else 0,
         }
-        return ModelSpec(**(fields | (self.more(values) if self.more else {})))
+        return ModelSpec(**(fields | (self.spec_fields(values) if self.spec_fields else {})))
 
     def _moe(self, values: dict[str, Any]) -> MoESpec:
         named = bool(self.saved.selection_bias)
@@ -109,7 +109,7 @@ class Family(Declared):
             "routed_scale": float(values.get("routed_scaling_factor", 1.0)),
             "experts_per_layer": tuple(values.get(EXPERTS_PER_LAYER) or ()),
         }
-        return MoESpec(**(fields | (self.more_moe(values) if self.more_moe else {})))
+        return MoESpec(**(fields | (self.moe_fields(values) if self.moe_fields else {})))
 
     def expert_count(self, values: Config) -> int:
         """E from a config, under whichever of its names it carries.
@@ -121,7 +121,8 @@ class Family(Declared):
         if len(set(found.values())) != 1:
             why = f"found {found}, expected one of {', '.join(self.expert_keys)}"
             raise InputRejected("the config does not say how many experts there are", why=why)
-        return next(iter(found.values()))
+        count: int = next(iter(found.values()))
+        return count
 
     def tensors(self, config: Config, names: Collection[str]) -> list[TensorEntry]:
         """The neutral map of every tensor of a checkpoint; see `names.tensor_entries`."""
@@ -133,7 +134,7 @@ class Family(Declared):
         Raises:
             InputRejected: the number of those layers is none.
         """
-        values = self.settled(config)
+        values = self.with_defaults(config)
         extra = (values.get(self.mtp_key) or 0) if self.mtp_key else 0
         if isinstance(extra, bool) or not isinstance(extra, int) or not 0 <= extra <= DEEPEST:
             raise rejected(self.model_type, f"{self.mtp_key} is {extra!r}, expected a number of layers")

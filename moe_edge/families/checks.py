@@ -65,12 +65,19 @@ def check_spec(spec: ModelSpec, fixed_top_k: int | None = None) -> None:
     """Raises InputRejected when a size is not a positive integer or sizes contradict one another."""
     moe = spec.moe
     sizes = {
-        "num_hidden_layers": spec.layers, "hidden_size": spec.hidden, "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim, "vocab_size": spec.vocab,
-        "max_position_embeddings": spec.context_length, "number of experts": moe.experts,
-        "num_experts_per_tok": moe.top_k, "expert width": moe.expert_width, "number of expert groups": moe.groups,
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.hidden,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab,
+        "max_position_embeddings": spec.context_length,
+        "number of experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "expert width": moe.expert_width,
+        "number of expert groups": moe.groups,
         "number of groups in use": moe.groups_used,
-    }  # fmt: skip
+    }
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise rejected(spec.family, f"{name} is {value!r}, expected a positive integer")

@@ -48,7 +48,7 @@ class AttentionNames:
 
 @dataclass(frozen=True)
 class Declared:
-    """One model_type: everything that differs from its sisters.
+    """One model_type: everything in which families differ.
 
     `defaults` are those of the transformers config class, for keys that an older config.json leaves out.
     """
@@ -88,9 +88,7 @@ class Declared:
     norm_topk: bool | None = True  # None: the config's norm_topk_prob decides
     router_bias: bool = False
     bias_argument: bool = False  # the block hands its selection bias to the router
-    selection_key: str | None = (
-        None  # config key that switches the selection bias on; None: always, where it has a name
-    )
+    selection_key: str | None = None  # config key that switches the selection bias on; None: wherever it has a name
     expert_biases: bool = False
     interleaved: bool = False  # gate and up columns alternate, and expert matrices are transposed
     group_score: Literal["max", "top2_sum"] = "max"
@@ -98,8 +96,8 @@ class Declared:
     shared_width: Callable[[Config], int] | None = None
     shared_gated: bool = False
     dense_layers: Callable[[Config], Iterable[int]] | None = None
-    more: Callable[[Config], dict[str, Any]] | None = None  # further fields of ModelSpec
-    more_moe: Callable[[Config], dict[str, Any]] | None = None  # further fields of MoESpec
+    spec_fields: Callable[[Config], dict[str, Any]] | None = None  # further fields of ModelSpec
+    moe_fields: Callable[[Config], dict[str, Any]] | None = None  # further fields of MoESpec
 
     @property
     def in_memory(self) -> Names:

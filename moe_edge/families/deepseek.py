@@ -48,7 +48,8 @@ def _v2_groups(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def shared_width(values: Mapping[str, Any]) -> int:
     """Neurons of the shared experts, which are one network."""
-    return values["moe_intermediate_size"] * values["n_shared_experts"]
+    width: int = values["moe_intermediate_size"] * values["n_shared_experts"]
+    return width
 
 
 BIASES = (lambda v: bool(v.get("attention_bias")), "attention_bias: biases inside the latent attention")
@@ -74,8 +75,8 @@ DEEPSEEK_V2 = Family(
     norm_topk=False,  # transformers never renormalises, whatever norm_topk_prob says
     shared_width=shared_width,
     dense_layers=first_layers,
-    more=latent_attention,
-    more_moe=_v2_groups,
+    spec_fields=latent_attention,
+    moe_fields=_v2_groups,
 )  # fmt: skip
 
 DEEPSEEK_V3 = Family(
@@ -98,6 +99,6 @@ DEEPSEEK_V3 = Family(
     group_score="top2_sum",
     shared_width=shared_width,
     dense_layers=first_layers,
-    more=latent_attention,
-    more_moe=groups,
+    spec_fields=latent_attention,
+    moe_fields=groups,
 )  # fmt: skip

@@ -39,22 +39,43 @@ _DEFAULTS = {
 _MLP_BIAS = (lambda v: bool(v.get("mlp_bias")), "mlp_bias: biases in the feed-forward blocks")
 DENSE_FAMILIES: dict[str, Family] = {
     "qwen3": DenseFamily(
-        model_type="qwen3", defaults=_DEFAULTS, more=_windows, qk_norm="per_head", bias_key="attention_bias",
-        output_bias=True, sliding_key="use_sliding_window", rotary="plain", dense_layers=_all_layers,
+        model_type="qwen3",
+        defaults=_DEFAULTS,
+        spec_fields=_windows,
+        qk_norm="per_head",
+        bias_key="attention_bias",
+        output_bias=True,
+        sliding_key="use_sliding_window",
+        rotary="plain",
+        dense_layers=_all_layers,
     ),
     "qwen2": DenseFamily(
-        model_type="qwen2", defaults=_DEFAULTS | {"qkv_bias": True}, more=_windows, bias_key="qkv_bias",
-        sliding_key="use_sliding_window", rotary="plain", dense_layers=_all_layers,
+        model_type="qwen2",
+        defaults=_DEFAULTS | {"qkv_bias": True},
+        spec_fields=_windows,
+        bias_key="qkv_bias",
+        sliding_key="use_sliding_window",
+        rotary="plain",
+        dense_layers=_all_layers,
     ),
     "mistral": DenseFamily(model_type="mistral", defaults=_DEFAULTS, rotary="plain", dense_layers=_all_layers),
     "granite": DenseFamily(
-        model_type="granite", refusals=(_MLP_BIAS,), bias_key="attention_bias", output_bias=True, more=multipliers,
+        model_type="granite",
+        refusals=(_MLP_BIAS,),
+        bias_key="attention_bias",
+        output_bias=True,
+        spec_fields=multipliers,
         defaults=_DEFAULTS
         | {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0},
         dense_layers=_all_layers,
     ),
     "llama": DenseFamily(
-        model_type="llama", defaults=_DEFAULTS, refusals=(_MLP_BIAS,), bias_key="attention_bias", output_bias=True,
-        dense_layers=_all_layers, more=lambda v: {"sliding_window": None},
+        model_type="llama",
+        defaults=_DEFAULTS,
+        refusals=(_MLP_BIAS,),
+        bias_key="attention_bias",
+        output_bias=True,
+        dense_layers=_all_layers,
+        spec_fields=lambda v: {"sliding_window": None},
     ),
-}  # fmt: skip
+}

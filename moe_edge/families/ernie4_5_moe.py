@@ -39,5 +39,5 @@ ERNIE4_5_MOE = Family(
     top_k_keys=("moe_k",),
     shared_width=lambda v: v["moe_intermediate_size"] * v["moe_num_shared_experts"],
     dense_layers=_dense_layers,
-    more=lambda v: {"paired_rotary": True, "sliding_window": None},
+    spec_fields=lambda v: {"paired_rotary": True, "sliding_window": None},
 )  # fmt: skip

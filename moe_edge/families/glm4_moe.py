@@ -32,7 +32,7 @@ GLM4_MOE = replace(
     qk_norm="per_head",
     qk_norm_key="use_qk_norm",
     bias_key="attention_bias",
-    more=lambda v: {"sliding_window": None},
+    spec_fields=lambda v: {"sliding_window": None},
 )  # fmt: skip
 
 GLM4_MOE_LITE = replace(

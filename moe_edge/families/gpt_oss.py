@@ -52,6 +52,6 @@ GPT_OSS = Family(
     router_bias=True,
     expert_biases=True,
     interleaved=True,
-    more=_attention,
-    more_moe=_swiglu,
+    spec_fields=_attention,
+    moe_fields=_swiglu,
 )  # fmt: skip

@@ -49,7 +49,7 @@ GRANITEMOE = Family(
     bias_key="attention_bias",
     output_bias=True,
     gating="softmax_topk",
-    more=multipliers,
+    spec_fields=multipliers,
 )
 
 
@@ -68,5 +68,5 @@ GRANITEMOESHARED = Family(
     output_bias=True,
     gating="softmax_topk",
     shared_width=lambda v: v["shared_intermediate_size"],
-    more=multipliers,
+    spec_fields=multipliers,
 )

@@ -40,5 +40,5 @@ HUNYUAN_V1_MOE = Family(
     bias_key="attention_bias",
     output_bias=True,
     shared_width=lambda v: v["intermediate_size"],
-    more=_attention,
+    spec_fields=_attention,
 )  # fmt: skip

@@ -45,5 +45,5 @@ LFM2_MOE = Family(
     bias_argument=True,
     selection_key="use_expert_bias",
     dense_layers=lambda v: range(min(v["num_dense_layers"], v["num_hidden_layers"])),
-    more=_layers,
+    spec_fields=_layers,
 )  # fmt: skip

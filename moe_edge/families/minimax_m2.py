@@ -31,5 +31,5 @@ MINIMAX_M2 = Family(
     qk_norm="full_width",
     gating="sigmoid",
     bias_argument=True,
-    more=_rotation,
+    spec_fields=_rotation,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From checkpoint names to the neutral tensor map, and from a map entry to its numbers.
+"""From checkpoint names to the neutral tensor map.
 
 Checkpoints name experts one by one (`...experts.3.gate_proj.weight`, what most releases of transformers save) or hold
 them fused (`...experts.gate_up_proj` of shape (E, 2F, D), gate rows first or alternating, plain or transposed). Back ends
@@ -8,21 +8,12 @@ Legend: E experts, D model, F expert width, FS shared width, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import EXPERT_OWNED, Layout, ModelSpec, TensorClass, TensorEntry
 from moe_edge.families.attention import attention_entries, norm_entries
 from moe_edge.families.declared import Declared, Names
-
-if TYPE_CHECKING:
-    import torch
-
-
-class Reader(Protocol):
-    """Anything that gives a tensor by its checkpoint name (storage.checkpoint.TensorReader)."""
-
-    def get(self, name: str) -> "torch.Tensor": ...
 
 
 def tensor_entries(
@@ -192,30 +183,12 @@ def source_shape(entry: TensorEntry) -> tuple[int, ...]:
     if entry.layout == "per_expert":
         return tuple(shape[1:])
     if entry.layout != "whole":
-        shape[_halved_axis(entry)] *= 2
+        shape[halved_axis(entry)] *= 2
     if entry.transposed:
         shape[-2], shape[-1] = shape[-1], shape[-2]
     return tuple(shape)
 
 
-def _halved_axis(entry: TensorEntry) -> int:
+def halved_axis(entry: TensorEntry) -> int:
     """The axis on which a source holds gate and up: the first after that of the experts."""
     return 1 if entry.tensor_class in EXPERT_OWNED else 0
-
-
-def assemble(entry: TensorEntry, reader: Reader) -> "torch.Tensor":
-    """The numbers of one neutral tensor, shape `entry.shape`, in the checkpoint's dtype."""
-    import torch
-
-    if entry.layout == "per_expert":
-        return torch.stack([reader.get(source) for source in entry.sources])
-    source = reader.get(entry.sources[0])
-    if entry.transposed:
-        source = source.transpose(-1, -2)
-    axis = _halved_axis(entry)
-    if entry.layout in ("first_half", "second_half"):
-        half = source.shape[axis] // 2
-        source = source.narrow(axis, 0 if entry.layout == "first_half" else half, half)
-    elif entry.layout in ("even", "odd"):
-        source = source[(slice(None),) * axis + (slice(int(entry.layout == "odd"), None, 2),)]
-    return source.reshape(entry.shape)

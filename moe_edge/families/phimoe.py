@@ -24,5 +24,5 @@ PHIMOE = Family(
     gating="sparsemixer",
     norm_topk=False,
     fixed_top_k=2,
-    more=lambda v: {"norm": "layer", "head_bias": bool(v["lm_head_bias"])},
+    spec_fields=lambda v: {"norm": "layer", "head_bias": bool(v["lm_head_bias"])},
 )  # fmt: skip

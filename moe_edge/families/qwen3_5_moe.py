@@ -54,5 +54,5 @@ QWEN3_5_MOE = Family(
     qk_norm="per_head",
     shared_width=lambda v: v["shared_expert_intermediate_size"],
     shared_gated=True,
-    more=_layers,
+    spec_fields=_layers,
 )  # fmt: skip

@@ -3,7 +3,12 @@
 down(act(gate x) * up x): a sum over neurons, each with a row of gate, a row of up and a column of down. Neurons can be
 reordered or left out, networks can be put side by side; all of it in the weights' own dtype.
 
-Shape suffixes: D model, F width.
+A dense network of several experts side by side (`concatenate`) has no router, so each expert's share must become a constant.
+With the mean gate weight as that constant (`mean_gates`) it has the size of the routed output, and equals it exactly where
+every gate is constant. Which experts enter is the D-optimal criterion's business (arXiv:2605.28207, which found the scoring
+to be the biggest lever of a MoE-to-dense conversion).
+
+Shape suffixes: D model, F width, T tokens, K chosen experts per token, E experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,6 +49,12 @@ def concatenate(parts: Sequence[Ffn], scales: Sequence[float]) -> Ffn:
         _together([part.up_bias_F for part in parts], torch.cat),
         _together([part.down_bias_D for part in parts], lambda biases: _mixed(biases, scales).to(dtype)),
     )
+
+
+def mean_gates(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tensor:
+    """Mean over all tokens of every expert's gate weight, 0 where it is not chosen: [E] float64."""
+    total_E = torch.zeros(experts, dtype=torch.float64, device=weight_TK.device)
+    return total_E.index_add_(0, index_TK.flatten(), weight_TK.flatten().double()) / max(len(index_TK), 1)
 
 
 def weighted_mean(parts: Sequence[Ffn], weights: Sequence[float]) -> Ffn:

@@ -134,7 +134,7 @@ def fit_shared_core(
     energies = [one.energy for one in data]
     strongest = max(range(len(data)), key=lambda index: (energies[index], -index))
     starts = [weighted_mean([one.weights for one in data], energies), data[strongest].weights]
-    fits = [_Fit(data, core, rank, activation) for core in starts]
+    fits = [AlternatingFit(data, core, rank, activation) for core in starts]
     best = min(fits, key=lambda fit: fit.total)
     for _ in range(rounds):
         best.step_inputs()
@@ -211,7 +211,7 @@ def best_output(wrapper: Wrapper, down_DF: Tensor, sums: Moments, rank: int) -> 
     return (fitted, error) if error < old_error else (wrapper, old_error)
 
 
-class _Fit:
+class AlternatingFit:
     """The state of one alternating fit."""
 
     def __init__(self, data: Sequence[ExpertData], core: Ffn, rank: int, activation: Activation) -> None:

@@ -22,7 +22,7 @@ from moe_edge.formulas.saliency import RoutedSums
 from moe_edge.formulas.selection import Kept, keep_prefix
 
 LEAST_SHARE = 0.5  # of the average number of experts, which every layer keeps
-_SCORES: dict[str, Callable[[RoutedSums], Tensor]] = {
+SCORES: dict[str, Callable[[RoutedSums], Tensor]] = {
     "frequency": saliency.frequency,
     "gate-mass": saliency.gate_mass,
     "ean": saliency.ean,
@@ -39,7 +39,7 @@ _SCORES: dict[str, Callable[[RoutedSums], Tensor]] = {
 
 def score_shares(criterion: str, stats: RoutedSums) -> Tensor:
     """Every expert's share of its layer's score, [L, E] float64, rows sum to 1; all alike where nothing is known."""
-    score = _SCORES.get(criterion)
+    score = SCORES.get(criterion)
     score_LE = (
         torch.ones(stats.counts_LE.shape).double() if score is None else score(stats).double().nan_to_num(nan=0.0)
     )

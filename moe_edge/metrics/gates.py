@@ -25,8 +25,8 @@ class GateRow:
 
 
 def _perplexity_ratio(artifact: Artifact, teacher_bytes: int) -> float | None:
-    ours, teachers = artifact.quality.perplexity, artifact.quality.teacher_perplexity
-    return ours / teachers if ours is not None and teachers else None
+    student, teacher = artifact.quality.perplexity, artifact.quality.teacher_perplexity
+    return student / teacher if student is not None and teacher else None
 
 
 def _quality_reason(artifact: Artifact) -> str | None:
@@ -41,13 +41,15 @@ GATES: dict[str, GateRow] = {
     "top1_agreement_to_teacher": GateRow("share", "at least", lambda a, _: a.quality.top1_agreement, _quality_reason),
     "perplexity_ratio": GateRow("ratio", "at most", _perplexity_ratio, _quality_reason),
     "bytes_ratio": GateRow(
-        "ratio", "at most", lambda a, teacher_bytes: a.bytes / teacher_bytes if teacher_bytes else None,
+        "ratio",
+        "at most",
+        lambda a, teacher_bytes: a.bytes / teacher_bytes if teacher_bytes else None,
         lambda a: "the teacher's size is unknown",
     ),
     "decode_tokens_per_s": GateRow(
         "tokens/s", "at least", lambda a, _: a.speed.decode_tokens_per_s, lambda a: a.speed.reason
     ),
-}  # fmt: skip
+}
 
 
 def gated(artifacts: Sequence[Artifact]) -> list[Artifact]:
@@ -82,9 +84,15 @@ def _one(name: str, limit: float, artifact: Artifact, teacher_bytes: int) -> Gat
     passed = value is not None and (value <= limit if row.direction == "at most" else value >= limit)
     reason = (row.reason(artifact) or "not measured") if value is None else None
     return GateResult(
-        name=name, artifact=artifact.path, limit=limit, value=value, unit=row.unit, direction=row.direction,
-        passed=passed, reason=reason,
-    )  # fmt: skip
+        name=name,
+        artifact=artifact.path,
+        limit=limit,
+        value=value,
+        unit=row.unit,
+        direction=row.direction,
+        passed=passed,
+        reason=reason,
+    )
 
 
 def verdict(results: Sequence[GateResult], artifacts: Sequence[Artifact]) -> tuple[Literal["pass", "fail"], list[str]]:

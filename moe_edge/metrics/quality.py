@@ -1,6 +1,6 @@
 """One judge of quality: KL divergence, top-1 agreement and perplexity of an artifact's own logits against a reference.
 
-Rows stream through `Judge.add`; only sums are kept. Position s predicts token s + 1, so a row of S tokens gives S - 1
+Rows stream through `QualityJudge.add`; only sums are kept. Position s predicts token s + 1, so a row of S tokens gives S - 1
 positions, and all numbers are taken over exactly those. Everything accumulates in float64; the KL is the one formula of
 formulas/divergence.py. Its parts (KL per token, agreement, perplexity) serve the export's parity, too.
 Legend: N rows, S sequence, T positions of a chunk, V vocabulary.
@@ -52,7 +52,7 @@ class _RowSums:
     tokens: int
 
 
-class Judge:
+class QualityJudge:
     """Streams rows of logits and sums them up; one judge per (reference, artifact)."""
 
     def __init__(self) -> None:

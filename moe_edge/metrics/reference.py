@@ -12,12 +12,12 @@ import numpy as np
 
 from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.contracts.units import format_bytes
-from moe_edge.metrics.quality import Judge, Score
+from moe_edge.metrics.quality import QualityJudge, Score
 from moe_edge.process.progress import track
-from moe_edge.runtimes.base import Answers, Runtime
+from moe_edge.runtimes.base import LogitModel, Runtime
 
 
-def spill_logits(runtime: Answers, rows_NS: np.ndarray, path: Path, label: str) -> np.ndarray:
+def spill_logits(runtime: LogitModel, rows_NS: np.ndarray, path: Path, label: str) -> np.ndarray:
     """Write the logits of every row to a raw float32 file and map it read-only.
 
     Args:
@@ -56,7 +56,7 @@ def judge_runtime(
     runtime: Runtime, rows_NS: np.ndarray, references: Mapping[str, np.ndarray], label: str
 ) -> dict[str, Score]:
     """Score an open runtime against each reference [N, S, V] in one pass over the rows."""
-    judges = {name: Judge() for name in references}
+    judges = {name: QualityJudge() for name in references}
     for row, ids_S in enumerate(track(rows_NS, label, total=len(rows_NS))):
         logits_SV = runtime.logits(ids_S)
         for name, judge in judges.items():
@@ -66,7 +66,7 @@ def judge_runtime(
 
 def judge_spilled(artifact_NSV: np.ndarray, rows_NS: np.ndarray, reference_NSV: np.ndarray) -> Score:
     """Score logits that are already on disk (the student against the teacher)."""
-    judge = Judge()
+    judge = QualityJudge()
     for artifact_SV, ids_S, reference_SV in zip(artifact_NSV, rows_NS, reference_NSV, strict=True):
         judge.add(reference_SV, artifact_SV, ids_S)
     return judge.result()

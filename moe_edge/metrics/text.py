@@ -153,8 +153,13 @@ def summarise(scores: Scores, rows: np.ndarray, filled_RN: np.ndarray, runs: Seq
     """One metric over some rows; null with a reason where there is none."""
     if not len(rows) or not len(runs):
         return {
-            "value": None, "ci95": None, "by_seed": {}, "std_over_seeds": None, "mean_nonempty": None, "reason": NO_ROWS,
-        }  # fmt: skip
+            "value": None,
+            "ci95": None,
+            "by_seed": {},
+            "std_over_seeds": None,
+            "mean_nonempty": None,
+            "reason": NO_ROWS,
+        }
     values = scores.by_run(rows)
     filled = scores.rows_RN[:, rows][filled_RN]
     return {
@@ -202,6 +207,4 @@ def count(answers: Sequence[Answer], n_rows: int) -> dict[str, Any]:
 
 def _rouge_can_read(row: InstructionRow) -> bool:
     """False where no reference holds what ROUGE's tokenizer keeps."""
-    return not row.references or any(
-        char.isascii() and char.isalnum() for text in row.references for char in text
-    )  # fmt: skip
+    return not row.references or any(char.isascii() and char.isalnum() for text in row.references for char in text)

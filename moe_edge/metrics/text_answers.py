@@ -8,9 +8,10 @@ stop an evaluation or change how many rows it counts: the answer gets a status, 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from moe_edge.formulas.repetition import repeated_suffix
+import numpy as np
+
 from moe_edge.texts.instruction_rows import clean_text
 
 # An answer is "repeated" when so long a tail consists of so many equal parts, or when so long an answer has so few
@@ -110,3 +111,30 @@ def looping_tail(tokens: Sequence[int]) -> tuple[int, int]:
     found = repeated_suffix(tokens)
     tail = found.length + found.period
     return (tail, tail // found.period) if found.length else (0, 0)
+
+
+class RepeatedSuffix(NamedTuple):
+    """The end of a text that only says again what stands before it."""
+
+    length: int  # tokens that equal those one period earlier; 0: nothing is repeated
+    period: int  # tokens of what is repeated; 0 where nothing is
+
+    def share(self, tokens: int) -> float:
+        """Of a text of so many tokens."""
+        return self.length / tokens if tokens else 0.0
+
+
+def repeated_suffix(ids_N: Sequence[int] | np.ndarray) -> RepeatedSuffix:
+    """The longest end of the text that repeats what came one period before, at least one whole period of it.
+
+    "a b c b c b c" ends in two repetitions of "b c": length 4, period 2. Cutting the last `length` tokens leaves the first
+    copy. Of equally long ones the shortest period is named.
+    """
+    ids = np.asarray(ids_N)
+    best = RepeatedSuffix(0, 0)
+    for period in range(1, len(ids) // 2 + 1):
+        differs = np.flatnonzero(ids[period:] != ids[:-period])
+        length = len(ids) - period - (int(differs[-1]) + 1 if len(differs) else 0)
+        if length >= period and length > best.length:
+            best = RepeatedSuffix(length, period)
+    return best

@@ -69,8 +69,10 @@ class Sandbox:
         self.seconds = seconds
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self._stop = weakref.finalize(self, _stop, self._process)
         head = {"template": template, "memory_bytes": MEMORY_BYTES, "characters": TEXT_CHARACTERS}
         self._ask(head, START_SECONDS)

@@ -51,8 +51,9 @@ def build_dense(model: PreTrainedModel, networks: Sequence[Ffn]) -> PreTrainedMo
         KeyError: the family has no dense class.
     """
     kind = DENSE_OF[model.config.model_type]
-    config = CONFIG_MAPPING[kind](**_dense_values(model, kind), intermediate_size=networks[0].gate_FD.shape[0])
-    dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    values = _dense_values(model, kind) | {"intermediate_size": networks[0].gate_FD.shape[0]}
+    config = CONFIG_MAPPING[kind](**values)
+    dense: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)  # type: ignore[no-untyped-call]
     ours, theirs = dense.state_dict(), model.state_dict()
     for index, network in enumerate(networks):
         names = (f"model.layers.{index}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
@@ -63,7 +64,8 @@ def build_dense(model: PreTrainedModel, networks: Sequence[Ffn]) -> PreTrainedMo
         else:
             tensor.zero_()  # a bias that the dense class always has
     dense.generation_config = model.generation_config
-    return dense.eval()
+    dense.eval()  # type: ignore[no-untyped-call]
+    return dense
 
 
 def _dense_values(model: PreTrainedModel, kind: str) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.generation import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from moe_edge.contracts.checkpoint import CheckpointHeaders
@@ -37,7 +37,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # It says that it will unpack MXFP4, and how to avoid that; unpacking is what `load_model` asks for.
 logging.getLogger("transformers.quantizers.quantizer_mxfp4").setLevel(logging.ERROR)
 if not sys.stderr.isatty():
-    disable_progress_bar()  # of transformers; a log file is no place for it
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers; a log file is no place for it
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -51,24 +51,26 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     family_of(headers.config).tensors(headers.config, headers.tensors)
     stored_dtype(headers)
     config = load_config(path)
-    if headers.packed:
-        config.quantization_config = {
-            "quant_method": "mxfp4",
-            "dequantize": True,
-        }  # removed by transformers once it is done
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path), config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
+    if headers.packed:  # transformers removes it once it is done
+        config.quantization_config = {"quant_method": "mxfp4", "dequantize": True}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(path),
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
         use_safetensors=True,
-    )  # fmt: skip
-    if headers.packed:
-        model._weight_conversions = None  # or it would be saved under the names of the packed tensors
-    return model.eval()
+    )
+    if headers.packed:  # or it would be saved under the names of the packed tensors
+        model._weight_conversions = None  # type: ignore[assignment]  # torch declares tensors and modules only
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def load_config(path: Path) -> PreTrainedConfig:
     """The configuration of a checked folder, without quantization. Raises InputRejected when transformers refuses it."""
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every config class validates in its own way
         raise InputRejected("transformers refuses config.json", where=str(path), why=_first_line(error)) from error
     if hasattr(config, "quantization_config"):  # MXFP4: every reader unpacks it, and what is saved is plain
@@ -170,7 +172,7 @@ def save_student(model: PreTrainedModel, tokenizer_source: Path, out: Path) -> N
     save some that it loads.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settings, model.generation_config = model.generation_config, GenerationConfig()
+    settings, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     finally:

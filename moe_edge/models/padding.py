@@ -8,7 +8,7 @@ config.json counts the real experts of every MoE layer (EXPERTS_PER_LAYER); what
 
 Real experts stand at the beginning of each of the router's groups (`spec.places`), because groups are split evenly. Training
 leaves padding alone: what no token reaches has no gradient, there is no weight decay, and losses on routers see real experts
-only (listening.py). `check_padding` proves it.
+only (`taps.recorded_activations`). `check_padding` proves it.
 
 Legend: E experts, P places.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_edge.contracts.capabilities import PADDING
+from moe_edge.contracts.capability_table import PADDING
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families.base import EXPERTS_PER_LAYER
 from moe_edge.models.views import ExpertAxis, MoELayerView, moe_layers

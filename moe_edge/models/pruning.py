@@ -1,21 +1,17 @@
-"""Dropping experts of a loaded model: `masked` for a while without touching them, `prune` for good.
+"""Dropping experts and neurons of a loaded model: masked for a while without touching them, or pruned for good.
 
-Both give the same logits, because both let the router see only the kept rows: gates, groups, top-k and renormalisation
-then happen over the kept experts exactly as in the pruned model. `masked` copies a few router rows and no expert, so that
-a plan can try many choices.
+`masked` and `prune` give the same logits, because both let the router see only the kept rows: gates, groups, top-k and
+renormalisation then happen over the kept experts exactly as in the pruned model. `masked` copies a few router rows and no
+expert, so that a plan can try many choices.
+
+`masked_neurons` tries narrower experts. A neuron's whole contribution is its activation times its column of the down
+projection, so a zero column is an absent neuron. The masked copy of a layer's down projections lives only while that
+layer runs, so that trying a width costs the memory of one layer; the model's own tensors are never written.
 
 Legend: E experts, K top-k, D model, F expert width.
-
-Narrower experts without touching them: some neurons fall silent for a while, as if their columns had been cut.
-
-A neuron's whole contribution is its activation times its column of the down projection, so a zero column is an absent
-neuron. The masked copy of a layer's down projections lives only while that layer runs, so that trying a width costs the
-memory of one layer; the model's own tensors are never written.
-
-Legend: E experts, F expert width, D model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,15 +20,16 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.capabilities import unpaddable
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.plan import KeptExperts
 from moe_edge.contracts.spec import places
 from moe_edge.families import family_of
 from moe_edge.models.padding import check_padding, is_padded, pad_layer, write_real_counts
-from moe_edge.models.views import ExpertAxis, MoELayerView, moe_layers
+from moe_edge.models.views import ExpertAxis, MoELayerView, config_of, moe_layers
 
-Kept = Mapping[int, Sequence[int]]
+NeuronMask = Callable[[MoELayerView], Tensor]  # a layer -> which neurons of its experts stay [E, F] bool
 
 
-def check_kept(model: nn.Module, kept: Kept, top_k: int | None = None, *, uniform: bool = True) -> None:
+def check_kept(model: nn.Module, kept: KeptExperts, top_k: int | None = None, *, uniform: bool = True) -> None:
     """Refuse an impossible choice before any work.
 
     Args:
@@ -94,7 +91,7 @@ def _bad(what: str, why: str) -> ConfigError:
 
 
 @contextmanager
-def masked(model: nn.Module, kept: Kept, top_k: int | None = None) -> Iterator[nn.Module]:
+def masked(model: nn.Module, kept: KeptExperts, top_k: int | None = None) -> Iterator[nn.Module]:
     """While open, `model` routes as if pruned to `kept` (and to `top_k`, where given); experts are not copied.
 
     Observers with a pre-hook on `experts` still see the teacher's expert ids. The model is as before on exit,
@@ -158,13 +155,13 @@ def _selected(found: ExpertAxis, ids: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def prune(model: nn.Module, kept: Kept, top_k: int | None = None, *, uneven: bool = False) -> None:
+def prune(model: nn.Module, kept: KeptExperts, top_k: int | None = None, *, uneven: bool = False) -> None:
     """Drop every expert that is not in `kept`, in place; router rows, biases, counts and config follow.
 
     Keeping all experts changes no bit. Parameters are replaced, so an optimizer must be built afterwards.
 
     Args:
-        uneven: may layers keep different numbers? Smaller ones are then padded to the largest (families/padding.py).
+        uneven: may layers keep different numbers? Smaller ones are then padded to the largest (padding.py).
 
     Raises:
         ConfigError: see `check_kept`; uneven layers of a model that cannot be padded; nothing has been changed then.
@@ -173,7 +170,8 @@ def prune(model: nn.Module, kept: Kept, top_k: int | None = None, *, uneven: boo
     views = moe_layers(model)
     counts = [len(kept.get(view.index, range(view.count))) for view in views]
     padding = len(set(counts)) > 1
-    if padding and (why := unpaddable(family_of(model.config.to_dict()).spec(model.config.to_dict()))):
+    config = config_of(model)
+    if padding and (why := unpaddable(family_of(config.to_dict()).spec(config.to_dict()))):
         raise _bad("layers of this model cannot keep different numbers of experts", why)
     for view in views:
         ids = list(kept.get(view.index, range(view.count)))
@@ -187,7 +185,7 @@ def prune(model: nn.Module, kept: Kept, top_k: int | None = None, *, uneven: boo
                 _set_present(module, "top_k", top_k)
     _write_counts(model, views[0], top_k)
     if padding:
-        write_real_counts(model.config, counts)
+        write_real_counts(config, counts)
 
 
 @torch.no_grad()
@@ -223,49 +221,48 @@ def _set_present(owner: Any, name: str, value: Any) -> None:
 
 def _write_counts(model: nn.Module, view: MoELayerView, top_k: int | None) -> None:
     """The numbers that the model and its config keep besides the tensors; the config may carry any or all of the keys."""
+    config = config_of(model)
     for key in ("num_experts", *view.family.expert_keys):
-        _set_present(model.config, key, view.count)
+        _set_present(config, key, view.count)
     _set_present(model, "num_experts", view.count)
     if top_k is None:
         return
     for key in view.family.top_k_keys:
-        if hasattr(model.config, key):
-            per_layer = isinstance(getattr(model.config, key), list)
-            setattr(model.config, key, [top_k] * model.config.num_hidden_layers if per_layer else top_k)
+        if hasattr(config, key):
+            per_layer = isinstance(getattr(config, key), list)
+            setattr(config, key, [top_k] * config.num_hidden_layers if per_layer else top_k)
     _set_present(model, "num_experts_per_tok", top_k)
 
 
-NeuronMask = Callable[[MoELayerView], Tensor]  # a layer -> which neurons of its experts stay [E, F] bool
-
-
 @contextmanager
-def silenced(model: nn.Module, mask: NeuronMask) -> Iterator[nn.Module]:
+def masked_neurons(model: nn.Module, mask: NeuronMask) -> Iterator[nn.Module]:
     """While open, only the neurons of `mask` put anything out; the model is as before on exit, also after an error.
 
-    Composes with `pruning.masked`: the mask speaks of the teacher's experts.
+    Composes with `masked`: the mask speaks of the teacher's experts.
 
     Args:
         mask: asked once per layer and forward pass, while the layer's weights are in memory.
     """
     with ExitStack() as undo:
         for view in moe_layers(model):
-            _silence(view, mask, undo)
+            _mask_neurons(view, mask, undo)
         yield model
 
 
-def _silence(view: MoELayerView, mask: NeuronMask, undo: ExitStack) -> None:
+def _mask_neurons(view: MoELayerView, mask: NeuronMask, undo: ExitStack) -> None:
+    experts = view.experts
     own: list[nn.Parameter] = []
 
-    def before(experts: nn.Module, _inputs: Any) -> None:
+    def before(_module: nn.Module, _inputs: Any) -> None:
         down = experts.down_proj
         mask_EF = mask(view).to(down.device)
         columns = mask_EF.unsqueeze(-1 if getattr(experts, "is_transposed", False) else 1)
         own.append(down)
         experts.down_proj = nn.Parameter(down.detach() * columns, requires_grad=False)
 
-    def after(experts: nn.Module, _inputs: Any, _output: Any) -> None:
+    def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         if own:
             experts.down_proj = own.pop()
 
-    undo.callback(view.experts.register_forward_pre_hook(before).remove)
-    undo.callback(view.experts.register_forward_hook(after, always_call=True).remove)
+    undo.callback(experts.register_forward_pre_hook(before).remove)
+    undo.callback(experts.register_forward_hook(after, always_call=True).remove)

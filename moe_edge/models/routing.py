@@ -1,25 +1,20 @@
-"""Making a model use other experts than its routers choose, and reaching nothing but its routers.
+"""The routers of a loaded model: other experts in the place of their choice, their parameters, their near-ties.
 
-Every router returns (logits, weights, ids), and every experts module takes as many ids per token as it is given. So a
-forward hook on the router is all it takes, whatever the family: softmax, softmax over the chosen, sigmoid with a
-selection bias, sparsemixer. Limits on groups hold for the model's own top-k alone.
+`rerouted` makes a model use other experts than its routers choose. Every router returns (logits, weights, ids), and every
+experts module takes as many ids per token as it is given. So a forward hook on the router is all it takes, whatever the
+family: softmax, softmax over the chosen, sigmoid with a selection bias, sparsemixer. Limits on groups hold for the model's
+own top-k alone.
 
-Shape suffixes: T tokens, E experts, K the model's own top-k, N experts in use per token, D model.
+`route_without` says where the tokens of an expert go when it is taken away. It is the router's own code that answers, so
+that renormalisation, sigmoids and groups are right for every family. Most routers lose the expert's row, as in
+`pruning.masked`. One that splits its rows into equal groups cannot lose a single row; there the expert is made
+unselectable through the selection bias.
 
-How far every token is from a near-tie of its router: the score of its last chosen expert minus that of the next one.
-
-Where that gap is smaller than a runtime's rounding error, the runtime may honestly choose another expert, and logits can no
+`routing_gap` is how far every token is from a near-tie: the score of its last chosen expert minus that of the next one.
+Where the gap is smaller than a runtime's rounding error, the runtime may rightly choose another expert, and logits can no
 longer be compared number by number.
 
-Legend: T tokens, E experts, K top-k, D model.
-
-Where the tokens of an expert go when it is taken away: the router asked again without it.
-
-It is the router's own code that answers, so that renormalisation, sigmoids and groups are right for every family. Most
-routers lose the expert's row, as in `pruning.masked`. One that splits its rows into equal groups cannot lose a single row;
-there the expert is made unselectable through the selection bias.
-
-Shape suffixes: E experts, K top-k, T tokens, D model.
+Shape suffixes: T tokens, E experts, K the model's own top-k, N experts in use per token, D model, G groups.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from moe_edge.formulas.expert_sampling import spread_weights
-from moe_edge.formulas.router_loss import gate_logprobs
+from moe_edge.formulas.routers import gate_logprobs, spread_weights
 from moe_edge.models.kernels import ALL_AT_ONCE
 from moe_edge.models.pruning import mask_router
-from moe_edge.models.views import MoELayerView, moe_layers, route, router_scores
+from moe_edge.models.views import MoELayerView, config_of, moe_layers, route, router_scores, scores_of
 
 # The routers' parameters of every family and no others; selection biases are not trained by gradients.
 ROUTER_PATTERN = r"\.(gate|router)\.(wg\.)?(weight|bias)$"
@@ -48,7 +43,7 @@ def rerouted(model: nn.Module, choose: Choose) -> Iterator[nn.Module]:
     """While open, every MoE layer of `model` uses the experts that `choose` names.
 
     Their weights are the gate over them (`gate_logprobs`), scaled to the total that the router's own weights have for the
-    token; both may be differentiated with respect to the router. Router logits are heard as always.
+    token; both may be differentiated with respect to the router. Router logits are what they are without it.
     """
     with ExitStack() as undo:
         for view in moe_layers(model):
@@ -72,8 +67,9 @@ def _use_dense_kernel(model: nn.Module, undo: ExitStack) -> None:
     """Nearly every expert sees nearly every token, so that on a CPU two large products beat a loop over experts."""
     if next(model.parameters()).device.type != "cpu":
         return
-    before = model.config._experts_implementation
+    before = config_of(model)._experts_implementation
     if before is not None and before != ALL_AT_ONCE:
+        assert isinstance(model, PreTrainedModel)
         model.set_experts_implementation(ALL_AT_ONCE)
         undo.callback(model.set_experts_implementation, before)
 
@@ -88,8 +84,7 @@ def preference(view: MoELayerView, logits_TE: Tensor) -> Tensor:
     bias = view.selection_bias
     if bias is None:
         return logits_TE
-    scores_TE = logits_TE.float().sigmoid() if is_sigmoid(view) else logits_TE.float().softmax(dim=-1)
-    return scores_TE + bias.tensor.detach().flatten()
+    return scores_of(view, logits_TE) + bias.tensor.detach().flatten()
 
 
 def router_tensors(view: MoELayerView) -> dict[str, nn.Parameter]:
@@ -127,7 +122,7 @@ def routing_gap(view: MoELayerView, hidden_TD: Tensor) -> Tensor:
     bias = view.selection_bias
     scores_TE = scores_TE.log() if bias is None else scores_TE + bias.tensor.reshape(-1).float()
     chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, index_TK, True)
-    searched_TGE = chosen_TE.unflatten(1, (view.groups[0], -1))
+    searched_TGE = chosen_TE.reshape(len(chosen_TE), view.groups[0], -1)
     searched_TE = searched_TGE.any(-1, keepdim=True).expand_as(searched_TGE).flatten(1)
     others_TE = scores_TE.masked_fill(chosen_TE | ~searched_TE, -torch.inf)
     return scores_TE.masked_fill(~chosen_TE, torch.inf).amin(1) - others_TE.amax(1)

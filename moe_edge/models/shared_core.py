@@ -11,31 +11,17 @@ This file needs only torch and transformers. It is copied beside the weights as 
 works without moe-edge; moe-edge itself never runs a file from a model folder and uses this one.
 
 Legend: E experts, D model, F core width, R rank, T tokens, K top-k.
-
-Every expert of a layer on the same tokens, with gradients: what losses between experts are made of.
-
-`views.expert_outputs` serves measurements and makes no gradients; indexing the stacked weights, as it does, would also cost
-a full-size gradient per expert in the backward pass. Here the stack is taken apart once.
-
-Weights that are sharded over processes are gathered first, because no forward pass of the layer does it here.
-
-Legend: E experts, T tokens, D model.
 """
 
-import copy
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-from moe_edge.models.kernels import unbound_experts
-from moe_edge.models.views import MoELayerView
 
 MODEL_TYPE = "moe_edge_shared_core"
 MODELING_FILE = "modeling_shared_core.py"
@@ -80,15 +66,17 @@ class SharedCoreExperts(nn.Module):
         self.act_fn = act_fn
 
     def run_expert(self, rows_ND: Tensor, expert: int) -> Tensor:
+        """One expert's output before the gate weight, for rows of hidden states: (N, D) to (N, D)."""
         wrapped_ND = self.input_wrapper(rows_ND, expert)
         gate_NF, up_NF = functional.linear(wrapped_ND, self.shared_core.gate_up_proj).chunk(2, dim=-1)
         core_ND = functional.linear(self.act_fn(gate_NF) * up_NF, self.shared_core.down_proj)
-        return self.output_wrapper(core_ND, expert)
+        out_ND: Tensor = self.output_wrapper(core_ND, expert)
+        return out_ND
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' weighted sum for each token: hidden (T, D), index and weights (T, K) to (T, D)."""
         result_TD = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             token_N, place_N = torch.where(top_k_index == expert)
             out_ND = self.run_expert(hidden_states[token_N], expert) * top_k_weights[token_N, place_N, None]
             result_TD = result_TD.index_add(0, token_N, out_ND.to(result_TD.dtype))
@@ -104,6 +92,7 @@ class SharedCoreExperts(nn.Module):
     def down_proj(self) -> Tensor:
         """Folded: s_e down + P_e Q_e down, (E, D, F)."""
         core, wrapper = self.shared_core.down_proj, self.output_wrapper
+        assert wrapper.scale is not None
         return wrapper.scale[:, None, None] * core + wrapper.left @ (wrapper.right @ core)
 
 
@@ -114,9 +103,11 @@ def share_cores(model: nn.Module, rank: int) -> list[SharedCoreExperts]:
     """
     blocks = [module for module in model.modules() if "gate_up_proj" in getattr(module, "_parameters", {})]
     owners = [
-        (parent, name) for parent in model.modules() for name, child in parent.named_children()
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
         if any(child is block for block in blocks)
-    ]  # fmt: skip
+    ]
     created = []
     for parent, name in owners:
         old = getattr(parent, name)
@@ -137,7 +128,7 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
 @cache
 def model_class(base_type: str) -> type[PreTrainedModel]:
     """The causal language model of a base family with shared cores."""
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
+    base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         base.__init__(self, config)
@@ -146,7 +137,7 @@ def model_class(base_type: str) -> type[PreTrainedModel]:
     return type("SharedCoreOf" + base.__name__, (base,), {"__init__": __init__, "__module__": __name__})
 
 
-class SharedCoreConfig(PreTrainedConfig):
+class SharedCoreConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """What `auto_map` names: reads a configuration and returns it as the class of its base family."""
 
     model_type = MODEL_TYPE
@@ -176,9 +167,12 @@ def shared_core_model(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """
     base_type = model.config.model_type
     values = model.config.to_dict() | {
-        "model_type": MODEL_TYPE, "base_model_type": base_type, "shared_rank": rank,
-        "architectures": ["SharedCoreForCausalLM"], "auto_map": AUTO_MAP,
-    }  # fmt: skip
+        "model_type": MODEL_TYPE,
+        "base_model_type": base_type,
+        "shared_rank": rank,
+        "architectures": ["SharedCoreForCausalLM"],
+        "auto_map": AUTO_MAP,
+    }
     config = config_class(base_type).from_dict(values)
     with torch.device("meta"):
         new = model_class(base_type)(config)
@@ -187,8 +181,9 @@ def shared_core_model(model: PreTrainedModel, rank: int) -> PreTrainedModel:
         setattr(new, name, child)
     for module in new.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            module.config = config
-    return new.eval()
+            module.config = config  # type: ignore[assignment]  # torch declares tensors and modules only
+    new.eval()  # type: ignore[no-untyped-call]
+    return new
 
 
 @torch.no_grad()
@@ -199,19 +194,19 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = CONFIG_MAPPING[model.config.base_model_type].from_dict(_base_values(model.config))
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    names = {name for name, module in model.named_modules() if isinstance(module, SharedCoreExperts)}
-    for name, module in list(plain.named_modules()):
-        if name in names:
-            source = model.get_submodule(name)
-            module.gate_up_proj = nn.Parameter(source.gate_up_proj.contiguous())
-            module.down_proj = nn.Parameter(source.down_proj.contiguous())
+        plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)  # type: ignore[no-untyped-call]
+    shared = {name: module for name, module in model.named_modules() if isinstance(module, SharedCoreExperts)}
+    for name, experts in shared.items():
+        ordinary = plain.get_submodule(name)
+        ordinary.gate_up_proj = nn.Parameter(experts.gate_up_proj.contiguous())
+        ordinary.down_proj = nn.Parameter(experts.down_proj.contiguous())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         owner, _, leaf = name.rpartition(".")
-        if not any(owner == inside or owner.startswith(inside + ".") for inside in names):
+        if not any(owner == inside or owner.startswith(inside + ".") for inside in shared):
             _place(plain.get_submodule(owner), leaf, tensor)
     plain.tie_weights()
-    return plain.eval()
+    plain.eval()  # type: ignore[no-untyped-call]
+    return plain
 
 
 def _base_values(config: PreTrainedConfig) -> dict[str, Any]:
@@ -220,33 +215,7 @@ def _base_values(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _place(owner: nn.Module, name: str, tensor: Tensor) -> None:
-    table = owner._parameters if name in owner._parameters else owner._buffers
-    table[name] = tensor
-
-
-def differentiable_outputs(view: MoELayerView, hidden_TD: Tensor) -> Tensor:
-    """Raw outputs (before the gate weight) of all experts on every token, [E, T, D], in the dtype of the weights."""
-    experts = view.experts
-    if any(isinstance(parameter, DTensor) for parameter in experts.parameters()):
-        experts = _gathered(experts)
-    hidden_TD = hidden_TD.to(next(iter(experts.parameters())).dtype)
-    if isinstance(experts, SharedCoreExperts):
-        return torch.stack([experts.run_expert(hidden_TD, expert) for expert in range(view.count)])
-    matrices = zip(unbound_experts(experts, "gate_up_proj"), unbound_experts(experts, "down_proj"), strict=True)
-    outputs = []
-    for gate_up, down in matrices:
-        active_TF = experts._apply_gate(functional.linear(hidden_TD, *gate_up))
-        outputs.append(functional.linear(active_TF, *down))
-    return torch.stack(outputs)
-
-
-def _gathered(module: nn.Module) -> nn.Module:
-    """A twin whose parameters are whole on every process; gradients go back to the shards, averaged over processes as those
-    of the forward pass are."""
-    twin = copy.copy(module)
-    twin._modules = {name: _gathered(child) for name, child in module.named_children()}
-    twin._parameters = {
-        name: parameter.full_tensor(grad_placements=[Partial("avg")]) if isinstance(parameter, DTensor) else parameter
-        for name, parameter in module._parameters.items()
-    }
-    return twin
+    if name in owner._parameters:
+        owner._parameters[name] = tensor  # type: ignore[assignment]  # a parameter of the other model
+    else:
+        owner._buffers[name] = tensor

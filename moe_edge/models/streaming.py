@@ -1,16 +1,15 @@
-"""A model one part at a time, straight from its safetensors files: for teachers that are larger than memory.
+"""A model that needs less memory than its weights: one part at a time, straight from its safetensors files.
 
 `StreamedModel` is built without memory for its weights. `loaded(part)` fills in one decoder layer, the embedding or the
 head and gives the memory back afterwards; `embed`, `step` and `finish` run the forward in pieces. Each of them calls
 the body's own forward with every layer but one skipped, so that masks, rotary embeddings and all else that a layer is
 given are the model's own, whatever its family.
 
+`recomputed` saves memory in another way: a whole model keeps only the inputs of its layers, which run again in the
+backward pass. transformers does so only while a model trains, and a model in training mode may drop out or jitter; a
+teacher whose routers alone have gradients wants the memory without that.
+
 Shape suffixes: B rows, S tokens of a row, D model width, T tokens, K top-k, n tokens of an expert.
-
-Activations computed again in the backward pass, for a model that is not in training mode.
-
-transformers recomputes only while a model trains, and a model in training mode may drop out or jitter. A teacher whose
-routers alone have gradients wants the memory without that.
 """
 
 import logging
@@ -37,7 +36,7 @@ from moe_edge.models.taps import body, decoder_layers
 from moe_edge.models.views import MoELayerView, down_project, expert_activations, moe_layers
 from moe_edge.models.weight_sources import Target, read_target, targets_of
 from moe_edge.storage.checkpoint import inspect_checkpoint
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 from moe_edge.storage.tensor_files import PieceReader
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class StreamedModel(Closing):
             time; the results are the same up to the order of a sum.
 
     Raises:
-        ConfigError, InputRejected: as `families.loading.load_model`.
+        ConfigError, InputRejected: as `loading.load_model`.
     """
 
     def __init__(

@@ -1,12 +1,11 @@
-"""Loading, writing and describing students that are not plain mixtures: dense ones, and those with shared cores.
+"""Students, whatever action made them: plain mixtures, dense ones, and those with shared cores; read, written, described.
 
 A folder named `model` always holds a plain checkpoint: a model with shared cores is folded on the way into it, and its
 trainable form is written elsewhere, with the file that builds it outside moe-edge. A file from a model folder is never
 run here; `auto_map` is accepted only where it names exactly what this package builds itself (storage/checkpoint.py).
 
-Parameter counts of a model from its neutral tensor map alone: totals, what one token reads, and per tensor class.
-
-The plan, the report and the compressor's summary all count here, so that they cannot disagree.
+Descriptions are made of headers and the neutral tensor map alone. The plan, the report and the compressor's summary all
+count parameters here (`count_params`), so that they cannot disagree.
 """
 
 import shutil
@@ -61,16 +60,18 @@ def _read(headers: CheckpointHeaders, built: Any, dtype: torch.dtype, **options:
     stored_dtype(headers)
     folder = str(headers.folder)
     try:
-        model, info = built.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = built.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:  # every model class has its own way to say no
         raise InputRejected("the checkpoint does not fit its config.json", where=folder, why=str(error)) from error
+    model, info = loaded
     wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
     if wrong:
         why = f"{len(wrong)} tensors are missing, unknown or of another shape, first: {wrong[0]}"
         raise InputRejected("the checkpoint does not fit its config.json", where=folder, why=why)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def trainable_folder(compressed: Path) -> Path:
@@ -110,6 +111,14 @@ def mirror_student(source: Path, out: Path) -> None:
             mirror(source / name, out / name)
 
 
+def use_fastest_experts(model: PreTrainedModel) -> None:
+    """Choose the fastest experts kernel for a CPU, where the model has ordinary experts."""
+    if not is_mixture(model):
+        return
+    view = moe_layers(model)[0]
+    model.set_experts_implementation(fastest_kernel(view.top_k, view.count))
+
+
 def describe_student(headers: CheckpointHeaders) -> dict[str, Any]:
     """As `describe_model`; a dense student has one expert that every token uses, and no routed weights."""
     if headers.config.get("model_type") not in DENSE_TYPES:
@@ -125,37 +134,6 @@ def describe_student(headers: CheckpointHeaders) -> dict[str, Any]:
         "top_k": 1,
         "bytes": headers.total_bytes,
     }
-
-
-def use_fastest_experts(model: PreTrainedModel) -> None:
-    """Choose the fastest experts kernel for a CPU, where the model has ordinary experts."""
-    if not is_mixture(model):
-        return
-    view = moe_layers(model)[0]
-    model.set_experts_implementation(fastest_kernel(view.top_k, view.count))
-
-
-@dataclass(frozen=True)
-class ParamCounts:
-    """Numbers of weights; tied embeddings count once."""
-
-    total: int
-    active: int  # used for one token: everything but the experts that the router leaves out
-    routed: int  # in routed experts
-    by_class: dict[TensorClass, int]
-
-
-def count_params(spec: ModelSpec, entries: Iterable[TensorEntry]) -> ParamCounts:
-    """Count the weights of `entries` (a whole model's map); padding experts are none."""
-    by_class: Counter[TensorClass] = Counter()
-    idle = 0
-    for entry in entries:
-        shape = spec.real_shape(entry)
-        by_class[entry.tensor_class] += prod(shape)
-        idle += prod(shape[1:]) * (shape[0] - spec.moe.top_k) if entry.tensor_class in EXPERT_OWNED else 0
-    total = sum(by_class.values())
-    routed = sum(by_class[name] for name in EXPERT_OWNED)
-    return ParamCounts(total, total - idle, routed, dict(by_class))
 
 
 def describe_model(headers: CheckpointHeaders) -> dict[str, Any]:
@@ -180,3 +158,26 @@ def describe_model(headers: CheckpointHeaders) -> dict[str, Any]:
         "top_k": spec.moe.top_k,
         "bytes": headers.total_bytes,
     } | ({"experts_per_layer": list(uneven)} if uneven else {})
+
+
+@dataclass(frozen=True)
+class ParamCounts:
+    """Numbers of weights; tied embeddings count once."""
+
+    total: int
+    active: int  # used for one token: everything but the experts that the router leaves out
+    routed: int  # in routed experts
+    by_class: dict[TensorClass, int]
+
+
+def count_params(spec: ModelSpec, entries: Iterable[TensorEntry]) -> ParamCounts:
+    """Count the weights of `entries` (a whole model's map); padding experts are none."""
+    by_class: Counter[TensorClass] = Counter()
+    idle = 0
+    for entry in entries:
+        shape = spec.real_shape(entry)
+        by_class[entry.tensor_class] += prod(shape)
+        idle += prod(shape[1:]) * (shape[0] - spec.moe.top_k) if entry.tensor_class in EXPERT_OWNED else 0
+    total = sum(by_class.values())
+    routed = sum(by_class[name] for name in EXPERT_OWNED)
+    return ParamCounts(total, total - idle, routed, dict(by_class))

@@ -1,16 +1,13 @@
-"""Where an observer listens in a loaded model: the inputs of the dense matrix products, the decoder layers, the head.
+"""The parts of a loaded model between which values are read, and reading them while it runs.
 
-views.py shows the MoE blocks; here is the rest of what a calibration pass needs, so that no other room names a
-Hugging Face attribute.
+views.py shows the MoE blocks; here is the rest, so that no other room names a Hugging Face attribute: body, decoder layers
+and head, and the module in front of which the input of each dense matrix product can be read (`dense_taps`).
 
-Legend: T tokens, D model, V vocabulary.
+`recorded_activations` keeps what layers put out and what routers and experts are given and give, `recorded_outputs` what
+layers return. Gradients are kept, so that losses can be made of the values; whoever wants none runs the model without
+them. Padding experts (padding.py) are left out: experts count the real ones of their layer.
 
-Hearing a model while it runs: the outputs of layers, and what routers and experts of MoE layers are given and say.
-
-Gradients are kept, so that losses can be made of what is heard; whoever wants none runs the model without them. Padding
-experts (padding.py) are not heard: experts count the real ones of their layer.
-
-Shape suffixes: B rows, S tokens of a row, T = B x S tokens, D model, E experts, K top-k.
+Shape suffixes: B rows, S tokens of a row, T = B x S tokens, D model, V vocabulary, E experts, K top-k.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families.declared import Names
-from moe_edge.models.views import MoELayerView, moe_layers
+from moe_edge.models.views import MoELayerView, config_of, moe_layers
 
 # Module below the decoder layer -> neutral imatrix name of its input; one row per distinct input.
 _MIXERS = {
@@ -52,7 +49,7 @@ class Tap:
 class Head(nn.Module):
     """A head whose logits are divided by a constant, or that has a bias; shares the model's own."""
 
-    def __init__(self, inner: nn.Module, divisor: float) -> None:
+    def __init__(self, inner: nn.Linear, divisor: float) -> None:
         super().__init__()
         self.inner, self.divisor = inner, divisor
 
@@ -69,29 +66,32 @@ class Head(nn.Module):
         return self.inner.weight / self.divisor
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.inner(hidden) / self.divisor
+        logits: Tensor = self.inner(hidden) / self.divisor
+        return logits
 
 
 def body(model: nn.Module) -> nn.Module:
     """The model without its head; its output's `last_hidden_state` is the head's input."""
-    return model.model
+    return model.get_submodule("model")
 
 
 def head(model: nn.Module) -> nn.Module:
     """The output projection, (T, D) to (T, V); its `weight` gives the same logits."""
-    divisor = float(getattr(model.config, "logits_scaling", None) or 1.0)
-    plain = divisor == 1.0 and model.lm_head.bias is None
-    return model.lm_head if plain else Head(model.lm_head, divisor)
+    divisor = float(getattr(config_of(model), "logits_scaling", None) or 1.0)
+    projection = model.get_submodule("lm_head")
+    assert isinstance(projection, nn.Linear)
+    plain = divisor == 1.0 and projection.bias is None
+    return projection if plain else Head(projection, divisor)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers in order; the first argument is the residual stream, the output is the residual stream after it."""
-    return list(model.model.layers)
+    return list(body(model).get_submodule("layers").children())
 
 
 def width(model: nn.Module) -> int:
     """D, the width of the residual stream."""
-    return model.config.hidden_size
+    return int(config_of(model).hidden_size)
 
 
 def dense_taps(model: nn.Module) -> list[Tap]:
@@ -130,8 +130,8 @@ Outputs = dict[int, Any]  # decoder layer -> what it returned
 
 
 @contextmanager
-def recording(layers: Sequence[nn.Module], outputs: Outputs, first: int = 0) -> Iterator[None]:
-    """While open, what the layers from `first` on return is left in `outputs`."""
+def recorded_outputs(layers: Sequence[nn.Module], outputs: Outputs, first: int = 0) -> Iterator[None]:
+    """While open, every forward pass leaves in `outputs` what the layers from `first` on return."""
     with ExitStack() as undo:
         for index in range(first, len(layers)):
 
@@ -143,7 +143,7 @@ def recording(layers: Sequence[nn.Module], outputs: Outputs, first: int = 0) -> 
 
 
 @dataclass
-class Sounds:
+class Activations:
     """What the last forward pass left, by decoder layer."""
 
     layers: dict[int, Tensor] = field(default_factory=dict)  # the layer's output [B, S, D]
@@ -153,8 +153,10 @@ class Sounds:
 
 
 @contextmanager
-def listening(model: nn.Module, layers: Iterable[int] = (), routers: Iterable[int] = ()) -> Iterator[Sounds]:
-    """While open, every forward pass of `model` leaves its sounds in the object that is yielded.
+def recorded_activations(
+    model: nn.Module, layers: Iterable[int] = (), routers: Iterable[int] = ()
+) -> Iterator[Activations]:
+    """While open, every forward pass of `model` leaves its activations in the object that is yielded.
 
     Args:
         layers: decoder layers whose output is wanted.
@@ -163,36 +165,36 @@ def listening(model: nn.Module, layers: Iterable[int] = (), routers: Iterable[in
     Raises:
         KeyError: a layer of `routers` has no experts.
     """
-    heard, routers = Sounds(), list(routers)
+    found, routers = Activations(), list(routers)
     with ExitStack() as stack:
         for layer in layers:
-            hook = decoder_layers(model)[layer].register_forward_hook(_output(heard.layers, layer))
+            hook = decoder_layers(model)[layer].register_forward_hook(_output(found.layers, layer))
             stack.callback(hook.remove)
         views = {view.index: view for view in moe_layers(model)} if routers else {}
         for layer in routers:
             view = views[layer]
             real_E = torch.tensor(view.real) if len(view.real) < view.count else None
-            hook = view.router.register_forward_hook(_output(heard.router_logits, layer, real_E))
+            hook = view.router.register_forward_hook(_output(found.router_logits, layer, real_E))
             stack.callback(hook.remove)
-            before = view.experts.register_forward_pre_hook(_inputs(heard, layer, real_E))
+            before = view.experts.register_forward_pre_hook(_inputs(found, layer, real_E))
             stack.callback(before.remove)
-        yield heard
+        yield found
 
 
 def _output(into: dict[int, Tensor], layer: int, real_E: Tensor | None = None) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        found = output[0] if isinstance(output, tuple) else output
-        into[layer] = found if real_E is None else found[:, real_E.to(found.device)]
+        values = output[0] if isinstance(output, tuple) else output
+        into[layer] = values if real_E is None else values[:, real_E.to(values.device)]
 
     return hook
 
 
-def _inputs(heard: Sounds, layer: int, real_E: Tensor | None) -> Callable[..., None]:
+def _inputs(into: Activations, layer: int, real_E: Tensor | None) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         hidden_TD, index_TK, weight_TK, *_ = inputs
         if real_E is not None:  # their places among the real experts; no other is ever chosen
             index_TK = torch.searchsorted(real_E.to(index_TK.device), index_TK)
-        heard.expert_inputs[layer], heard.routing[layer] = hidden_TD, (index_TK, weight_TK)
+        into.expert_inputs[layer], into.routing[layer] = hidden_TD, (index_TK, weight_TK)
 
     return hook
 
@@ -203,14 +205,14 @@ def hidden_states(wrapped: nn.Module, model: nn.Module, ids_BS: Tensor, mask_BS:
     The pass goes through `wrapped` (the model, or what a parallel backend wrapped around it), because backends gather
     weights and gradients only then.
     """
-    heard: dict[int, Tensor] = {}
+    found: list[Tensor] = []
 
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        heard[0] = output.last_hidden_state
+        found.append(output.last_hidden_state)
 
     handle = body(model).register_forward_hook(hook)
     try:
         wrapped(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    return heard[0]
+    return found[-1]

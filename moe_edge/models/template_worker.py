@@ -12,10 +12,12 @@ answered by {"text"} or {"error"}.
 import json
 import resource
 import sys
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -90,7 +92,7 @@ def environment() -> StrictEnvironment:
     return made
 
 
-def rendered(template: Any, variables: dict[str, Any], characters: int) -> str:
+def rendered(template: Template, variables: dict[str, Any], characters: int) -> str:
     """The whole text; stops as soon as it is longer than `characters`."""
     parts, length = [], 0
     for part in template.generate(**variables):
@@ -101,7 +103,7 @@ def rendered(template: Any, variables: dict[str, Any], characters: int) -> str:
     return "".join(parts)
 
 
-def answer(work: Any) -> str:
+def reply_line(work: Callable[[], str]) -> str:
     """One reply line."""
     try:
         reply = {"text": work()}
@@ -119,12 +121,19 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (head["memory_bytes"], head["memory_bytes"]))
     except (OSError, ValueError):
         pass  # a system without address-space limits; the time limit of the other side still holds
-    compiled: list[Any] = []
-    sys.stdout.write(answer(lambda: compiled.append(environment().from_string(head["template"])) or ""))
+    compiled: list[Template] = []
+
+    def compile_template() -> str:
+        compiled.append(environment().from_string(head["template"]))
+        return ""
+
+    def render(variables: dict[str, Any]) -> str:
+        return rendered(compiled[0], variables, head["characters"])
+
+    sys.stdout.write(reply_line(compile_template))
     sys.stdout.flush()
     for line in sys.stdin:
-        variables = json.loads(line)["variables"]
-        sys.stdout.write(answer(lambda variables=variables: rendered(compiled[0], variables, head["characters"])))
+        sys.stdout.write(reply_line(partial(render, json.loads(line)["variables"])))
         sys.stdout.flush()
 
 

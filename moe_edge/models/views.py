@@ -8,19 +8,40 @@ the instance.
 Legend: E experts, K top-k, e some experts, T tokens, D model, F expert width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import places
 from moe_edge.families import family_of, known_family
 from moe_edge.families.base import EXPERTS_PER_LAYER, Family
 from moe_edge.families.declared import Names
+
+
+class Router(nn.Module):
+    """What is read of a router of transformers, whatever its class; a type only, no router is an instance of it."""
+
+    top_k: int
+
+
+class Experts(nn.Module):
+    """What is read of an experts module of transformers, whatever its class; a type only, as `Router`."""
+
+    num_experts: int
+    gate_up_proj: nn.Parameter  # (E, 2F, D), or (E, D, 2F) where `is_transposed`
+    down_proj: nn.Parameter  # (E, D, F), or (E, F, D)
+    gate_up_proj_bias: nn.Parameter  # these two only where `has_bias`
+    down_proj_bias: nn.Parameter
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool  # all gate rows before all up rows; otherwise they alternate
+    _apply_gate: Callable[[Tensor], Tensor]  # (..., 2F) -> (..., F)
 
 
 class ExpertAxis(NamedTuple):
@@ -32,7 +53,8 @@ class ExpertAxis(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        return getattr(self.owner, self.name)
+        tensor: Tensor = getattr(self.owner, self.name)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -43,8 +65,8 @@ class MoELayerView:
     position: int  # among the MoE layers: the first axis of the statistics
     layer: nn.Module
     block: nn.Module
-    router: nn.Module  # holds .top_k; its output starts with the logits (T, E)
-    experts: nn.Module  # holds .gate_up_proj and .down_proj, experts first
+    router: Router  # its output starts with the logits (T, E)
+    experts: Experts
     shared: nn.Module | None
     family: Family
     own: int | None = None  # experts that are no padding; None: all
@@ -56,7 +78,7 @@ class MoELayerView:
 
     @property
     def real(self) -> list[int]:
-        """The ids of the experts that are no padding (families/padding.py)."""
+        """The ids of the experts that are no padding (padding.py)."""
         return places(self.count if self.own is None else self.own, self.count, self.groups[0])
 
     @property
@@ -103,6 +125,13 @@ class MoELayerView:
             yield self.selection_bias
 
 
+def config_of(model: nn.Module) -> PreTrainedConfig:
+    """The configuration of a model of transformers."""
+    config = model.config
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
 def _locate(module: nn.Module, path: str) -> ExpertAxis:
     """The tensor at a dotted path; its last axis is that of the experts, unless it is a matrix of the router."""
     head, _, name = path.rpartition(".")
@@ -117,11 +146,13 @@ def moe_layers(model: nn.Module) -> list[MoELayerView]:
     Raises:
         InputRejected: no layer has experts, or the family is not supported.
     """
-    config = model.config.to_dict()
+    config = config_of(model).to_dict()
     family = known_family(config) or family_of(config)
-    names, views = family.in_memory, []
+    names = family.in_memory
     own = config.get(EXPERTS_PER_LAYER) or []
-    for index, layer in enumerate(model.model.layers):
+    layers = list(model.get_submodule("model.layers").children())
+    views: list[MoELayerView] = []
+    for index, layer in enumerate(layers):
         block = getattr(layer, names.block, None)
         experts = getattr(block, "experts", None)
         if block is None or experts is None:
@@ -131,16 +162,17 @@ def moe_layers(model: nn.Module) -> list[MoELayerView]:
         real = own[len(views)] if own else None
         views.append(MoELayerView(index, len(views), layer, block, router, experts, shared, family, real))
     if not views:
-        why = f"none of the {index + 1} layers has experts"
+        why = f"none of the {len(layers)} layers has experts"
         raise InputRejected("the model is not a mixture of experts", where=family.model_type, why=why)
     return views
 
 
 def _submodule(layer: nn.Module, path: str) -> nn.Module | None:
     """The module at a dotted path, None where a model goes without."""
-    for name in path.split(".") if path else ():
-        layer = getattr(layer, name, None)  # type: ignore[assignment]
-    return layer if path else None
+    found: nn.Module | None = layer if path else None
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def shared_matrices(view: MoELayerView) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +199,12 @@ def route(view: MoELayerView, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def router_scores(view: MoELayerView, hidden_TD: Tensor) -> Tensor:
     """The router's scores over all experts, (T, E) float32, before any selection bias: a softmax, or sigmoids."""
-    logits_TE = _ask_router(view, hidden_TD)[0].float()
+    return scores_of(view, _ask_router(view, hidden_TD)[0])
+
+
+def scores_of(view: MoELayerView, logits_TE: Tensor) -> Tensor:
+    """The scores that belong to the router's logits, (T, E) float32."""
+    logits_TE = logits_TE.float()
     return logits_TE.sigmoid() if view.family.gating == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
@@ -175,7 +212,8 @@ def _ask_router(view: MoELayerView, hidden_TD: Tensor) -> tuple[Tensor, Tensor, 
     """Logits (T, E), weights and ids (T, K)."""
     bias = view.selection_bias
     extra = (None if bias is None else bias.tensor,) if view.family.bias_argument else ()
-    return view.router(hidden_TD, *extra)
+    logits_TE, weight_TK, index_TK = view.router(hidden_TD, *extra)
+    return logits_TE, weight_TK, index_TK
 
 
 @torch.no_grad()
@@ -194,7 +232,7 @@ def down_project(view: MoELayerView, activation_TF: Tensor, expert: int) -> Tens
     return _linear(experts, activation_TF, experts.down_proj[expert], bias_D)
 
 
-def _linear(experts: nn.Module, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(experts: Experts, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product in the inputs' dtype; streaming.py may hold experts in the smaller one that they are stored in."""
     weight = weight.to(inputs.dtype)
     return functional.linear(inputs, weight.T if experts.is_transposed else weight, bias)

@@ -1,16 +1,20 @@
-"""Which checkpoint tensors make up which parameter of a model, and reading one parameter in pieces.
+"""From the tensors of a checkpoint to those of a model: a parameter of transformers, or a neutral tensor of a back end.
 
-Names and layouts follow transformers' own table of checkpoint conversions, the one that `from_pretrained` uses, so
-that a family needs no second description. Experts that a checkpoint stores one by one are read straight into their
-place in the stacked tensor: no second copy of the stack exists at any time.
+For a parameter (`targets_of`, `read_target`) names and layouts follow transformers' own table of checkpoint conversions, the
+one that `from_pretrained` uses, so that a family needs no second description. Experts that a checkpoint stores one by one
+are read straight into their place in the stacked tensor: no second copy of the stack exists at any time.
 
-Shape suffixes: E experts, R rows of one expert.
+A neutral tensor (`assemble`) is an entry of `Family.tensors`: (E, F, D) whether the checkpoint names experts one by one or
+holds them fused.
+
+Shape suffixes: E experts, R rows of one expert, F expert width, D model.
 """
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +30,8 @@ from transformers.core_model_loading import (
 )
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.spec import TensorEntry
+from moe_edge.families.names import halved_axis
 from moe_edge.storage.tensor_files import PieceReader
 
 
@@ -130,3 +136,25 @@ def _converted(
             converter.add_tensor(target.name, name, pattern, values)  # type: ignore[arg-type]  # as when it saves
     for name, values in converter.convert(target.name, model=model, config=model.config).items():
         yield name, values[0] if isinstance(values, list) else values
+
+
+class Reader(Protocol):
+    """Anything that gives a tensor by its checkpoint name (storage.checkpoint.TensorReader)."""
+
+    def get(self, name: str) -> Tensor: ...
+
+
+def assemble(entry: TensorEntry, reader: Reader) -> Tensor:
+    """The numbers of one neutral tensor, shape `entry.shape`, in the checkpoint's dtype."""
+    if entry.layout == "per_expert":
+        return torch.stack([reader.get(source) for source in entry.sources])
+    source = reader.get(entry.sources[0])
+    if entry.transposed:
+        source = source.transpose(-1, -2)
+    axis = halved_axis(entry)
+    if entry.layout in ("first_half", "second_half"):
+        half = source.shape[axis] // 2
+        source = source.narrow(axis, 0 if entry.layout == "first_half" else half, half)
+    elif entry.layout in ("even", "odd"):
+        source = source[(slice(None),) * axis + (slice(int(entry.layout == "odd"), None, 2),)]
+    return source.reshape(entry.shape)

@@ -1,19 +1,16 @@
-"""Reading and writing one expert of a loaded model as an `Ffn`, and giving all experts another width.
+"""The weights of a loaded model, read and written in place: one expert at a time, or every large matrix as rows.
 
-transformers stores the experts of a layer in stacked tensors whose layout differs between families: gate and up rows
-concatenated or interleaved, transposed or not, with or without biases. The layout is read from the instance
-(`is_concatenated`, `is_transposed`, `has_bias`), so that every action is written once.
+One expert is an `Ffn` (`read_expert`, `write_expert`), and all experts of a layer can get another width. transformers
+stores the experts in stacked tensors whose layout differs between families: gate and up rows concatenated or interleaved,
+transposed or not, with or without biases. The layout is read from the instance (`is_concatenated`, `is_transposed`,
+`has_bias`), so that every action is written once.
 
-Legend: E experts, F expert width, D model, G = 2F rows of gate and up.
+`weight_rows` gives every matrix that a quantizer changes: its bit class (contracts/quantization.py), its layer, a view of
+the parameter with the input columns last, and the neutral imatrix name of those columns. They are found by walking
+modules, because the classes are coarse enough that no family needs a row of its own. Norms, routers, gates of one row and
+convolutions stay as they are, as they do in the exported file.
 
-Every large weight matrix of a loaded model as rows that a quantizer can read and write in place.
-
-What: `weight_rows`: per matrix its bit class (contracts/quantization.py), its layer, a view of the parameter with the
-input columns last, and the neutral imatrix name of those columns. Why by walking modules: the classes are coarse
-enough that no family needs a row of its own. Norms, routers, gates of one row and convolutions stay as they are, as
-they do in the exported file.
-
-Legend: E experts, D model, F expert width, R rows, N weights of a row (n_in).
+Legend: E experts, D model, F expert width, G = 2F rows of gate and up, R rows, N weights of a row (n_in).
 """
 
 import copy
@@ -28,7 +25,7 @@ from transformers import PreTrainedModel
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.models.taps import decoder_layers, dense_taps
-from moe_edge.models.views import MoELayerView, moe_layers
+from moe_edge.models.views import Experts, MoELayerView, moe_layers
 
 WIDTH_ATTRIBUTES = ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size")
 
@@ -71,7 +68,7 @@ def replace_experts(view: MoELayerView, networks: Sequence[Ffn]) -> None:
             setattr(view.experts, name, width)
 
 
-def _split(experts: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _split(experts: Experts, rows: Tensor) -> tuple[Tensor, Tensor]:
     """(gate, up) of a tensor whose first axis is G."""
     if getattr(experts, "is_concatenated", True):
         gate, up = rows.chunk(2, dim=0)
@@ -79,13 +76,13 @@ def _split(experts: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[::2], rows[1::2]
 
 
-def _join(experts: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+def _join(experts: Experts, gate: Tensor, up: Tensor) -> Tensor:
     if getattr(experts, "is_concatenated", True):
         return torch.cat([gate, up])
     return torch.stack([gate, up], dim=1).flatten(0, 1)
 
 
-def _stored(experts: nn.Module, weights: Ffn) -> dict[str, Tensor]:
+def _stored(experts: Experts, weights: Ffn) -> dict[str, Tensor]:
     """Parameter name -> one expert's slice of it, in the instance's layout."""
     gate_up, down = _join(experts, weights.gate_FD, weights.up_FD), weights.down_DF
     if getattr(experts, "is_transposed", False):
@@ -155,12 +152,12 @@ def weight_rows(model: PreTrainedModel) -> list[WeightRows]:
                 continue
             bit_class = "shared" if id(module) in feed_forward else "attention"
             name = tapped.get(id(module))
-            if name is None and module.in_features == hidden:  # reads the same input as a tapped sister
+            if name is None and module.in_features == hidden:  # it reads the same input as a tapped matrix
                 name = "attention_in" if bit_class == "attention" else "dense_in" if view is None else "ffn_in"
             position = None if view is None else view.position
             found.append(WeightRows(bit_class, index, position, module.weight.data, name))
         if view is not None:
-            found += _experts(view)
+            found += _expert_rows(view)
     return found
 
 
@@ -188,7 +185,7 @@ def _matrix(module: Any) -> Tensor:
     return weight
 
 
-def _experts(view: MoELayerView) -> Iterator[WeightRows]:
+def _expert_rows(view: MoELayerView) -> Iterator[WeightRows]:
     for bit_class, name, imatrix in (
         ("expert_gate_up", "gate_up_proj", "expert_in"),
         ("expert_down", "down_proj", "expert_down"),

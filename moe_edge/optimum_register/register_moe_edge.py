@@ -12,7 +12,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
 
-class MoeEdgeExportCommand(BaseOptimumCLICommand):
+class MoeEdgeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is untyped
     """Hands its arguments to `moe-edge export`; the exit codes are the same."""
 
     COMMAND = CommandInfo(

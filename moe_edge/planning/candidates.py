@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.formulas.saliency import super_experts
 from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS, first_in_order, keep_prefix, rank
-from moe_edge.formulas.super_experts import super_experts
 from moe_edge.formulas.uneven import bounds, deal, keep_uneven, score_shares
 from moe_edge.storage.statistics import Statistics
 

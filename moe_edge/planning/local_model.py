@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from moe_edge.formulas.swaps import LayerProducts, Predicted, predict
 from moe_edge.models.pruning import mask_router, masked
-from moe_edge.models.taps import Outputs, decoder_layers, recording
+from moe_edge.models.taps import Outputs, decoder_layers, recorded_outputs
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route
 from moe_edge.planning.partial_runs import Meter
 
@@ -143,9 +143,9 @@ class _Row:
         """(hidden_TD, products) of every layer."""
         teacher, student = Outputs(), Outputs()
         layers = decoder_layers(self.model)
-        with torch.no_grad(), recording(layers, teacher):
+        with torch.no_grad(), recorded_outputs(layers, teacher):
             p_SV = self._logits().softmax(dim=-1)
-        with masked(self.model, kept, top_k), recording(layers, student), self._probed(), torch.enable_grad():
+        with masked(self.model, kept, top_k), recorded_outputs(layers, student), self._probed(), torch.enable_grad():
             logits_SV = self._logits()
         gradients = self._gradients(logits_SV, p_SV, generator)
         for position, view in enumerate(self.views):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moe_edge.formulas.divergence import kl_dense
 from moe_edge.metrics.quality import bootstrap_ci95
-from moe_edge.models.pruning import NeuronMask, masked, silenced
+from moe_edge.models.pruning import NeuronMask, masked, masked_neurons
 from moe_edge.process.progress import track
 
 Kept = Mapping[int, Sequence[int]]
@@ -70,7 +70,7 @@ def masked_kl_rows(
             with ExitStack() as undo:
                 undo.enter_context(masked(model, choices[index], top_k))
                 if neurons is not None:
-                    undo.enter_context(silenced(model, neurons))
+                    undo.enter_context(masked_neurons(model, neurons))
                 kl_CN[index].append(row_kl(teacher_NSV, logits_of(model, batch_NS)))
     return torch.stack([torch.cat(parts) for parts in kl_CN])
 

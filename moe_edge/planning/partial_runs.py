@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moe_edge.formulas.divergence import kl_dense
 from moe_edge.models.pruning import masked
-from moe_edge.models.taps import Outputs, decoder_layers, head, recording
+from moe_edge.models.taps import Outputs, decoder_layers, head, recorded_outputs
 from moe_edge.models.views import moe_layers
 
 Kept = Mapping[int, Sequence[int]]
@@ -91,7 +91,7 @@ class TrialRows:
         with (
             masked(self.model, kept, self.top_k),
             resumed(layers, first, self.outputs),
-            recording(layers, heard, first),
+            recorded_outputs(layers, heard, first),
         ):
             pairs = zip(self._teacher_NSV, self._logits(), strict=True)
             return torch.cat([kl_dense(teacher_SV, student_SV) for teacher_SV, student_SV in pairs]).double(), heard

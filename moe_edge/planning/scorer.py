@@ -46,7 +46,7 @@ def open_teacher(context: StageContext, headers: CheckpointHeaders) -> Iterator[
     """The teacher while the context is open.
 
     Raises:
-        InputRejected: as `families.loading.load_model`.
+        InputRejected: as `models.loading.load_model`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     auto = torch.bfloat16 if device == "cuda" else torch.float32

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_edge.models.pruning import NeuronMask, check_kept, masked, silenced
+from moe_edge.models.pruning import NeuronMask, check_kept, masked, masked_neurons
 from moe_edge.models.streaming import StreamedModel
 from moe_edge.models.taps import head
 from moe_edge.planning.masking import Kept, MaskedKl, distinct_choices, row_kl, summarise
 from moe_edge.process.progress import track
-from moe_edge.storage.spill import Spill
+from moe_edge.storage.rows import Spill
 
 BATCH_ROWS = 4
 
@@ -70,7 +70,7 @@ def streamed_masked_kl_rows(
                     with ExitStack() as undo:
                         undo.enter_context(masked(teacher.model, only_here, top_k))
                         if neurons is not None:
-                            undo.enter_context(silenced(teacher.model, neurons))
+                            undo.enter_context(masked_neurons(teacher.model, neurons))
                         run.step(layer)
         with teacher.loaded("head"):
             kl_CN = _compare(runs)

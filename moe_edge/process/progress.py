@@ -1,17 +1,19 @@
-"""One progress bar for everything that takes longer than two seconds: rich with an ETA on a terminal, plain lines elsewhere.
+"""Long work in steps: one progress bar for everything that takes longer than two seconds, and interrupts that cannot get lost.
 
-Always on stderr, because stdout carries results only.
+`track` shows a rich bar with an ETA on a terminal, plain lines elsewhere; always on stderr, because stdout carries results
+only.
+
+Python raises the exception of Ctrl-C or SIGTERM wherever it happens to be; inside a callback of a native library, a
+destructor or an import hook it is printed and forgotten, and the build would go on. So the signal is remembered as well, and
+raised again at the next step of work: `track` and the stage runner call `raise_pending_interrupt`.
 """
 
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from moe_edge.process.interrupts import check
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
@@ -25,17 +27,20 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
 
 
 def _bar(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for item in progress.track(items, total=total, description=label):
-            check()
+            raise_pending_interrupt()
             yield item
 
 
 def _lines(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
     started = last = time.monotonic()
     for done, item in enumerate(items, 1):
-        check()
+        raise_pending_interrupt()
         yield item
         now = time.monotonic()
         if now - last >= PLAIN_INTERVAL_S:
@@ -47,3 +52,29 @@ def _line(label: str, done: int, total: int | None, elapsed_s: float) -> str:
     if not total:
         return f"{label}: {done} in {elapsed_s:.0f} s"
     return f"{label}: {done}/{total}, {elapsed_s / done * (total - done):.0f} s left"
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised as an exception so that locks and temporary folders are released."""
+
+
+_EXCEPTIONS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+_pending: list[type[BaseException]] = []
+
+
+def handle_interrupts() -> None:
+    """Handle both signals from now on, as if none had come yet. Only in the main thread."""
+    _pending.clear()
+    for number in _EXCEPTIONS:
+        signal.signal(number, _raise)
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    _pending.append(_EXCEPTIONS[number])
+    raise _EXCEPTIONS[number]
+
+
+def raise_pending_interrupt() -> None:
+    """Raise what a signal raised earlier, if it has been swallowed."""
+    if _pending:
+        raise _pending[-1]

@@ -35,8 +35,8 @@ from moe_edge.profiling.passes import (
     save_state,
 )
 from moe_edge.profiling.sums import PassSums, layer_sums, model_sums
-from moe_edge.storage.spill import Spill, complete
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.rows import Spill, is_complete
+from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class _Pass:
         done = 0
         while done < len(self.layers) and self._is_finished(done):
             done += 1
-        if done and not complete(self._hidden_file(done), self.work.rows, self.hidden):
+        if done and not is_complete(self._hidden_file(done), self.work.rows, self.hidden):
             return 0
         if done:
             log.info("resuming behind %d layers", done)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_edge.contracts.artifacts import ProfileSummary
 from moe_edge.formulas.cka_bootstrap import mean_cka, mean_cka_ci
-from moe_edge.formulas.super_experts import super_experts
+from moe_edge.formulas.saliency import super_experts
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 

@@ -19,7 +19,7 @@ from moe_edge.models.taps import Tap
 from moe_edge.models.views import MoELayerView
 from moe_edge.models.weights import expert_width
 from moe_edge.storage.statistics import Statistics
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 Sums = dict[str, Tensor]
 IMATRIX = "imatrix."

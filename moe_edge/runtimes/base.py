@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.runtimes.sampling import GREEDY, RowNoise, Sampling, pick
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Prompt:
     seed: int = 0
 
 
-class Answers(Protocol):
-    """A model that answers whole rows."""
+class LogitModel(Protocol):
+    """A model that gives the logits of whole rows."""
 
     vocab: int
 
@@ -133,7 +133,9 @@ def generate(
     """
     noise = noise or RowNoise(0, "")
     generated: list[int] = []
-    logits_V = runtime.prefill(np.asarray(ids_S, dtype=np.int64)) if max_new_tokens > 0 else None
+    if max_new_tokens < 1:
+        return generated
+    logits_V = runtime.prefill(np.asarray(ids_S, dtype=np.int64))
     while len(generated) < max_new_tokens:
         token = pick(logits_V, sampling, noise)
         if token in stop_ids:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from moe_edge.contracts.errors import ConfigError, ResourceProblem
 from moe_edge.contracts.units import format_bytes
@@ -17,7 +17,7 @@ from moe_edge.models.routing import watched_gaps
 from moe_edge.models.students import is_mixture, load_student, use_fastest_experts
 from moe_edge.process.placement import fits_in_memory, held_bytes
 from moe_edge.runtimes.base import ClosingRuntime, Prompt, checked_tokens
-from moe_edge.runtimes.hf_batch import equally_long, generate_side_by_side
+from moe_edge.runtimes.hf_batch import batches_by_length, generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling
 from moe_edge.storage.checkpoint import inspect_checkpoint
 
@@ -43,7 +43,7 @@ class HfRuntime(ClosingRuntime):
     def __init__(self, path: Path, threads: int, context_length: int) -> None:
         self.path, self.context_length = Path(path), context_length
         _refuse_too_large(self.path)
-        self._model: torch.nn.Module | None = load_student(self.path)
+        self._model: PreTrainedModel | None = load_student(self.path)
         self.vocab: int = self._model.config.vocab_size
         self._cache: DynamicCache | None = None
         self._old_threads = torch.get_num_threads()
@@ -55,8 +55,8 @@ class HfRuntime(ClosingRuntime):
         return self._forward(ids_S, None, last_only=False)
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """How near each token's routing is to a tie: its smallest gap over all MoE layers (families/routing_gap.py).
+    def routing_gaps(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """How near each token's routing is to a tie: its smallest gap over all MoE layers (`models.routing.routing_gap`).
 
         Returns:
             [S] of each row; infinite where there are no routers.
@@ -67,7 +67,7 @@ class HfRuntime(ClosingRuntime):
         model, mixture = self._open_model(), is_mixture(self._open_model())
         given = [checked_tokens(row, 0, self.context_length, self.vocab, self.path) for row in rows]
         found = [np.full(len(ids_S), np.inf, dtype=np.float32) for ids_S in given]
-        for batch in equally_long(given) if mixture else ():
+        for batch in batches_by_length(given) if mixture else ():
             ids_BS = torch.from_numpy(np.stack([given[row] for row in batch]))
             with watched_gaps(model) as gaps:
                 model(input_ids=ids_BS, use_cache=False, logits_to_keep=1)
@@ -79,13 +79,13 @@ class HfRuntime(ClosingRuntime):
     def prefill(self, ids_S: np.ndarray) -> np.ndarray:
         """Empty the context, read the prompt, return the last position's logits [V] float32."""
         self._cache = DynamicCache(config=self._open_model().config)
-        return self._forward(ids_S, self._cache, last_only=True)[-1]
+        return self._last_logits(ids_S, self._cache)
 
     def step(self, token: int) -> np.ndarray:
         """Append one token and return its logits [V] float32. Raises ConfigError before a prefill or when full."""
         if self._cache is None:
             raise ConfigError("step needs a prefill first")
-        return self._forward(np.array([token]), self._cache, last_only=True)[-1]
+        return self._last_logits(np.array([token]), self._cache)
 
     def generate_batch(
         self, prompts: Sequence[Prompt], max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling
@@ -107,10 +107,14 @@ class HfRuntime(ClosingRuntime):
             torch.set_num_threads(self._old_threads)
         self._model = self._cache = None
 
-    def _open_model(self) -> torch.nn.Module:
+    def _open_model(self) -> PreTrainedModel:
         if self._model is None:
             raise ConfigError("the runtime is closed")
         return self._model
+
+    def _last_logits(self, ids_S: np.ndarray, cache: DynamicCache) -> np.ndarray:
+        last_V: np.ndarray = self._forward(ids_S, cache, last_only=True)[-1]
+        return last_V
 
     @torch.inference_mode()
     def _forward(self, ids_S: np.ndarray, cache: DynamicCache | None, *, last_only: bool) -> np.ndarray:
@@ -129,6 +133,7 @@ def _refuse_too_large(path: Path) -> None:
         needed, free = held_bytes(headers, torch.float32), psutil.virtual_memory().available
         raise ResourceProblem(
             "not measured: the model does not fit into memory",
-            where=str(path), why=f"it takes {format_bytes(needed)} in float32, {format_bytes(free)} are free",
+            where=str(path),
+            why=f"it takes {format_bytes(needed)} in float32, {format_bytes(free)} are free",
             next_command="a machine with more memory; the exported files are measured without it",
-        )  # fmt: skip
+        )

@@ -27,7 +27,7 @@ class SeededPick(LogitsProcessor):
         self._noise = [RowNoise(prompt.seed, prompt.row) for prompt in prompts]
         self._sampling = sampling
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         """Scores [B, V] with one zero per row and minus infinity elsewhere."""
         chosen_BV = torch.full_like(scores, -torch.inf)
         for row, logits_V in enumerate(scores.float().cpu().numpy()):
@@ -52,9 +52,10 @@ def generate_side_by_side(
     for row, prompt in enumerate(prompts):
         ids_BS[row, width - len(prompt.ids) :] = prompt.ids
         mask_BS[row, width - len(prompt.ids) :] = 1
-    model.generation_config = GenerationConfig()  # a checkpoint's own penalties and temperatures have no say
+    # A checkpoint's own penalties and temperatures have no say.
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     stops = sorted(stop_ids)
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=stops or None,
@@ -75,7 +76,7 @@ def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
     return tokens[:end]
 
 
-def equally_long(rows: Sequence[np.ndarray]) -> list[list[int]]:
+def batches_by_length(rows: Sequence[np.ndarray]) -> list[list[int]]:
     """The numbers of the rows that are read together: of one length, BATCH_TOKENS tokens at most or one row."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, ids_S in enumerate(rows):

@@ -1,6 +1,6 @@
 """A student larger than memory as a reference: its logits and router gaps, one layer in memory at a time.
 
-`read` lets all rows through the model together, so that the checkpoint is read once for all of them; then `logits` of a
+`routing_gaps` lets all rows through the model together, so that the checkpoint is read once for all of them; then `logits` of a
 row that was read costs the head alone. The residual stream stays in memory: some hundred rows of it are small beside one
 layer. It decodes nothing: each new token would read the whole checkpoint again.
 
@@ -23,9 +23,9 @@ from moe_edge.process.placement import fits_in_memory
 from moe_edge.process.progress import track
 from moe_edge.runtimes.base import checked_tokens
 from moe_edge.runtimes.hf import HfRuntime
-from moe_edge.runtimes.hf_batch import equally_long
+from moe_edge.runtimes.hf_batch import batches_by_length
 from moe_edge.storage.checkpoint import inspect_checkpoint
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 
 
 class StreamedStudent(Closing):
@@ -54,18 +54,18 @@ class StreamedStudent(Closing):
             torch.set_num_threads(threads)
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def routing_gaps(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Read all rows in one pass over the checkpoint; rows of an earlier call are forgotten.
 
         Returns:
-            Each row's routing gaps [S], as `HfRuntime.read`.
+            Each row's routing gaps [S], as `HfRuntime.routing_gaps`.
 
         Raises:
             ConfigError: a row is empty, too long, or holds an unknown token.
         """
         self._head.close()
         given = [checked_tokens(row, 0, self.context_length, self.vocab, self.path) for row in rows]
-        batches = equally_long(given)
+        batches = batches_by_length(given)
         ids = [torch.from_numpy(np.stack([given[row] for row in batch])) for batch in batches]
         hidden, gaps = self._through_layers(ids)
         found: list[np.ndarray] = [np.empty(0)] * len(rows)
@@ -79,10 +79,10 @@ class StreamedStudent(Closing):
 
     @torch.inference_mode()
     def logits(self, ids_S: np.ndarray) -> np.ndarray:
-        """Logits [S, V] float32 of every position; a row that `read` has not seen is read now. Raises as `read`."""
+        """Logits [S, V] float32 of every position; a row that was not read yet is read now, with its errors."""
         key = np.ascontiguousarray(ids_S, dtype=np.int64).tobytes()
         if key not in self._hidden_SD:
-            self.read([ids_S])
+            self.routing_gaps([ids_S])
         logits_SV: np.ndarray = head(self._model.model)(self._hidden_SD[key]).float().numpy()
         return logits_SV
 

@@ -2,10 +2,16 @@
 
 Why not `llama_cpp.Llama`: with `logits_all` it allocates context x vocabulary floats and hides whether a position was
 computed; here every row's logits are copied out of the batch that computed them, and closing frees everything.
+
+Its log goes to Python's logging at debug level and is remembered, so that an error can quote it: libllama writes hundreds
+of lines to stderr and reports failures only there; a user must see neither the noise nor a bare "failed to load".
+
 Legend: S sequence, V vocabulary.
 """
 
 import ctypes
+import logging
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +21,6 @@ from llama_cpp import llama_cpp as lib
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
 from moe_edge.runtimes.base import ClosingRuntime, checked_tokens
 from moe_edge.runtimes.gguf_header import check_gguf_header, parts_of
-from moe_edge.runtimes.llama_log import last_errors, quiet_llama
 
 LOGITS_BATCH_TOKENS = 128  # rows of V floats held by llama.cpp at once
 PREFILL_BATCH_TOKENS = 512
@@ -23,6 +28,11 @@ _MODE_NONE, _MODE_MMAP = 0, 1  # llama_load_mode
 _FLASH_ATTENTION_OFF, _FLASH_ATTENTION_ON = 0, 1
 _F32 = 0  # ggml_type
 KV_TYPES = {"f16": 1, "q8_0": 8}  # name -> ggml_type
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level
+
+log = logging.getLogger(__name__)
+_recent_errors: deque[str] = deque(maxlen=40)
+_last_level = 0
 
 
 class LlamaCppRuntime(ClosingRuntime):
@@ -80,7 +90,7 @@ class LlamaCppRuntime(ClosingRuntime):
         elif kv_cache != "f16":
             params.type_k = params.type_v = KV_TYPES[kv_cache]
             params.flash_attn_type = _FLASH_ATTENTION_ON  # llama.cpp reads quantized values only there
-        context = lib.llama_init_from_model(self._model, params)
+        context: lib.llama_context_p = lib.llama_init_from_model(self._model, params)
         if not context:
             why = last_errors()
             self.close()
@@ -194,7 +204,7 @@ def load_gguf(
     params.load_mode = _MODE_MMAP if use_mmap else _MODE_NONE
     params.use_extra_bufts = repack and repack_is_safe()
     params.vocab_only = vocab_only
-    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    model: lib.llama_model_p = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise InputRejected("llama.cpp cannot load this file", where=str(path), why=last_errors())
     return model
@@ -215,3 +225,26 @@ def tokenize(vocab: lib.llama_vocab_p, text: str, add_special: bool, parse_speci
     if count < 0:
         raise InputRejected("llama.cpp needs more tokens than bytes for a text", why=repr(text[:80]))
     return list(ctypes.cast(ids, ctypes.POINTER(lib.llama_token))[:count])
+
+
+def quiet_llama() -> None:
+    """Take over the log of libllama and forget earlier errors; call before every entry into the library."""
+    _recent_errors.clear()
+    lib.llama_log_set(_receive_log, ctypes.c_void_p(0))
+
+
+def last_errors() -> str:
+    """What libllama complained about since `quiet_llama`, or that it gave no reason."""
+    return " | ".join(_recent_errors) or "llama.cpp gave no reason"
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]  # a ctypes function type
+def _receive_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+    global _last_level
+    _last_level = _last_level if level == _CONTINUED else level
+    line = text.decode("utf-8", "replace").rstrip("\n")
+    if not line.strip(". \n"):
+        return
+    if _last_level == _ERROR:
+        _recent_errors.append(line)
+    log.debug("%s", line)

@@ -65,7 +65,9 @@ def generate_side_by_side(
 
 def _read_all(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> tuple["_Batch", np.ndarray]:
     """Every prompt into its row of one cache with `room` places, and the prompts' last logits [B, V]."""
-    last, caches, states = [], {}, {}
+    last: list[np.ndarray] = []
+    caches: Arrays = {}
+    states: dict[str, list[np.ndarray]] = {}
     for row, prompt in enumerate(prompts):
         last.append(decoder.read(np.asarray(prompt.ids, dtype=np.int64)))
         row_caches, row_states = decoder.held()

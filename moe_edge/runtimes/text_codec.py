@@ -5,7 +5,7 @@ tokenizer itself puts before a text (a BOS where there is one) and read special 
 transformers does. Ends differ on purpose: a folder names its own, llama.cpp adds those it knows by name (<|endoftext|>).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,8 @@ class HfCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer without special tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a list only for a batch
         return text
 
 
@@ -64,7 +65,7 @@ class LlamaCppCodec:
         return str(self._runtime.detokenize(ids).decode("utf-8", "replace"))
 
 
-CODECS = {
+CODECS: dict[str, Callable[[Path, Runtime], TextCodec]] = {
     "hf": lambda path, runtime: HfCodec(path),
     "ort": lambda path, runtime: HfCodec(path),
     "llama_cpp": lambda path, runtime: LlamaCppCodec(runtime),
@@ -80,5 +81,4 @@ def open_codec(kind: str, path: Path, runtime: Runtime) -> TextCodec:
     """
     if kind not in CODECS:
         raise ConfigError(f"no tokenizer is known for the runtime '{kind}'", why=f"known: {', '.join(CODECS)}")
-    codec: TextCodec = CODECS[kind](path, runtime)
-    return codec
+    return CODECS[kind](path, runtime)

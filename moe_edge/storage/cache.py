@@ -1,9 +1,12 @@
-"""Profiles that other builds of the same teacher reuse.
+"""What builds of one user share in a cache (`$MOE_EDGE_CACHE`, default ~/.cache/moe-edge): profiles, and digests of files.
 
-A profile is the expensive part of a build and depends on neither target nor plan, so it is shared between output folders
-through a cache (`$MOE_EDGE_CACHE`, default ~/.cache/moe-edge); everything else lives in the build's own folder.
+A profile is the expensive part of a build and depends on neither target nor plan, so that other builds of the same teacher
+reuse it. SHA-256 digests of large files are remembered across calls and runs under (path, size, modification time, inode).
+Everything else lives in the build's own folder. The cache is a convenience: what is missing, damaged or unwritable there
+only costs time.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -14,9 +17,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from moe_edge.contracts.manifest import Manifest, read_manifest
+from moe_edge.storage.files import sha256_file, write_json_atomic
 from moe_edge.storage.folders import changed_files, mirror
 
 log = logging.getLogger(__name__)
+MEMO_NAME = "digests.json"
+SMALL_BYTES = 1 << 20  # smaller files are hashed every time
+MEMO_ENTRIES = 4096
+known_digests: dict[str, str] = {}  # of this process
 
 
 def cache_root() -> Path:
@@ -24,14 +32,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("MOE_EDGE_CACHE") or "~/.cache/moe-edge").expanduser()
 
 
-def _profile_home(key: str) -> Path:
-    return cache_root() / "profiles" / key.removeprefix("sha256:")
-
-
 def reuse_profile(folder: Path, key: str) -> None:
     """Bring the profile with this key from the cache into `folder`, unless the folder already has it.
 
-    The cache is a convenience: what fails there, because it is read-only or another process empties it, costs the reuse.
+    What fails in the cache, because it is read-only or another process empties it, costs the reuse.
     """
     here, home = read_manifest(folder), _profile_home(key)
     kept = read_manifest(home)
@@ -59,6 +63,10 @@ def publish_profile(folder: Path, key: str) -> None:
             mirror(folder, home)
     except OSError as error:
         log.warning("the profile was not put into the cache: %s", error)
+
+
+def _profile_home(key: str) -> Path:
+    return cache_root() / "profiles" / key.removeprefix("sha256:")
 
 
 def cached_profiles() -> Iterator[tuple[Path, Manifest]]:
@@ -91,3 +99,35 @@ def collect_garbage(keep_bytes: int) -> list[str]:
         total -= sum(entry.bytes for entry in manifest.files.values())
         gone.append(home.name)
     return gone
+
+
+def remembered_sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal; a large file is read only when it changed since the last call."""
+    state = path.stat()
+    if state.st_size < SMALL_BYTES:
+        return sha256_file(path)
+    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
+    if key not in known_digests:
+        known_digests.update(_read_memo())
+    if key not in known_digests:
+        known_digests[key] = sha256_file(path)
+        _write_memo()
+    return known_digests[key]
+
+
+def _read_memo() -> dict[str, str]:
+    try:
+        memo = json.loads((cache_root() / MEMO_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(memo, dict):
+        return {}
+    return {key: value for key, value in memo.items() if isinstance(value, str) and len(value) == 64}
+
+
+def _write_memo() -> None:
+    newest = dict(list((_read_memo() | known_digests).items())[-MEMO_ENTRIES:])
+    try:
+        write_json_atomic(cache_root() / MEMO_NAME, newest)
+    except OSError as error:
+        log.debug("digests are not remembered: %s", error)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from moe_edge.contracts.checkpoint import CheckpointHeaders, TensorInfo
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.storage.digests import remembered_sha256
+from moe_edge.storage.cache import remembered_sha256
 from moe_edge.storage.files import read_json, refuse_lfs_pointer
 from moe_edge.storage.mxfp4 import dequantize, is_mxfp4, unpacked
 from moe_edge.storage.safetensors_header import read_header
@@ -23,12 +23,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _BACKEND_KEYS = ("attn_implementation", "experts_implementation")
 _OWN_BACKENDS = (None, "eager", "sdpa", "grouped_mm", "batched_mm", "flash_attention_2", "flex_attention")
-# A model with shared cores (families/shared_core.py) names its modeling file for users of transformers alone. We never run
+# A model with shared cores (models/shared_core.py) names its modeling file for users of transformers alone. We never run
 # that file either: the classes come from this package.
 SHARED_CORE_TYPE = "moe_edge_shared_core"
 SHARED_CORE_AUTO_MAP = {
@@ -182,7 +190,7 @@ class TensorReader:
 def checkpoint_digest(folder: Path) -> str:
     """The identity of a checkpoint: SHA-256 over the sorted (name, SHA-256) of all files that matter to its behaviour.
 
-    Hashes of large files are remembered (see digests.py), so that only the first call reads them.
+    Hashes of large files are remembered (see cache.py), so that only the first call reads them.
     """
     headers = inspect_checkpoint(folder, require_tokenizer=False)
     names = {name for info in headers.tensors.values() for name in info.files} | {"config.json"}

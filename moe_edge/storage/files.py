@@ -1,4 +1,4 @@
-"""Small file operations that every room needs: atomic text and JSON, JSON reading with clear errors, SHA-256.
+"""What every room needs of files: atomic text and JSON, JSON reading with clear errors, SHA-256, and closing what is open.
 
 A file that is written beside its final name and then renamed is either whole or absent, whatever kills the process.
 """
@@ -6,8 +6,9 @@ A file that is written beside its final name and then renamed is either whole or
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from moe_edge.contracts.errors import InputRejected
 
@@ -66,3 +67,20 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class Closing(ABC):
+    """What holds a file, a model or a process: has a `close`, and calls it where a `with` block ends, whatever happens inside.
+
+    `contextlib.closing` does the same from outside, but every caller would have to remember it.
+    """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what is held; closing twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 from moe_edge.storage.logit_codec import Bytes, RowCodec, TeacherRow
 from moe_edge.storage.rows import row_key
 from moe_edge.storage.sampled_codec import SampledCodec, SampledRow

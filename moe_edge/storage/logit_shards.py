@@ -23,8 +23,7 @@ from numpy.typing import ArrayLike
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, canonical_sha256, content_digest, read_manifest
-from moe_edge.storage.closing import Closing
-from moe_edge.storage.files import read_json, sha256_file, write_json_atomic, write_text_atomic
+from moe_edge.storage.files import Closing, read_json, sha256_file, write_json_atomic, write_text_atomic
 from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.logit_codec import TeacherRow
 from moe_edge.storage.logit_file import (

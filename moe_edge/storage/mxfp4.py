@@ -30,8 +30,10 @@ _PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], dim=1)
 
 def is_mxfp4(config: dict[str, Any]) -> bool:
     """Does a config.json announce experts in this form, of a model that is known to have them?"""
-    told = config.get("quantization_config")
-    return isinstance(told, dict) and told.get("quant_method") == "mxfp4" and config.get("model_type") in MODEL_TYPES
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or config.get("model_type") not in MODEL_TYPES:
+        return False
+    return quantization.get("quant_method") == "mxfp4"
 
 
 def unpacked(tensors: dict[str, TensorInfo], folder: Path) -> dict[str, TensorInfo]:

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.closing import Closing
+from moe_edge.storage.files import Closing
 from moe_edge.storage.logit_codec import Floats, Ints, RowCodec, TeacherRow
 
 PLAIN_SCHEMA = "moe-edge/plain-logits@1"

@@ -1,22 +1,32 @@
-"""rows.safetensors: the token rows that a stage ran on, kept so that later stages read exactly the same tokens.
+"""Rows that a stage keeps on disk: the token rows that it ran on, and float32 rows of what does not fit into memory.
 
-Rows are packed to full length (no padding).
+`TokenRows` (rows.safetensors) are packed to full length, without padding, and kept so that later stages read exactly the same
+tokens.
 
-Shape suffixes: N rows, S tokens of a row.
+`Spill` is written in order and read back by number. The file is plain little-endian float32 without a header and lives
+only inside an unfinished stage folder; whoever resumes checks with `is_complete` that it was written to its end. Rows are read
+and written plainly, not mapped, because mapped pages count as memory of the process.
+
+Shape suffixes: N rows, S tokens of a row, X any further axes.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.files import Closing
+from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 ROWS_SCHEMA = "moe-edge/rows@1"
+SPILL_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -76,3 +86,40 @@ def row_digest(ids_S: ArrayLike) -> str:
 
 def _bytes(ids: ArrayLike) -> bytes:
     return np.ascontiguousarray(ids, dtype="<i4").tobytes()
+
+
+class Spill(Closing):
+    """Float32 rows of one shape in a file; a context manager.
+
+    Args:
+        path: the file.
+        shape: of one row.
+        write: begin the file anew, instead of reading what is there.
+    """
+
+    def __init__(self, path: Path, shape: Sequence[int], *, write: bool = False) -> None:
+        self.shape = tuple(shape)
+        self._file = path.open("wb" if write else "rb")
+
+    def append(self, rows_NX: Tensor) -> None:
+        """Write rows behind those that are there."""
+        if tuple(rows_NX.shape[1:]) != self.shape:
+            raise ValueError(f"rows of shape {self.shape} are kept here, not {tuple(rows_NX.shape[1:])}")
+        self._file.write(np.ascontiguousarray(rows_NX.float().cpu().numpy(), dtype="<f4").data)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop, float32 in memory of their own. Raises EOFError when the file ends before."""
+        size = prod(self.shape)
+        self._file.seek(start * size * SPILL_ITEM_BYTES)
+        values = np.fromfile(self._file, dtype="<f4", count=(stop - start) * size)
+        if values.size != (stop - start) * size:
+            raise EOFError(f"{self._file.name} ends before row {stop}")
+        return torch.from_numpy(values).view(stop - start, *self.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def is_complete(path: Path, rows: int, shape: Sequence[int]) -> bool:
+    """Is there a file of exactly this many rows?"""
+    return path.is_file() and path.stat().st_size == rows * prod(shape) * SPILL_ITEM_BYTES

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 STATISTICS_SCHEMA = "moe-edge/statistics@2"
 IMATRIX_PREFIX = "imatrix."
@@ -54,7 +54,7 @@ class Statistics:
     cka_tokens: int  # tokens that ran through every expert
     tokens: int  # calibration tokens
     # Sums of squares per input column. Of all A decoder layers, zero where a layer has no such matrix: attention_in
-    # [A,D], attention_o [A,heads*head_dim], ffn_in [A,D], shared_down [A,FS] and the like (families/taps.py); of the MoE
+    # [A,D], attention_o [A,heads*head_dim], ffn_in [A,D], shared_down [A,FS] and the like (models/taps.py); of the MoE
     # layers expert_in [L,E,D], expert_down [L,E,F]; head_in [D]. Counts: expert_count [L,E], dense_count [].
     imatrix: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)  # moe_layers, teacher digest, calibration digest, ...

@@ -1,29 +1,35 @@
-"""Parts of checkpoint tensors read and written piece by piece, for models that are larger than memory.
+"""Tensors in safetensors files: a dictionary in one file, and checkpoints of models piece by piece.
 
-Reading does not map the file: pages of a mapped file count as memory of the process for as long as it is open, and
-that is what a limit on memory is about. Writing gets every tensor's name, dtype and shape first, because a safetensors
-file begins with its header, and then the numbers in pieces. The same tensors give the same bytes.
+`save_tensors` and `load_tensors` are for what moe-edge keeps between stages, and for the state that a run needs to go on.
+
+`PieceReader` and `write_tensors` are for models that are larger than memory. Reading does not map the file: pages of a
+mapped file count as memory of the process for as long as it is open, and that is what a limit on memory is about. Writing
+gets every tensor's name, dtype and shape first, because a safetensors file begins with its header, and then the numbers in
+pieces. The same tensors give the same bytes.
 
 Format: see safetensors_header.py; folders as transformers writes them, `model.safetensors` or numbered shards with an
 index.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_edge.contracts.checkpoint import CheckpointHeaders, TensorInfo
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.checkpoint import INDEX, SINGLE
-from moe_edge.storage.closing import Closing
-from moe_edge.storage.files import write_json_atomic
+from moe_edge.storage.files import Closing, write_json_atomic
 from moe_edge.storage.mxfp4 import dequantize
 from moe_edge.storage.safetensors_header import DTYPE_BYTES
 
@@ -35,6 +41,43 @@ TORCH_DTYPES = {
     "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64,
     "F64": torch.float64,
 }  # fmt: skip
+HEADER_KEY = "moe-edge"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """A safetensors file with a JSON header, atomically: written as `path.tmp`, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and the JSON header of a file that `save_tensors` wrote.
+
+    Raises:
+        InputRejected: missing, truncated or foreign file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # clone: the file may be replaced while its tensors are in use
+            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}
+        return tensors, json.loads(metadata[HEADER_KEY])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputRejected("cannot read a moe-edge tensor file", where=str(path), why=str(error)) from error
+
+
+def load_weights_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of weights without a header of ours, as transformers writes it into training checkpoints.
+
+    Raises:
+        InputRejected: no such file, or not a whole safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputRejected("a file of weights cannot be read", where=str(path), why=str(error)) from error
 
 
 class PieceReader(Closing):

@@ -28,9 +28,8 @@ WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]"
-)  # tab and newline stay; U+FFFD stands for bytes that are no text
+# Tab and newline stay; U+FFFD stands for bytes that are no text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]")
 
 
 def clean_text(value: object) -> str:

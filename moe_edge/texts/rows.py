@@ -39,7 +39,9 @@ def calibration_rows(
         shuffled = [documents[position] for position in generator.permutation(len(documents))]
         streams[index] = _encoded(shuffled, tokenizer)
     shares = [source.share for source in recipe.recipe.sources]
-    return _told(_packed(_mixed(streams, shares), tokens, sequence_length, recipe.name), recipe.name)
+    rows = _packed(_mixed(streams, shares), tokens, sequence_length, recipe.name)
+    _warn_if_short(rows, recipe.name)
+    return rows
 
 
 def document_rows(
@@ -51,7 +53,9 @@ def document_rows(
         ConfigError: the text does not fill one row.
         InputRejected: a failing chat template.
     """
-    return _told(_packed(_encoded(documents, tokenizer), tokens, sequence_length, name), name)
+    rows = _packed(_encoded(documents, tokenizer), tokens, sequence_length, name)
+    _warn_if_short(rows, name)
+    return rows
 
 
 def heldout_rows(
@@ -144,8 +148,7 @@ def _packed(documents: Iterator[list[int]], asked: int, sequence_length: int, na
     return TokenRows(flat.reshape(rows, sequence_length), asked)
 
 
-def _told(rows: TokenRows, name: str) -> TokenRows:
-    """The rows, after a word to the log where there was less text than asked for."""
+def _warn_if_short(rows: TokenRows, name: str) -> None:
+    """A warning in the log where there was less text than asked for."""
     if rows.short:
         log.warning("the text '%s' has only %d tokens, %d were asked for", name, rows.n_tokens, rows.asked_tokens)
-    return rows

@@ -27,7 +27,7 @@ from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import MoeEdgeError
 from moe_edge.contracts.plan import Plan
 from moe_edge.families import family_of
-from moe_edge.metrics.quality import Judge
+from moe_edge.metrics.quality import QualityJudge
 from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.planning.actions import with_action
 from moe_edge.storage.checkpoint import inspect_checkpoint
@@ -144,7 +144,7 @@ def _logits(model: PreTrainedModel, ids_NS: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _score(teacher_NSV: list[np.ndarray], student: PreTrainedModel, ids_NS: np.ndarray) -> Row:
-    judge = Judge()
+    judge = QualityJudge()
     for teacher_SV, student_SV, ids_S in zip(teacher_NSV, _logits(student, ids_NS), ids_NS, strict=True):
         judge.add(teacher_SV, student_SV, ids_S)
     score = judge.result()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moe_edge.compression.routing_health import observe
-from moe_edge.metrics.quality import Judge
+from moe_edge.metrics.quality import QualityJudge
 from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.models.routing import ROUTER_PATTERN
 from moe_edge.models.students import load_student
@@ -130,7 +130,7 @@ def _score(options: argparse.Namespace, folder: Path) -> Row:
     """KL to the teacher, perplexity and the load entropy of the routers on held-out text."""
     teacher, student = load_model(options.model), load_student(folder)
     held = heldout_rows("default", load_tokenizer(options.model), options.heldout_tokens, 512)
-    judge = Judge()
+    judge = QualityJudge()
     for ids_S in held.ids_NS:
         ids_1S = torch.from_numpy(ids_S)[None].long()
         judge.add(*(model(ids_1S).logits[0].float().numpy() for model in (teacher, student)), ids_S)

@@ -84,7 +84,7 @@ def llama_mixture(source: Path, target: Path, name: str, imatrix: dict[str, np.n
     from llama_cpp import llama_cpp as lib
 
     from moe_edge.export.gguf_quantize import _imatrix
-    from moe_edge.runtimes.llama_log import last_errors, quiet_llama
+    from moe_edge.runtimes.llama_cpp import last_errors, quiet_llama
 
     quiet_llama()
     params = lib.llama_model_quantize_default_params()
@@ -109,7 +109,9 @@ def judged(bench: Bench, runtime: str, path: Path, **fields: Any) -> dict[str, A
         "model_perplexity": score.reference_perplexity, "tokens": score.n_tokens,
     }  # fmt: skip
     if options.repetitions:
-        job = harness.Job(runtime, str(path.resolve()), options.threads, PROMPT_TOKENS, NEW_TOKENS, options.repetitions)
+        job = harness.BenchJob(
+            runtime, str(path.resolve()), options.threads, PROMPT_TOKENS, NEW_TOKENS, options.repetitions
+        )
         outcome = harness.measure(LocalTransport(), job)
         speed, memory = harness.to_speed(outcome, PROMPT_TOKENS), harness.to_memory(outcome)
         line |= {"decode_tokens_per_s": speed.decode_tokens_per_s, "ttft_ms_p50": speed.ttft_ms_p50}

@@ -74,7 +74,7 @@ def summary(rates: list[float]) -> dict[str, Any]:
 
 def harness_tokens_per_s(options: argparse.Namespace) -> float:
     """One fresh worker, one measured run after its warm-up: what a report would say."""
-    job = harness.Job(
+    job = harness.BenchJob(
         "llama_cpp", str(options.model), options.threads, options.prompt_tokens, options.new_tokens, repetitions=1
     )
     outcome = harness.measure(LocalTransport(), job)

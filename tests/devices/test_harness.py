@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_edge.devices import harness
-from moe_edge.devices.harness import Failure, Job, Samples, classify, measure
+from moe_edge.devices.harness import BenchJob, Failure, Samples, classify, measure
 from moe_edge.devices.transport import Completed, LocalTransport
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +21,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def _job(path: str = "model.gguf", **changes: object) -> Job:
+def _job(path: str = "model.gguf", **changes: object) -> BenchJob:
     fields = {"threads": 1, "prompt_tokens": 5, "new_tokens": 4, "repetitions": 3} | changes
-    return Job("llama_cpp", path, **fields)
+    return BenchJob("llama_cpp", path, **fields)
 
 
 def _measure(path: str, timeout_s: float = 60) -> Samples | Failure:
@@ -90,20 +90,27 @@ class ReplayTransport:
 def _valid(**changes: object) -> dict[str, object]:
     run = {"issued_ns": 0, "prefilled_ns": 5, "token_ns": [6, 7, 8, 9]}
     return {
-        "schema": "moe-edge/samples@1", "runs": [run] * 3, "load_ns": 1, "baseline_rss_bytes": 1, "peak_rss_bytes": 2,
+        "schema": "moe-edge/samples@1",
+        "runs": [run] * 3,
+        "load_ns": 1,
+        "baseline_rss_bytes": 1,
+        "peak_rss_bytes": 2,
         "peak_uss_bytes": None,
-    } | changes  # fmt: skip
+    } | changes
 
 
 @pytest.mark.parametrize(
     "stdout",
     [
-        b"", b"not json", json.dumps(_valid(runs=[])).encode(), json.dumps(_valid(extra=1)).encode(),
+        b"",
+        b"not json",
+        json.dumps(_valid(runs=[])).encode(),
+        json.dumps(_valid(extra=1)).encode(),
         json.dumps(_valid(runs=[{"issued_ns": 0, "prefilled_ns": 5, "token_ns": [9, 6]}] * 3)).encode(),
         json.dumps(_valid(runs=[{"issued_ns": 0, "prefilled_ns": 5, "token_ns": [6, 7]}] * 3)).encode(),
         json.dumps(_valid(peak_rss_bytes=0)).encode(),
     ],
-)  # fmt: skip
+)
 def test_what_a_device_says_is_checked(stdout: bytes) -> None:
     failure = measure(ReplayTransport(stdout), _job())
     assert isinstance(failure, Failure)

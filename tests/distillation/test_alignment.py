@@ -5,7 +5,7 @@ import torch
 
 from moe_edge.distillation.alignment import aligned_layers, layer_cka, layer_cka_matrix
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
-from moe_edge.models.taps import body, listening
+from moe_edge.models.taps import body, recorded_activations
 from tests.distillation.parts import VOCAB, rows, tiny_student, tiny_teacher
 from tests.tiny import tiny_model
 
@@ -37,7 +37,11 @@ def test_the_matrix_equals_a_slow_loop_and_takes_any_depth_and_width() -> None:
     for j, layer in ((0, 2), (1, 0)):
         total = [torch.zeros(1, 1), torch.zeros(1), torch.zeros(1)]
         for row in ids:
-            with listening(student, [j]) as ours, listening(teacher, [layer]) as theirs, torch.no_grad():
+            with (
+                recorded_activations(student, [j]) as ours,
+                recorded_activations(teacher, [layer]) as theirs,
+                torch.no_grad(),
+            ):
                 body(student)(input_ids=row[None])
                 body(teacher)(input_ids=row[None])
             # no token of the tiny models is a sink but the first

@@ -11,7 +11,7 @@ from moe_edge.distillation.feature_terms import FEATURE_TERMS, FeatureTerm, spre
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import MicroBatch, Term, TermContext, TermInputs
 from moe_edge.formulas.cka_loss import cka_pair, kept_tokens
-from moe_edge.models.taps import body, listening
+from moe_edge.models.taps import body, recorded_activations
 from tests.distillation.parts import VOCAB, rows, tiny_student, tiny_teacher
 from tests.tiny import tiny_model
 
@@ -37,7 +37,11 @@ def test_cka_is_the_mean_over_aligned_layers_and_rows() -> None:
     given = context()
     term = FEATURE_TERMS["cka"](given)
     assert term.layers == {0: 0, 1: 1} and set(term.needs.layers) == {0, 1} and term.sampled
-    with listening(given.student, [0, 1]) as ours, listening(given.teacher, [0, 1]) as theirs, torch.no_grad():
+    with (
+        recorded_activations(given.student, [0, 1]) as ours,
+        recorded_activations(given.teacher, [0, 1]) as theirs,
+        torch.no_grad(),
+    ):
         body(given.student)(input_ids=IDS)
         body(given.teacher)(input_ids=IDS)
     expected = []

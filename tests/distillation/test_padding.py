@@ -16,7 +16,7 @@ from moe_edge.distillation.terms import TermInputs
 from moe_edge.models.padding import check_padding
 from moe_edge.models.pruning import prune, without_padding
 from moe_edge.models.routing import router_parameters
-from moe_edge.models.taps import listening
+from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, rows, schedules
 from tests.tiny import tiny_ids, tiny_model
@@ -78,7 +78,7 @@ def test_what_is_recorded_is_that_of_the_model_without_padding(family: str) -> N
     recorded, read = [], []
     for model in (student, plain):
         telemetry = RoutingTelemetry(model)
-        with torch.no_grad(), listening(model, routers=kept) as activations, telemetry.recording(model):
+        with torch.no_grad(), recorded_activations(model, routers=kept) as activations, telemetry.recording(model):
             model(IDS)
         recorded.append(activations)
         read.append(telemetry.read())

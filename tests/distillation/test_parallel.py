@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.storage.tensor_dict import load_weights_file
+from moe_edge.storage.tensor_files import load_weights_file
 from tests.distillation import parallel_run
 from tests.distillation.parts import rows, tiny_teacher, write_cache
 

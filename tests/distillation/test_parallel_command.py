@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from moe_edge import api
 from moe_edge.storage.folders import hash_folder
-from moe_edge.storage.tensor_dict import load_weights_file
+from moe_edge.storage.tensor_files import load_weights_file
 from tests.distillation import parallel_command
 from tests.tiny import TEXTS, tiny_checkpoint
 

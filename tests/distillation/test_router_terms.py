@@ -11,10 +11,10 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.distillation.router_terms import ROUTER_TERMS
 from moe_edge.distillation.terms import MicroBatch, TeacherActivations, Term, TermContext, TermInputs
-from moe_edge.formulas.router_loss import gate_logprobs, importance_variation, load_balance, router_z
+from moe_edge.formulas.routers import gate_logprobs, importance_variation, load_balance, router_z
 from moe_edge.models.pruning import prune
 from moe_edge.models.routing import router_parameters
-from moe_edge.models.taps import listening
+from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import moe_layers
 from tests.distillation.parts import KEPT, VOCAB, tiny_student, tiny_teacher
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
@@ -32,7 +32,7 @@ def built(
 def batch(teacher: nn.Module | None = None, valid_BS: Tensor | None = None, layers: tuple[int, ...] = ()) -> MicroBatch:
     teacher_activations = TeacherActivations()
     if teacher is not None:
-        with torch.no_grad(), listening(teacher, routers=layers) as activations:
+        with torch.no_grad(), recorded_activations(teacher, routers=layers) as activations:
             teacher(IDS)
         teacher_activations = TeacherActivations(router_logits=activations.router_logits)
     return MicroBatch(
@@ -48,7 +48,7 @@ def judged(term: Term, student: nn.Module, at: MicroBatch) -> Tensor:
 
 def student_logits(student: nn.Module) -> dict[int, Tensor]:
     layers = [view.index for view in moe_layers(student)]
-    with torch.no_grad(), listening(student, routers=layers) as activations:
+    with torch.no_grad(), recorded_activations(student, routers=layers) as activations:
         student(IDS)
     return activations.router_logits
 

@@ -19,7 +19,7 @@ from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import Needs
 from moe_edge.models.loading import load_model
 from moe_edge.models.routing import rerouted, router_parameters
-from moe_edge.models.taps import listening
+from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, tiny_student, tiny_teacher
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint, tiny_ids, tiny_model
@@ -49,7 +49,7 @@ def reference_loss(teacher: nn.Module, student: nn.Module, rows: list[dict[str, 
         with torch.no_grad():
             q_BSV = student(row["input_ids"]).logits[:, :-1].double().log_softmax(dim=-1)
         everything = lambda _layer, gate_TE, _: torch.arange(gate_TE.shape[1]).expand_as(gate_TE)  # noqa: E731
-        with rerouted(teacher, everything), listening(teacher, routers=layers) as activations:
+        with rerouted(teacher, everything), recorded_activations(teacher, routers=layers) as activations:
             p_BSV = teacher(row["input_ids"]).logits[:, :-1].double().log_softmax(dim=-1)
         kl = (p_BSV.exp() * (p_BSV - q_BSV)).sum() / tokens
         variation = torch.zeros((), dtype=torch.float64)

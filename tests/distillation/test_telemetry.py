@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_edge.distillation.telemetry import RoutingTelemetry
 from moe_edge.models.routing import router_parameters
-from moe_edge.models.taps import listening
+from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import moe_layers
 from tests.distillation.parts import VOCAB, tiny_student
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
@@ -29,7 +29,7 @@ def watch(telemetry: RoutingTelemetry, student: nn.Module, passes: int = 1) -> d
 
 def test_the_numbers_are_those_of_the_routing() -> None:
     student = tiny_student("olmoe")
-    with torch.no_grad(), listening(student, routers=range(3)) as activations:
+    with torch.no_grad(), recorded_activations(student, routers=range(3)) as activations:
         student(IDS)
     entropy, variation, dead = [], [], []
     for layer in range(3):

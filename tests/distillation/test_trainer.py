@@ -21,7 +21,7 @@ from moe_edge.distillation.terms import Needs, TermContext
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
 from moe_edge.formulas.divergence import IGNORED_LABEL, kl_dense
 from moe_edge.formulas.logit_views import WholeLogits
-from moe_edge.storage.tensor_dict import load_weights_file, save_tensors
+from moe_edge.storage.tensor_files import load_weights_file, save_tensors
 from tests.distillation.parts import TOKENS, rows, tiny_student, tiny_teacher, write_cache
 
 

@@ -344,7 +344,7 @@ def test_usage_errors(
 ) -> None:  # fmt: skip
     from moe_edge.cli.main import main as cli
 
-    monkeypatch.setattr(cli.interrupts, "install", lambda: None)
+    monkeypatch.setattr(cli, "handle_interrupts", lambda: None)
     given = [one.replace("DATA", str(data)) for one in arguments]
     monkeypatch.setattr(sys, "argv", ["moe-edge", "evaluate", *given, "--out", str(tmp_path / "o")])
     with pytest.raises(SystemExit) as stop:

@@ -11,14 +11,23 @@ from moe_edge.models.students import load_student
 from tests.tiny import tiny_checkpoint, tiny_tokenizer
 
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 # Trained on 32 positions and stretched to 256: of 8 frequencies one is kept, two are blended, five divided by 8.
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 # llama.cpp's olmoe ignores clip_qkv and needs one key-value head per head; its gpt-oss clamps at 7 and rounds yarn's range
 REPRESENTABLE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
@@ -48,10 +57,17 @@ def llama_checkpoint(tmp_path: Path, name: str = "llama", **overrides: Any) -> P
     """A folder with a Llama of the tiny models' shape, which no mixture becomes but users bring."""
     tokenizer = tiny_tokenizer()
     values = {
-        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None,
-        "eos_token_id": 2, "pad_token_id": 0,
-    } | overrides  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | overrides
     config = AutoConfig.for_model("llama", **({"initializer_range": values["hidden_size"] ** -0.5} | values))
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ import pytest
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.manifest import read_manifest
 from moe_edge.export import golden
-from moe_edge.export.bundle import Contents, write_bundle
+from moe_edge.export.bundles import Contents, write_bundle
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_split import split_gguf
 from moe_edge.export.onnx import export_onnx
@@ -51,10 +51,17 @@ def contents(made, kind, **changes):
     _, checkpoint, artifacts, content = made
     runtime = {"threads": None, "gpu_layers": 0, "context_length": 128, "kv_cache": "auto"}
     values = {
-        "format": kind, "name": "m", "quantization": "F16" if kind == "gguf" else "fp32", "artifact": artifacts[kind],
-        "tokenizer": tokenizer_files(checkpoint) if kind == "gguf" else (), "golden": golden.golden_of(content, kind),
-        "target": "cpu", "runtime": runtime, "inputs": {"teacher": "sha256:t"}, "versions": {"moe-edge": "1"},
-    }  # fmt: skip
+        "format": kind,
+        "name": "m",
+        "quantization": "F16" if kind == "gguf" else "fp32",
+        "artifact": artifacts[kind],
+        "tokenizer": tokenizer_files(checkpoint) if kind == "gguf" else (),
+        "golden": golden.golden_of(content, kind),
+        "target": "cpu",
+        "runtime": runtime,
+        "inputs": {"teacher": "sha256:t"},
+        "versions": {"moe-edge": "1"},
+    }
     return Contents(**(values | changes))
 
 
@@ -71,9 +78,13 @@ def run(folder: Path, *more: str):
     (barred / "moe_edge" / "__init__.py").write_text("raise ImportError('the runner must not need moe_edge')\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, str(folder / "run.py"), "--threads", "1", *more], capture_output=True, text=True, cwd=barred,
-        env=environment | {"PYTHONPATH": str(barred)}, check=False,
-    )  # fmt: skip
+        [sys.executable, str(folder / "run.py"), "--threads", "1", *more],
+        capture_output=True,
+        text=True,
+        cwd=barred,
+        env=environment | {"PYTHONPATH": str(barred)},
+        check=False,
+    )
     return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else done.stderr
 
 
@@ -215,8 +226,11 @@ def test_missing_extra_short_and_linked_files_are_named(made, tmp_path):
     (folder / "tokenizer/tokenizer.json").symlink_to(elsewhere)
     found = faults(folder)
     assert [fault.split(":")[0] for fault in found] == [
-        "README.md", "golden.json", "tokenizer/tokenizer.json", "model/extra.bin",
-    ]  # fmt: skip
+        "README.md",
+        "golden.json",
+        "tokenizer/tokenizer.json",
+        "model/extra.bin",
+    ]
     assert "symbolic link" in found[2] and "not in the manifest" in found[3]
     assert run(folder)[0] == 4
 
@@ -286,8 +300,11 @@ def member(name: str, **fields):
 
 # A file of one byte behind 2^40 - 1 bytes of nothing, in GNU tar's format 1.0.
 SPARSE = {
-    "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a/huge", "GNU.sparse.realsize": str(1 << 40),
-}  # fmt: skip
+    "GNU.sparse.major": "1",
+    "GNU.sparse.minor": "0",
+    "GNU.sparse.name": "a/huge",
+    "GNU.sparse.realsize": str(1 << 40),
+}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +319,7 @@ SPARSE = {
         [(member("a/huge", pax_headers=SPARSE), b"1\n1099511627775\n1\n".ljust(512, b"\0") + b"x")],
     ],
     ids=["parent", "absolute", "symlink", "hard link", "fifo", "two folders", "a terabyte of holes"],
-)  # fmt: skip
+)
 def test_hostile_tars_are_refused_and_write_nothing_outside(tmp_path, rows):
     (tmp_path / "in").mkdir()
     with pytest.raises(InputRejected):
@@ -325,7 +342,7 @@ def test_a_folder_without_a_manifest_is_the_users_mistake(tmp_path):
 
 
 def test_the_readme_has_commands_for_the_targets_settings(made):
-    from moe_edge.export.bundle import readme
+    from moe_edge.export.bundles import readme
 
     runtime = {"threads": 6, "gpu_layers": -1, "context_length": 4096, "kv_cache": "q8_0"}
     text = readme(contents(made, "gguf", runtime=runtime, target="jetson"))

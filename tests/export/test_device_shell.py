@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_edge.export import golden
-from moe_edge.export.bundle import Contents, write_bundle
+from moe_edge.export.bundles import Contents, write_bundle
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.verification import faults
 from moe_edge.models.loading import load_tokenizer
@@ -42,9 +42,18 @@ def made(tmp_path_factory):
     content = {"schema": golden.GOLDEN_SCHEMA, "teacher": "itself", "prompts": prompts, "expected": {"kl_nats": 0}}
     runtime = {"threads": 6, "gpu_layers": 0, "context_length": 64, "kv_cache": "q8_0"}
     return Contents(
-        format="gguf", name="m", quantization="F16", artifact=top / "m x.gguf", tokenizer=tokenizer_files(checkpoint),
-        golden=content, target="mobile", runtime=runtime, inputs={}, versions={}, system="android",
-    )  # fmt: skip
+        format="gguf",
+        name="m",
+        quantization="F16",
+        artifact=top / "m x.gguf",
+        tokenizer=tokenizer_files(checkpoint),
+        golden=content,
+        target="mobile",
+        runtime=runtime,
+        inputs={},
+        versions={},
+        system="android",
+    )
 
 
 @pytest.fixture
@@ -65,9 +74,13 @@ def programs(folder: Path, **scripts: str) -> Path:
 def run(bundle: Path, *arguments: object, path: str = "/usr/bin:/bin"):
     asked = bundle.parent / "asked"
     done = subprocess.run(
-        [SHELL, str(bundle / "run.sh"), *map(str, arguments)], capture_output=True, text=True, check=False,
-        cwd=bundle.parent, env={"PATH": path, "ASKED": str(asked)},
-    )  # fmt: skip
+        [SHELL, str(bundle / "run.sh"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=bundle.parent,
+        env={"PATH": path, "ASKED": str(asked)},
+    )
     return done, asked.read_text().splitlines() if asked.exists() else []
 
 

@@ -67,12 +67,23 @@ def test_in_float32_the_graph_is_the_same_function(tmp_path, family):
 @pytest.mark.parametrize(
     ("family", "stored"),
     [
-        ("qwen2_moe", True), ("olmoe", True), ("gpt_oss", True), ("qwen3_moe", False), ("mixtral", False),
-        ("granitemoe", False), ("ernie4_5_moe", False), ("deepseek_v2", False), ("deepseek_v3", False),
-        ("glm4_moe", False), ("glm4_moe_lite", False), ("lfm2_moe", False), ("minimax_m2", True),
-        ("hunyuan_v1_moe", False), ("qwen3_5_moe", False),
+        ("qwen2_moe", True),
+        ("olmoe", True),
+        ("gpt_oss", True),
+        ("qwen3_moe", False),
+        ("mixtral", False),
+        ("granitemoe", False),
+        ("ernie4_5_moe", False),
+        ("deepseek_v2", False),
+        ("deepseek_v3", False),
+        ("glm4_moe", False),
+        ("glm4_moe_lite", False),
+        ("lfm2_moe", False),
+        ("minimax_m2", True),
+        ("hunyuan_v1_moe", False),
+        ("qwen3_5_moe", False),
     ],
-)  # fmt: skip
+)
 def test_a_tied_head_is_stored_only_where_the_architecture_demands_it(tmp_path, family, stored):
     checkpoint = representable(tmp_path, family, tied=True)
     assert ("output.weight" in check_gguf_header(export(checkpoint)).tensors) == stored
@@ -241,9 +252,7 @@ def test_a_model_that_llama_cpp_would_compute_differently_is_refused(tmp_path, f
 
 def test_the_yarn_range_of_real_gpt_oss_is_rounded_harmlessly(tmp_path):
     """llama.cpp rounds 8.1..17.4 to 8..18: a small drift that parity admits, unlike that of the refused tiny one."""
-    rope = YARN | {
-        "rope_theta": 150000.0, "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096
-    }  # fmt: skip
+    rope = YARN | {"rope_theta": 150000.0, "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
     sizes = {"head_dim": 64, "max_position_embeddings": 131072}
     checkpoint, ids = representable(tmp_path, "gpt_oss", rope_parameters=rope, **sizes), some_ids(150)
     with LlamaCppRuntime(export(checkpoint), threads=1, context_length=256, kv_float32=True) as runtime:

@@ -31,9 +31,9 @@ def quantized(tmp_path: Path, recipe: str, mix=None, **options) -> tuple[Path, P
 @pytest.mark.parametrize("family", REPRESENTABLE)
 def test_what_is_written_is_what_the_checkpoint_implies(tmp_path, family, tied):
     checkpoint, full = files(tmp_path, family, tied=tied)
-    told = audit([full], checkpoint, "F16")
-    assert told["fallbacks"] == {} and told["bits_per_weight_by_class"]["expert_down"] == 16.0
-    assert told["bits_per_weight_by_class"]["norm"] == 32.0
+    found = audit([full], checkpoint, "F16")
+    assert found.fallbacks == {} and found.bits_per_weight_by_class["expert_down"] == 16.0
+    assert found.bits_per_weight_by_class["norm"] == 32.0
     wanted = expected_tensors(checkpoint, "F16")
     assert {name: item.shape for name, item in wanted.items()} == {
         name: tensor.shape for name, tensor in check_gguf_header(full).tensors.items()
@@ -42,24 +42,24 @@ def test_what_is_written_is_what_the_checkpoint_implies(tmp_path, family, tied):
 
 def test_bits_of_every_class_are_the_recipes(tmp_path):
     checkpoint, path = quantized(tmp_path, "Q4_K_M", hidden=256, width=256, head_dim=64)
-    told = audit([path], checkpoint, "Q4_K_M")
+    found = audit([path], checkpoint, "Q4_K_M")
     for name in ("expert_gate", "expert_down", "attention_q", "embedding"):
-        assert told["bits_per_weight_by_class"][name] == pytest.approx(
-            bits_per_weight(RECIPES["Q4_K_M"][name]), abs=1e-3
-        )
-    assert told["fallbacks"] == {}
-    assert sum(told["bytes_by_class"].values()) == sum(t.bytes for t in check_gguf_header(path).tensors.values())
-    assert told["bytes_by_class"]["expert_down"] == 2 * 6 * 256 * 256 // 256 * 176, "Q5_K in 2 layers of 6 experts"
+        assert found.bits_per_weight_by_class[name] == pytest.approx(bits_per_weight(RECIPES["Q4_K_M"][name]), abs=1e-3)
+    assert found.fallbacks == {}
+    assert sum(found.bytes_by_class.values()) == sum(t.bytes for t in check_gguf_header(path).tensors.values())
+    assert found.bytes_by_class["expert_down"] == 2 * 6 * 256 * 256 // 256 * 176, "Q5_K in 2 layers of 6 experts"
 
 
 def test_fallbacks_are_counted(tmp_path):
     """Two layers; rows of 256 and, in the down projections, of 48: not even a multiple of 32."""
     checkpoint, path = quantized(tmp_path, "Q4_K_M", hidden=256, width=48)
-    assert audit([path], checkpoint, "Q4_K_M")["fallbacks"] == {"Q5_K -> F16": 2, "Q6_K -> Q8_0": 2}
+    assert audit([path], checkpoint, "Q4_K_M").fallbacks == {"Q5_K -> F16": 2, "Q6_K -> Q8_0": 2}
     checkpoint, path = quantized(tmp_path, "Q2_K", hidden=64, width=32, name="small")
-    assert audit([path], checkpoint, "Q2_K")["fallbacks"] == {
-        "Q2_K -> IQ4_NL": 4, "Q3_K -> IQ4_NL": 2, "Q6_K -> Q8_0": 10,
-    }  # fmt: skip
+    assert audit([path], checkpoint, "Q2_K").fallbacks == {
+        "Q2_K -> IQ4_NL": 4,
+        "Q3_K -> IQ4_NL": 2,
+        "Q6_K -> Q8_0": 10,
+    }
 
 
 def test_an_expert_tensor_that_stayed_unquantized_fails_the_export(tmp_path):

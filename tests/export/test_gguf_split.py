@@ -43,9 +43,11 @@ def test_llama_cpp_computes_the_same_from_the_parts(whole):
     assert [header.metadata["split.no"] for header in headers] == [0, 1, 2, 3]
     assert [name for header in headers for name in header.tensors] == list(before.tensors)
     assert headers[0].metadata == before.metadata | {
-        "split.no": 0, "split.count": 4, "split.tensors.count": len(before.tensors)
-    }  # fmt: skip
-    assert audit(parts, checkpoint, "F16")["fallbacks"] == {}
+        "split.no": 0,
+        "split.count": 4,
+        "split.tensors.count": len(before.tensors),
+    }
+    assert audit(parts, checkpoint, "F16").fallbacks == {}
 
 
 def test_all_parts_count(whole):

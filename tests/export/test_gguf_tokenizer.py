@@ -73,11 +73,11 @@ def exported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast | None = None, *
 TOKENIZERS = {
     "tiny": lambda: None,
     "smollm": lambda: byte_level(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(Regex(known._GPT2), "isolated")]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(Regex(known.GPT2), "isolated")]
     ),
-    "qwen2": lambda: byte_level([pre_tokenizers.Split(Regex(known._QWEN2), "isolated")]),
-    "llama-bpe": lambda: byte_level([pre_tokenizers.Split(Regex(known._LLAMA3), "isolated")], ignore_merges=True),
-    "gpt-4o": lambda: byte_level([pre_tokenizers.Split(Regex(known._GPT4O), "isolated")]),
+    "qwen2": lambda: byte_level([pre_tokenizers.Split(Regex(known.QWEN2), "isolated")]),
+    "llama-bpe": lambda: byte_level([pre_tokenizers.Split(Regex(known.LLAMA3), "isolated")], ignore_merges=True),
+    "gpt-4o": lambda: byte_level([pre_tokenizers.Split(Regex(known.GPT4O), "isolated")]),
     "sentencepiece-like": sentencepiece_like,
 }
 
@@ -96,8 +96,8 @@ def test_ids_equal_transformers(tmp_path, kind):
 def test_the_file_decodes_the_ids_itself(tmp_path, kind):
     checkpoint, path = exported(tmp_path, TOKENIZERS[kind]())
     with LlamaCppRuntime(path, threads=1, context_length=32) as runtime:
-        told = check_tokenizer("gguf F16", load_tokenizer(checkpoint), runtime, path)
-        assert told["text_returns"] and told["tokens"] == len(runtime.tokenize(ROUND_TRIP))
+        found = check_tokenizer("gguf F16", load_tokenizer(checkpoint), runtime, path)
+        assert found["text_returns"] and found["tokens"] == len(runtime.tokenize(ROUND_TRIP))
 
 
 def test_ids_that_the_student_decodes_otherwise_are_refused(tmp_path):
@@ -209,7 +209,7 @@ def test_more_tokens_than_rows_are_refused(tmp_path):
 
 
 def test_a_missing_end_token_comes_from_the_generation_config_or_is_refused(tmp_path):
-    plain = byte_level([pre_tokenizers.Split(Regex(known._QWEN2), "isolated")])
+    plain = byte_level([pre_tokenizers.Split(Regex(known.QWEN2), "isolated")])
     plain.eos_token = None
     checkpoint, path = exported(tmp_path, plain)
     assert check_gguf_header(path).metadata["tokenizer.ggml.eos_token_id"] == 2
@@ -249,7 +249,7 @@ def test_the_structure_decides_the_name():
 
 @pytest.mark.parametrize("text", ['{"eos_token_id": "x"}', '{"eos_token_id": ["x", null]}', "[]", "{"])
 def test_a_broken_generation_config_names_no_end(tmp_path, text):
-    plain = byte_level([pre_tokenizers.Split(Regex(known._QWEN2), "isolated")])
+    plain = byte_level([pre_tokenizers.Split(Regex(known.QWEN2), "isolated")])
     plain.eos_token = None
     checkpoint, _ = exported(tmp_path, plain)
     (checkpoint / "generation_config.json").write_text(text)

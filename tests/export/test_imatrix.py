@@ -30,9 +30,13 @@ def spec(shared: int = SHARED, tied: bool = False, experts: int = EXPERTS) -> Mo
 def sums(seed: int = 0, shared: bool = True) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {
-        "attention_in": (LAYERS, DIM), "attention_o": (LAYERS, DIM), "ffn_in": (LAYERS, DIM),
-        "expert_in": (LAYERS, EXPERTS, DIM), "expert_down": (LAYERS, EXPERTS, WIDTH), "head_in": (DIM,),
-    }  # fmt: skip
+        "attention_in": (LAYERS, DIM),
+        "attention_o": (LAYERS, DIM),
+        "ffn_in": (LAYERS, DIM),
+        "expert_in": (LAYERS, EXPERTS, DIM),
+        "expert_down": (LAYERS, EXPERTS, WIDTH),
+        "head_in": (DIM,),
+    }
     shapes |= {"shared_down": (LAYERS, SHARED)} if shared else {}
     values = {key: torch.rand(shape, generator=generator, dtype=torch.float64) * 1000 for key, shape in shapes.items()}
     values["expert_count"] = torch.full((LAYERS, EXPERTS), 1000, dtype=torch.int64)
@@ -92,10 +96,12 @@ def test_dense_layers_have_their_own_entries_and_experts_count_from_the_first_mo
     values = sums()
     generator = torch.Generator().manual_seed(1)
     values |= {
-        "dense_in": torch.rand(LAYERS, DIM, generator=generator), "dense_down": torch.rand(LAYERS, WIDTH, generator=generator),
-        "expert_in": values["expert_in"][1:], "expert_down": values["expert_down"][1:],
+        "dense_in": torch.rand(LAYERS, DIM, generator=generator),
+        "dense_down": torch.rand(LAYERS, WIDTH, generator=generator),
+        "expert_in": values["expert_in"][1:],
+        "expert_down": values["expert_down"][1:],
         "expert_count": values["expert_count"][1:],
-    }  # fmt: skip
+    }
     ernie = replace(spec(), family="ernie4_5_moe", dense_layers=(0,), dense_width=WIDTH)
     arrays = imatrix_arrays(values, ernie, {1: [0, 2, 5]})
     np.testing.assert_allclose(arrays["blk.0.ffn_up.weight"], values["dense_in"][0].numpy() / 3000, rtol=1e-6)

@@ -59,9 +59,9 @@ def test_its_export_passes_the_parity_gate(tmp_path: Path) -> None:
     job = stage.plan_job(
         settings, packed, tmp_path / "out", main="MXFP4", precision="int4", statistics=None, kept=None, provenance={}
     )
-    told = stage.export_model(job)
-    assert told["parity"][0]["artifact"] == "gguf F16" and told["parity"][0]["passed"]
-    assert [row["quantization"] for row in told["artifacts"]] == ["MXFP4"]
+    result = stage.export_model(job)
+    assert result.parity[0]["artifact"] == "gguf F16" and result.parity[0]["passed"]
+    assert [row.quantization for row in result.artifacts] == ["MXFP4"]
 
 
 def test_onnx_computes_the_plain_model(tmp_path: Path) -> None:
@@ -75,9 +75,15 @@ def test_onnx_computes_the_plain_model(tmp_path: Path) -> None:
 def test_it_is_profiled_planned_and_pruned(tmp_path: Path, mode: str) -> None:
     packed, plain = released_gpt_oss(tmp_path)
     settings = (
-        f"profile.mode={mode}", "plan.compensate=false", "plan.experts=4", "plan.tokens=128", "profile.cka_tokens=128",
-        "calibration.tokens=320", "calibration.sequence_length=32", "export.formats=[gguf]",
-    )  # fmt: skip
+        f"profile.mode={mode}",
+        "plan.compensate=false",
+        "plan.experts=4",
+        "plan.tokens=128",
+        "profile.cka_tokens=128",
+        "calibration.tokens=320",
+        "calibration.sequence_length=32",
+        "export.formats=[gguf]",
+    )
     build(packed, out=tmp_path / "run", settings=settings, until="compress")
     plan = Plan.read(tmp_path / "run" / "plan" / "plan.json")
     assert plan.experts_kept == 4

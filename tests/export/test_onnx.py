@@ -112,8 +112,11 @@ def test_optimum_finds_the_names_that_it_looks_for(family: str, tmp_path: Path) 
     caches = {f"{layer}.{side}" for layer in attention for side in ("key", "value")}
     states = {f"{layer}.conv" for layer in set(range(spec.layers)) - set(attention)}
     assert {value.name for value in graph.input} == {
-        "input_ids", "attention_mask", *(f"past_key_values.{name}" for name in caches), *(f"past.{n}" for n in states),
-    }  # fmt: skip
+        "input_ids",
+        "attention_mask",
+        *(f"past_key_values.{name}" for name in caches),
+        *(f"past.{n}" for n in states),
+    }
     assert {value.name for value in graph.output} == {"logits", *(f"present.{name}" for name in caches | states)}
     assert [path.name for path in folder.glob("*.onnx")] == ["model.onnx"]
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

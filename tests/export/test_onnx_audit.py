@@ -8,11 +8,12 @@ import pytest
 
 from moe_edge.contracts.errors import InputRejected, MoeEdgeError
 from moe_edge.contracts.onnx_bits import PRECISIONS
-from moe_edge.export import onnx_pack, onnx_precision
+from moe_edge.export import onnx_pack
+from moe_edge.export.gguf_audit import StoredSizes
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_audit import audit_onnx
 from moe_edge.export.onnx_graph import DecoderGraph
-from moe_edge.export.onnx_precision import NODE_RULES, NodeRule, layer_of, rule_of
+from moe_edge.export.onnx_pack import NODE_RULES, NodeRule, layer_of, rule_of
 from moe_edge.families import DENSE_FAMILIES
 from tests.export.onnx_models import CASES, case, spec_of
 from tests.export.test_onnx_dense import dense_checkpoint
@@ -20,18 +21,21 @@ from tests.tiny import tiny_checkpoint
 
 # A rule for every quantized matrix, and a family that has it.
 RULES = {
-    rule: "lfm2_moe" if "/conv/" in rule.pattern else "qwen2_moe" for rule in NODE_RULES if rule.weight_class != "router"
-}  # fmt: skip
+    rule: "lfm2_moe" if "/conv/" in rule.pattern else "qwen2_moe"
+    for rule in NODE_RULES
+    if rule.weight_class != "router"
+}
 
 
-def audited(
-    checkpoint: Path, out: Path, precision: str = "int4", block_size: int = 32, **options: Any
-) -> dict[str, Any]:
-    told = export_onnx(checkpoint, out, precision=precision, block_size=block_size, **options)
+def audited(checkpoint: Path, out: Path, precision: str = "int4", block_size: int = 32, **options: Any) -> StoredSizes:
+    summary = export_onnx(checkpoint, out, precision=precision, block_size=block_size, **options)
     found = audit_onnx(
         out, checkpoint, precision, block_size, options.get("layer_bits"), options.get("provider", "cpu")
     )
-    assert found == {"bytes_by_class": told["bytes_by_class"], "bits_per_weight_by_class": told["bits_per_weight"]}
+    assert (found.bytes_by_class, found.bits_per_weight_by_class) == (
+        summary["bytes_by_class"],
+        summary["bits_per_weight"],
+    )
     return found
 
 
@@ -39,21 +43,21 @@ def audited(
 def test_every_familys_export_is_what_its_checkpoint_implies(family: str, tmp_path: Path) -> None:
     checkpoint = case(tmp_path, family)
     for precision in PRECISIONS:
-        assert "expert" in audited(checkpoint, tmp_path / precision, precision)["bytes_by_class"]
-    assert "expert" in audited(checkpoint, tmp_path / "cuda", provider="cuda")["bytes_by_class"]
+        assert "expert" in audited(checkpoint, tmp_path / precision, precision).bytes_by_class
+    assert "expert" in audited(checkpoint, tmp_path / "cuda", provider="cuda").bytes_by_class
 
 
 @pytest.mark.parametrize("kind", DENSE_FAMILIES)
 def test_dense_students_too(kind: str, tmp_path: Path) -> None:
     checkpoint = dense_checkpoint(tmp_path, kind)
-    assert 4 < audited(checkpoint, tmp_path / "onnx")["bits_per_weight_by_class"]["shared"] < 6
+    assert 4 < audited(checkpoint, tmp_path / "onnx").bits_per_weight_by_class["shared"] < 6
 
 
 @pytest.mark.parametrize("head", [16, 8, 4])
 def test_a_tied_embedding_is_counted_once_as_the_head(head: int, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path, "qwen2_moe", tied=True)
-    told = audited(checkpoint, tmp_path / "onnx", layer_bits={"head": head, "expert@1-1": 8}, block_size=64)
-    assert "embedding" not in told["bytes_by_class"] and head <= told["bits_per_weight_by_class"]["head"] < head + 1
+    found = audited(checkpoint, tmp_path / "onnx", layer_bits={"head": head, "expert@1-1": 8}, block_size=64)
+    assert "embedding" not in found.bytes_by_class and head <= found.bits_per_weight_by_class["head"] < head + 1
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -85,7 +89,7 @@ def test_a_skipped_layer_fails(family: str, tmp_path: Path, monkeypatch: Any) ->
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.pattern)
 def test_a_node_that_the_quantizer_has_no_rule_for_fails(rule: NodeRule, tmp_path: Path, monkeypatch: Any) -> None:
     checkpoint = case(tmp_path, RULES[rule])
-    monkeypatch.setattr(onnx_precision, "NODE_RULES", tuple(other for other in NODE_RULES if other != rule))
+    monkeypatch.setattr(onnx_pack, "NODE_RULES", tuple(other for other in NODE_RULES if other != rule))
     export_onnx(checkpoint, tmp_path / "onnx", precision="int4")
     with pytest.raises(MoeEdgeError, match=rf"{rule.weight_class}( of layer \d)? is stored in .*32 bits"):
         audit_onnx(tmp_path / "onnx", checkpoint, "int4", 32)

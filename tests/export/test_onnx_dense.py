@@ -26,10 +26,17 @@ from tests.tiny import tiny_checkpoint, tiny_model
 
 WIDTH, VOCAB = 96, 300
 LLAMA: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "attention_bias": True, "bos_token_id": None,
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "attention_bias": True,
+    "bos_token_id": None,
     "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 def dense_model(kind: str) -> PreTrainedModel:

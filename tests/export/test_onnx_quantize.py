@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.export.onnx_imatrix import Importance
+from moe_edge.export.imatrix import Importance
 from moe_edge.export.onnx_quantize import pack_codes, quantize
 
 SHAPES = {
@@ -93,10 +93,11 @@ def test_importance_picks_kept_experts_and_blends_rare_ones() -> None:
 
 def test_importance_counts_experts_from_the_first_moe_layer_and_knows_dense_blocks() -> None:
     imatrix = {
-        "expert_in": torch.tensor([[[1.0, 3.0]], [[3.0, 1.0]]]), "expert_count": torch.full((2, 1), 1000),
+        "expert_in": torch.tensor([[[1.0, 3.0]], [[3.0, 1.0]]]),
+        "expert_count": torch.full((2, 1), 1000),
         "ffn_in": torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
         "dense_in": torch.tensor([[1.0, 7.0], [0.0, 0.0], [0.0, 0.0]]),
-    }  # fmt: skip
+    }
     found = Importance(imatrix, None, moe_layers=(1, 2))
     assert found.of("expert_in", 1, 0).tolist() == [[0.5, 1.5]]
     assert found.of("expert_in", 2, 0).tolist() == [[1.5, 0.5]]

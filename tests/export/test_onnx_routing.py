@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from moe_edge.contracts.capabilities import refusals
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.export.imatrix import Importance
 from moe_edge.export.onnx import export_onnx
 from moe_edge.export.onnx_graph import build_graph, write_companions
-from moe_edge.export.onnx_imatrix import Importance
 from moe_edge.export.onnx_pack import Packer, Recipe
 from moe_edge.models.loading import load_model
 from moe_edge.models.views import MoELayerView, moe_layers
@@ -41,7 +41,7 @@ ROUTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @torch.no_grad()
-def told_by(model: PreTrainedModel) -> np.ndarray:
+def logits_by(model: PreTrainedModel) -> np.ndarray:
     return model(torch.from_numpy(PROMPT)[None]).logits[0].numpy()
 
 
@@ -54,7 +54,7 @@ def test_every_routing_is_exact_and_stays_so_with_quantized_experts(name: str, t
     assert np.abs(ort_logits(tmp_path / "fp32") - hf_logits(checkpoint)).max() <= MAX_DIFFERENCE
     quantized = export_onnx(checkpoint, tmp_path / "int4", precision="int4", accuracy_level=0)
     stored = with_stored_weights(load_model(checkpoint), initializers(tmp_path / "int4"))
-    assert np.abs(ort_logits(tmp_path / "int4") - told_by(stored)).max() <= MAX_DIFFERENCE
+    assert np.abs(ort_logits(tmp_path / "int4") - logits_by(stored)).max() <= MAX_DIFFERENCE
     masked = "softmax" not in name  # QMoE reads gates, not masked logits: what computes those is gone
     assert ("ScatterElements" in floating["nodes"]) is masked
     assert ("ScatterElements" in quantized["nodes"]) is ("groups" in name) and "Log" not in quantized["nodes"]
@@ -108,4 +108,4 @@ def test_layers_may_differ_in_experts_width_and_top_k(family: str, tmp_path: Pat
         write_companions(builder, checkpoint, folder)
         if precision == "int4":
             with_stored_weights(model, initializers(folder))
-        assert np.abs(ort_logits(folder) - told_by(model)).max() <= MAX_DIFFERENCE, precision
+        assert np.abs(ort_logits(folder) - logits_by(model)).max() <= MAX_DIFFERENCE, precision

@@ -7,7 +7,6 @@ import pytest
 
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.export import parity
-from moe_edge.export.parity_pairs import agree
 from moe_edge.export.parity_rows import (
     CLEAR_WANTED,
     GREEDY_TOKENS,
@@ -45,7 +44,7 @@ class FakeRuntime:
     def step(self, token):
         return self._rows([token])[0]
 
-    def read(self, rows):
+    def routing_gaps(self, rows):
         return [np.full(len(row), self.gap) for row in rows]
 
     def close(self):
@@ -63,19 +62,19 @@ TEXT = text_of(Tokenizer(), S)
 SIZE = float(np.sqrt(np.square(FakeRuntime().logits(TEXT.ids_S)).mean()))  # of its logits, of which a share is rounding
 
 
-def said(artifact) -> tuple[int, ...]:
+def continuation(artifact) -> tuple[int, ...]:
     return tuple(generate(artifact, TEXT.prompt_ids, GREEDY_TOKENS))
 
 
 def expected_by(student, *artifacts) -> Reference:
-    return reference(student, TEXT, [said(one) for one in artifacts])
+    return reference(student, TEXT, [continuation(one) for one in artifacts])
 
 
 def compared(kind, artifact, student=None, family=""):
     """The row of an artifact, or GateFailed."""
-    words = said(artifact)
+    tokens = continuation(artifact)
     limits, _ = parity.limits_of(kind, family)
-    found = parity.compare(reference(student or FakeRuntime(), TEXT, [words]), artifact, words, limits)
+    found = parity.compare(reference(student or FakeRuntime(), TEXT, [tokens]), artifact, tokens, limits)
     return parity.require(kind, found, family)
 
 
@@ -94,7 +93,7 @@ def test_an_equal_runtime_passes():
 def test_kl_matches_a_float64_reference(expected):
     other = FakeRuntime(noise=0.3, seed=5)
     found = parity.compare(
-        expected_by(FakeRuntime(), other), Replay(other, expected), said(FakeRuntime(noise=0.3, seed=5))
+        expected_by(FakeRuntime(), other), Replay(other, expected), continuation(FakeRuntime(noise=0.3, seed=5))
     )
     again = Replay(other, expected).logits(expected.ids_S).astype(np.float64)
     p = np.exp(expected.logits_SV.astype(np.float64))
@@ -153,15 +152,15 @@ class Off(FakeRuntime):
 
 
 @pytest.mark.parametrize(
-    ("kind", "good", "bad", "words"),
+    ("kind", "good", "bad", "tokens"),
     [
         ("onnx fp32", 9e-5 * SIZE, 3e-4 * SIZE, "largest logit difference"),
         ("gguf F16", 4.9e-3 * SIZE, 6e-3 * SIZE, "99th percentile"),
     ],
 )
-def test_single_logits_of_clear_tokens_are_limited(kind, good, bad, words):
+def test_single_logits_of_clear_tokens_are_limited(kind, good, bad, tokens):
     assert compared(kind, Off(good))["rule"] == "logits, KL and greedy"
-    with pytest.raises(GateFailed, match=words):
+    with pytest.raises(GateFailed, match=tokens):
         compared(kind, Off(bad))
 
 
@@ -172,7 +171,7 @@ class Ties(FakeRuntime):
         super().__init__()
         self.near = near
 
-    def read(self, rows):
+    def routing_gaps(self, rows):
         return [np.where(row == 7, self.near, 0.5) for row in rows]
 
 
@@ -183,14 +182,14 @@ def flipped(ids_S):
 
 @pytest.mark.parametrize(("kind", "amount"), [("gguf F16", 0.04), ("onnx fp32", 3e-3)])
 def test_only_what_lies_before_a_rows_first_near_tie_is_compared_number_by_number(kind, amount):
-    honest = Off(amount, of=flipped)  # its KL over all tokens is below the limits on that
-    row = compared(kind, honest, Ties())
+    faithful = Off(amount, of=flipped)  # its KL over all tokens is below the limits on that
+    row = compared(kind, faithful, Ties())
     assert (
         row["rule"] == "logits, KL and greedy" and row["max_abs_logit"] > amount / 2 and row["clear_max_abs_logit"] == 0
     )
     assert 100 <= row["clear_tokens"] <= CLEAR_WANTED + 8
     with pytest.raises(GateFailed, match="of tokens clear of ties"):
-        compared(kind, honest)  # no router tie explains it
+        compared(kind, faithful)  # no router tie explains it
 
 
 def test_float16_products_may_flip_where_float32_may_not():
@@ -268,18 +267,18 @@ def test_a_tied_greedy_token_is_as_good_and_does_not_end_the_comparison(kind, ti
             self.table_VV[rows, other] = top - tie / 2 if not second else top + 1e-5
 
     student, artifact = Tied(False), Tied(True)
-    words = said(artifact)
-    assert words != said(student)
-    judged = reference(student, TEXT, [words])
-    found = parity.compare(judged, artifact, words, parity.limits_of(kind, "")[0])
+    tokens = continuation(artifact)
+    assert tokens != continuation(student)
+    judged = reference(student, TEXT, [tokens])
+    found = parity.compare(judged, artifact, tokens, parity.limits_of(kind, "")[0])
     assert found.greedy_equal == found.greedy_compared == GREEDY_TOKENS
-    assert max(judged.greedy[words].shortfalls) == pytest.approx(tie / 2, rel=0.1)
+    assert max(judged.greedy[tokens].shortfalls) == pytest.approx(tie / 2, rel=0.1)
 
 
 def test_after_a_router_tie_a_greedy_token_may_be_off_by_what_the_text_is():
     def differs(off_logits, gap):
         student = parity.Greedy([0.0, 0.3, 0.0], [0.5, gap, gap])
-        return parity._greedy(student, parity.LIMITS["gguf F16"], off_logits)
+        return parity.agreed_tokens(student, parity.LIMITS["gguf F16"], off_logits)
 
     assert differs(0.4, gap=1e-4) == 3 and differs(0.2, gap=1e-4) == 1 and differs(0.4, gap=0.5) == 1
 
@@ -313,23 +312,23 @@ FULL = {"kl_nats": 1e-3, "median_kl_nats": 1e-3}
 
 def test_the_two_formats_must_agree_at_full_precision(expected):
     near, far = (FakeRuntime(noise=noise, seed=4).logits(expected.ids_S) for noise in (1e-4, 0.6))
-    row = agree("gguf F16", "onnx fp32", near, expected.logits_SV, expected.logits_SV, FULL)
+    row = parity.agree("gguf F16", "onnx fp32", near, expected.logits_SV, expected.logits_SV, FULL)
     assert row["passed"] is True and 0 <= row["kl_nats"] < 1e-6 and row["limit_kl_nats"] == 1e-3
     with pytest.raises(GateFailed, match="disagree with each other"):
-        agree("gguf F16", "onnx fp32", far, expected.logits_SV, expected.logits_SV, FULL)
+        parity.agree("gguf F16", "onnx fp32", far, expected.logits_SV, expected.logits_SV, FULL)
 
 
 def test_quantized_formats_may_differ_by_their_own_errors_and_no_more(expected):
     """Two independent errors pass; one file that answers the other's tokens does not."""
     student_SV = expected.logits_SV
     gguf, onnx = (FakeRuntime(noise=0.3, seed=seed).logits(expected.ids_S) for seed in (1, 2))
-    row = agree("gguf Q4_K_M delivered", "onnx int4 delivered", gguf, onnx, student_SV)
+    row = parity.agree("gguf Q4_K_M delivered", "onnx int4 delivered", gguf, onnx, student_SV)
     assert row["passed"] is True and row["kl_nats"] < row["limit_kl_nats"]
     assert row["kl_to_student_nats"][0] == pytest.approx(kl_per_token(student_SV, gguf).mean())
     # one file likes a token that the other excludes; the student hardly cares about it, so neither KL to it shows that
     likes, excludes, student = ([[np.log(1 - p), np.log(p)]] for p in (0.05, 1e-30, 1e-4))
     with pytest.raises(GateFailed, match="limit"):
-        agree("gguf Q4_K_M delivered", "onnx int4 delivered", *map(np.array, (likes, excludes, student)))
+        parity.agree("gguf Q4_K_M delivered", "onnx int4 delivered", *map(np.array, (likes, excludes, student)))
 
 
 class Words:
@@ -380,7 +379,7 @@ def test_the_artifact_must_decode_the_ids_as_the_student_does():
         def decode(self, ids, **_):
             return super().decode(ids).casefold()
 
-    told = check_tokenizer(
+    found = check_tokenizer(
         "gguf F16", Normalizing(), Asked(spoken=lambda raw: raw.decode().casefold().encode()), Path("x")
     )
-    assert told["equal"] and not told["text_returns"], "the student does not return the text, either"
+    assert found["equal"] and not found["text_returns"], "the student does not return the text, either"

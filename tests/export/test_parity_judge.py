@@ -7,6 +7,7 @@ import pytest
 
 from moe_edge.contracts.errors import GateFailed, ResourceProblem
 from moe_edge.export import onnx as onnx_export
+from moe_edge.export import onnx_files
 from moe_edge.runtimes import hf, hf_streamed
 from moe_edge.stages import export as stage
 from moe_edge.storage.checkpoint import inspect_checkpoint
@@ -18,23 +19,29 @@ from tests.tiny import tiny_checkpoint
 
 def job(model: Path, out: Path, *settings: str):
     return stage.plan_job(
-        config("target.context_length=64", "target.runtime.threads=1", *settings), model, out,
-        main="Q8_0", precision="int8", statistics=None, kept=None, provenance={},
-    )  # fmt: skip
+        config("target.context_length=64", "target.runtime.threads=1", *settings),
+        model,
+        out,
+        main="Q8_0",
+        precision="int8",
+        statistics=None,
+        kept=None,
+        provenance={},
+    )
 
 
 def test_a_student_that_does_not_fit_is_judged_without_being_loaded(tmp_path, monkeypatch):
     model = representable(tmp_path, "qwen3_moe")
     settings = ("export.formats=[gguf]", "export.gguf.types=[Q8_0]")
-    whole = stage.export_model(job(model, tmp_path / "whole", *settings))["parity"]
+    whole = stage.export_model(job(model, tmp_path / "whole", *settings)).parity
     monkeypatch.setattr(hf_streamed, "fits_in_memory", lambda *given, **more: False)
     monkeypatch.setattr(hf, "load_student", lambda *given: pytest.fail("the student was loaded whole"))
-    streamed = stage.export_model(job(model, tmp_path / "streamed", *settings))["parity"]
+    streamed = stage.export_model(job(model, tmp_path / "streamed", *settings)).parity
     assert streamed[0]["passed"] and streamed[0]["rule"] == "logits, KL and greedy"
-    for ours, theirs in zip(streamed, whole, strict=True):
-        assert ours["artifact"] == theirs["artifact"] and ours["greedy_equal"] == theirs["greedy_equal"]
-        assert ours["clear_max_abs_logit"] == pytest.approx(theirs["clear_max_abs_logit"], abs=1e-5)
-        assert ours["kl_nats"] == pytest.approx(theirs["kl_nats"], rel=1e-2)
+    for row, expected in zip(streamed, whole, strict=True):
+        assert row["artifact"] == expected["artifact"] and row["greedy_equal"] == expected["greedy_equal"]
+        assert row["clear_max_abs_logit"] == pytest.approx(expected["clear_max_abs_logit"], abs=1e-5)
+        assert row["kl_nats"] == pytest.approx(expected["kl_nats"], rel=1e-2)
     golden = [read_json(tmp_path / name / "golden.json") for name in ("whole", "streamed")]
     assert golden[0]["prompts"][0]["top_ids"] == golden[1]["prompts"][0]["top_ids"]
 
@@ -45,12 +52,12 @@ def short_of_memory(monkeypatch, model: Path, layers: float) -> None:
     weights = {name: prod(info.shape) for name, info in tensors.items()}
     one = sum(size for name, size in weights.items() if ".layers.1." in name)
     rest = sum(size for name, size in weights.items() if ".layers." not in name)
-    free = 4 * (rest + layers * one) / stage.FP32_MEMORY_SHARE
+    free = 4 * (rest + layers * one) / onnx_files.FP32_MEMORY_SHARE
 
     class Memory:
         available = free
 
-    monkeypatch.setattr(stage.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(onnx_files.psutil, "virtual_memory", lambda: Memory)
 
 
 ONNX = "export.formats=[onnx]"
@@ -62,10 +69,10 @@ def test_of_a_large_student_the_first_layers_are_judged_in_float32_and_the_recor
     monkeypatch.setattr(hf, "fits_in_memory", lambda *given, **more: True)
     monkeypatch.setattr(hf_streamed, "fits_in_memory", lambda *given, **more: True)
     result = stage.export_model(job(model, tmp_path / "out", ONNX))
-    kinds = [row["artifact"] for row in result["parity"]]
+    kinds = [row["artifact"] for row in result.parity]
     assert kinds == ["onnx fp32 (the first 2 of 4 layers)", "onnx int8 delivered"]
-    assert result["parity"][0]["passed"] and result["parity"][0]["clear_max_abs_logit"] <= 1e-4
-    assert any("the first 2 of 4 layers were compared instead" in note for note in result["notes"])
+    assert result.parity[0]["passed"] and result.parity[0]["clear_max_abs_logit"] <= 1e-4
+    assert any("the first 2 of 4 layers were compared instead" in note for note in result.notes)
     assert inspect_checkpoint(tmp_path / "out" / "reference" / "first-2-layers").config["num_hidden_layers"] == 2
 
 

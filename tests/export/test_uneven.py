@@ -76,7 +76,7 @@ def test_every_recipe_takes_zero_experts(tmp_path, recipe):
     arrays = imatrix_arrays(students_imatrix(tmp_path, "minimax_m2", kept), spec_of(student))
     write_gguf(student, tmp_path / "F16.gguf", name="tiny")
     quantize_gguf(tmp_path / "F16.gguf", tmp_path / "q.gguf", recipe, arrays, 1)
-    assert audit([tmp_path / "q.gguf"], student, recipe)["bytes_by_class"]
+    assert audit([tmp_path / "q.gguf"], student, recipe).bytes_by_class
     assert recipe in RECIPES
     with LlamaCppRuntime(tmp_path / "q.gguf", threads=1, context_length=128) as runtime:
         assert np.isfinite(runtime.logits(some_ids(24))).all()
@@ -91,8 +91,8 @@ def test_onnx_has_real_experts_only_and_computes_the_same(tmp_path, family):
     for precision in ("fp32", "int4"):
         out = tmp_path / precision
         weights = None if precision == "fp32" else imatrix
-        told = export_onnx(student, out, precision=precision, imatrix=weights, accuracy_level=0)
-        sizes[precision] = told["bytes_by_class"]["expert"]
+        summary = export_onnx(student, out, precision=precision, imatrix=weights, accuracy_level=0)
+        sizes[precision] = summary["bytes_by_class"]["expert"]
     assert np.abs(ort_logits(tmp_path / "fp32") - hf_logits(student)).max() <= MAX_DIFFERENCE
     model = load_model(student)
     without_padding(model)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.spec import MoESpec, keepable_counts
-from moe_edge.families import assemble, family_of
+from moe_edge.families import family_of
 from moe_edge.models.loading import load_model, save_student, stored_dtype
 from moe_edge.models.pruning import check_kept, masked, prune
 from moe_edge.models.taps import body, decoder_layers, dense_taps, head
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route, router_scores, shared_matrices
+from moe_edge.models.weight_sources import assemble
 from moe_edge.models.weights import read_expert
 from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint
 from tests.families.helpers import EXPERTS, IDS, KEPT, LAYERS, kept_everywhere, logits, seen_by_experts

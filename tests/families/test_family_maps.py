@@ -17,12 +17,13 @@ from moe_edge.contracts.capabilities import CAPABILITIES, RUNTIME_OF_FORMAT, ref
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.quantization import ALWAYS_F32, RECIPES
 from moe_edge.contracts.spec import EXPERT_SIZED, FEATURES, TensorEntry
-from moe_edge.families import FAMILIES, assemble, family_of
+from moe_edge.families import FAMILIES, family_of
 from moe_edge.families.names import expected_entries
 from moe_edge.models.loading import load_model, save_student
 from moe_edge.models.pruning import prune
 from moe_edge.models.students import count_params, describe_model
 from moe_edge.models.views import moe_layers
+from moe_edge.models.weight_sources import assemble
 from moe_edge.models.weights import read_expert
 from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint
 from moe_edge.storage.files import read_json
@@ -303,9 +304,13 @@ def test_an_absurd_number_of_such_layers_is_refused_at_once(tmp_path: Path, coun
 def test_the_language_model_of_a_model_that_sees(tmp_path: Path) -> None:
     text = tiny_config("qwen3_5_moe", EXPERTS, 2, LAYERS, 64, WIDTH, 256, False)
     vision = {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 64,
         "num_position_embeddings": 16,
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     whole = Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=text, vision_config=vision)).eval()
     whole.save_pretrained(tmp_path / "saved")

@@ -9,10 +9,11 @@ import torch
 from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import TensorEntry
-from moe_edge.families import assemble, family_of
+from moe_edge.families import family_of
 from moe_edge.models.loading import load_model
 from moe_edge.models.students import describe_model
 from moe_edge.models.views import moe_layers
+from moe_edge.models.weight_sources import assemble
 from moe_edge.storage.checkpoint import TensorReader, inspect_checkpoint
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_model
 

@@ -24,79 +24,123 @@ def _mixed(sizes: Sizes, first: str, second: str) -> list[str]:
 
 def _granite(sizes: Sizes) -> dict[str, Any]:
     return {
-        "num_local_experts": sizes.experts, "num_experts_per_tok": sizes.top_k, "intermediate_size": sizes.width,
-        "attention_bias": True, "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7,
+        "num_local_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "intermediate_size": sizes.width,
+        "attention_bias": True,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
         "logits_scaling": 1.5,
-    }  # fmt: skip
+    }
 
 
 def _gpt_oss(sizes: Sizes) -> dict[str, Any]:
     return {
-        "num_local_experts": sizes.experts, "num_experts_per_tok": sizes.top_k, "intermediate_size": sizes.width,
-        "head_dim": 16, "sliding_window": 8, "swiglu_limit": 1.5,
+        "num_local_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "intermediate_size": sizes.width,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "swiglu_limit": 1.5,
         "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
-            "truncate": False, "original_max_position_embeddings": 64,
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
         },
-    }  # fmt: skip
+    }
 
 
 def _ernie(sizes: Sizes) -> dict[str, Any]:
     return {
-        "moe_num_experts": sizes.experts, "moe_k": sizes.top_k, "moe_intermediate_size": sizes.width,
-        "intermediate_size": 2 * sizes.width, "moe_num_shared_experts": 2,
-    }  # fmt: skip
+        "moe_num_experts": sizes.experts,
+        "moe_k": sizes.top_k,
+        "moe_intermediate_size": sizes.width,
+        "intermediate_size": 2 * sizes.width,
+        "moe_num_shared_experts": 2,
+    }
 
 
 def _deepseek(sizes: Sizes, **more: Any) -> dict[str, Any]:
     latent = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 24}
-    return latent | {
-        "num_key_value_heads": HEADS, "n_routed_experts": sizes.experts, "num_experts_per_tok": sizes.top_k,
-        "moe_intermediate_size": sizes.width, "intermediate_size": 2 * sizes.width, "n_shared_experts": 2,
+    routing = {
+        "n_routed_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.width,
+        "intermediate_size": 2 * sizes.width,
+        "n_shared_experts": 2,
         "routed_scaling_factor": 1.7,
-    } | more  # fmt: skip
+    }
+    return {"num_key_value_heads": HEADS, **latent, **routing, **more}
 
 
 def _glm4(sizes: Sizes) -> dict[str, Any]:
     return {
-        "n_routed_experts": sizes.experts, "num_experts_per_tok": sizes.top_k, "moe_intermediate_size": sizes.width,
-        "intermediate_size": 2 * sizes.width, "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": True,
-        "attention_bias": True, "routed_scaling_factor": 1.7,
+        "n_routed_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.width,
+        "intermediate_size": 2 * sizes.width,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 1.7,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-    }  # fmt: skip
+    }
 
 
 def _qwen3_5(sizes: Sizes) -> dict[str, Any]:
     return {
-        "num_experts": sizes.experts, "num_experts_per_tok": sizes.top_k, "moe_intermediate_size": sizes.width,
-        "shared_expert_intermediate_size": sizes.width + 16, "head_dim": 32, "linear_key_head_dim": 8,
-        "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "num_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.width,
+        "shared_expert_intermediate_size": sizes.width + 16,
+        "head_dim": 32,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
         "layer_types": _mixed(sizes, "linear_attention", "full_attention"),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-    }  # fmt: skip
+    }
 
 
 def _lfm2(sizes: Sizes) -> dict[str, Any]:
     return {
-        "num_experts": sizes.experts, "num_experts_per_tok": sizes.top_k, "moe_intermediate_size": sizes.width,
-        "intermediate_size": 2 * sizes.width, "num_dense_layers": 1, "norm_eps": 1e-5, "routed_scaling_factor": 1.7,
+        "num_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.width,
+        "intermediate_size": 2 * sizes.width,
+        "num_dense_layers": 1,
+        "norm_eps": 1e-5,
+        "routed_scaling_factor": 1.7,
         "layer_types": _mixed(sizes, "conv", "full_attention"),
-    }  # fmt: skip
+    }
 
 
 def _minimax(sizes: Sizes) -> dict[str, Any]:
     return {
-        "num_local_experts": sizes.experts, "num_experts_per_tok": sizes.top_k, "intermediate_size": sizes.width,
+        "num_local_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "intermediate_size": sizes.width,
         "head_dim": 32,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-    }  # fmt: skip
+    }
 
 
 def _phimoe(sizes: Sizes) -> dict[str, Any]:
     return {
-        "num_local_experts": sizes.experts, "num_experts_per_tok": sizes.top_k, "intermediate_size": sizes.width,
-        "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3,
-    }  # fmt: skip
+        "num_local_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "intermediate_size": sizes.width,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_jitter_noise": 0.3,
+    }
 
 
 TINY: dict[str, Callable[[Sizes], dict[str, Any]]] = {
@@ -114,8 +158,10 @@ TINY: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "lfm2_moe": _lfm2,
     "minimax_m2": _minimax,
     "hunyuan_v1_moe": lambda sizes: {
-        "num_experts": sizes.experts, "moe_topk": [sizes.top_k] * sizes.layers, "intermediate_size": sizes.width,
+        "num_experts": sizes.experts,
+        "moe_topk": [sizes.top_k] * sizes.layers,
+        "intermediate_size": sizes.width,
         "head_dim": 16,
     },
     "phimoe": _phimoe,
-}  # fmt: skip
+}

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, relative_mse
-from moe_edge.formulas.procrustes import procrustes_distance
+from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, procrustes_distance, relative_mse
 
 DISTANCES = (cka_distance, relative_mse, cosine_distance, procrustes_distance)
 

@@ -1,11 +1,11 @@
-"""Pairs, gates and alignments: against slow loops, and on experts whose relation is known."""
+"""Merging: groups, matched neurons and means against slow references; experts side by side and their constants."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moe_edge.formulas.ffn import Ffn, concatenate, neuron_rows, weighted_mean
+from moe_edge.formulas.ffn import Ffn, concatenate, mean_gates, neuron_rows, weighted_mean
 from moe_edge.formulas.merging import (
     MOST_MEMBERS,
     PairTest,
@@ -158,3 +158,11 @@ def test_experts_side_by_side_compute_the_scaled_sum(biased):
     assert together.gate_FD.shape == (19, 5)
     expected = 0.25 * run(parts[0], hidden_TD) + 2.0 * run(parts[1], hidden_TD)
     assert torch.allclose(run(together, hidden_TD), expected, atol=1e-4)
+
+
+def test_mean_gates_count_every_token():
+    index_TK = torch.tensor([[0, 2], [2, 1], [2, 0]])
+    weight_TK = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.5, 0.5]])
+    expected = torch.tensor([(0.6 + 0.5) / 3, 0.1 / 3, (0.4 + 0.9 + 0.5) / 3, 0.0])
+    assert torch.allclose(mean_gates(index_TK, weight_TK, 4).float(), expected)
+    assert not mean_gates(index_TK[:0], weight_TK[:0], 4).any()

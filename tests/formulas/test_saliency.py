@@ -1,12 +1,14 @@
-"""Saliency: every criterion against a case of four experts worked out by hand."""
+"""Saliency: every criterion against a case of four experts worked out by hand; super experts are few and loud."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from moe_edge.formulas import saliency
+from moe_edge.formulas.saliency import super_experts
 
 
 def _row(*values: float) -> Tensor:
@@ -73,3 +75,24 @@ def test_aimer_prefers_heavy_tails_whatever_their_scale():
     )
     gaussian, tailed = saliency.aimer(stats)[0].tolist()
     assert gaussian == pytest.approx((torch.pi / 2) ** 0.5, rel=0.01) and tailed > 1.5 * gaussian
+
+
+def _found(norm_max_LE: torch.Tensor) -> list[list[int]]:
+    return super_experts(SimpleNamespace(norm_max_LE=norm_max_LE)).nonzero().tolist()
+
+
+def test_planted_super_experts_are_found() -> None:
+    norms = torch.rand(8, 128, generator=torch.Generator().manual_seed(0)) + 1
+    norms[1, 68], norms[2, 92], norms[3, 82] = 900.0, 600.0, 300.0
+    assert _found(norms) == [[1, 68], [2, 92], [3, 82]]
+
+
+def test_loud_is_relative_to_the_loudest() -> None:
+    norms = torch.rand(8, 128, generator=torch.Generator().manual_seed(0)) + 1
+    norms[1, 68], norms[2, 92] = 900.0, 80.0
+    assert _found(norms) == [[1, 68]]
+
+
+def test_a_small_model_has_one_at_most() -> None:
+    assert _found(torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.5, 1.0, 1.0, 0.0]])) == [[1, 0]]
+    assert _found(torch.zeros(2, 4)) == [] and _found(torch.ones(2, 4)) == []

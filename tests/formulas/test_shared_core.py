@@ -7,9 +7,9 @@ import torch
 
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.formulas.shared_core import (
+    AlternatingFit,
     ExpertData,
     Wrapper,
-    _Fit,
     best_output,
     conjugate_gradients,
     core_activations,
@@ -97,7 +97,7 @@ def test_it_beats_a_random_start():
     for _ in range(3):
         core = core_of(generator)
         noise = [fold(core, wrapper_of(generator, 0.1)) for _ in data]
-        with_output_wrappers = _Fit(data, core, RANK, silu_gate).total
+        with_output_wrappers = AlternatingFit(data, core, RANK, silu_gate).total
         assert fitted.history[0] < with_output_wrappers < missed(data, noise)
 
 

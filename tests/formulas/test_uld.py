@@ -100,9 +100,11 @@ def test_a_student_whose_tokens_all_match_learns_the_conditional_distribution() 
     matched = pairs((1, 0), (2, 1), (4, 2))
     conditional = logits(6)[:, [1, 2, 4]]
     torch.testing.assert_close(
-        matched_kl(logits(6).log_softmax(1), conditional.log_softmax(1), matched), torch.zeros(T, dtype=torch.float64),
-        atol=1e-12, rtol=0,
-    )  # fmt: skip
+        matched_kl(logits(6).log_softmax(1), conditional.log_softmax(1), matched),
+        torch.zeros(T, dtype=torch.float64),
+        atol=1e-12,
+        rtol=0,
+    )
     assert (matched_kl(logits(6).log_softmax(1), logits(3, 1).log_softmax(1), matched) > 0).all()
 
 

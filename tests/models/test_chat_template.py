@@ -100,4 +100,4 @@ def test_foreign_templates_are_rendered_nowhere_else():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("apply_chat_template", "from_string")
     }
-    assert callers == {"demo/corpus.py", "families/template_worker.py"}
+    assert callers == {"demo/corpus.py", "models/template_worker.py"}

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.families import family_of
+from moe_edge.models.checkpoint_subsets import stream_pruned_checkpoint
 from moe_edge.models.loading import load_model, save_student, stored_dtype
-from moe_edge.models.streamed_pruning import stream_pruned_checkpoint
 from moe_edge.models.streaming import Part, StreamedModel
 from moe_edge.models.students import describe_model
 from moe_edge.storage.checkpoint import inspect_checkpoint

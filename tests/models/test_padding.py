@@ -14,10 +14,10 @@ from moe_edge.contracts import capabilities
 from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError
 from moe_edge.contracts.spec import places
 from moe_edge.families.base import EXPERTS_PER_LAYER
+from moe_edge.models.checkpoint_subsets import stream_pruned_checkpoint
 from moe_edge.models.loading import load_model, save_student, stored_dtype
 from moe_edge.models.padding import PADDING_BIAS, check_padding, deciding_bias, is_padded
 from moe_edge.models.pruning import check_kept, masked, prune, without_padding
-from moe_edge.models.streamed_pruning import stream_pruned_checkpoint
 from moe_edge.models.students import describe_model
 from moe_edge.models.views import moe_layers, router_scores
 from moe_edge.storage.checkpoint import inspect_checkpoint

@@ -1,4 +1,5 @@
-"""Dropping experts: exact where it must be exact, refused where it is impossible, and for every family."""
+"""Dropping experts: exact where it must be exact, refused where it is impossible, and for every family; masking neurons: the
+same logits as a zero column, in every family's layout, and nothing left behind."""
 
 from pathlib import Path
 
@@ -8,10 +9,11 @@ from torch import nn
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.models.loading import load_model, save_student
-from moe_edge.models.pruning import check_kept, masked, prune
-from moe_edge.models.views import expert_activations, expert_outputs, moe_layers
+from moe_edge.models.pruning import check_kept, masked, masked_neurons, prune
+from moe_edge.models.views import MoELayerView, expert_activations, expert_outputs, moe_layers
+from moe_edge.models.weights import expert_width, read_expert, write_expert
 from moe_edge.storage.files import read_json
-from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
+from tests.tiny import ALL_FAMILIES, FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
 
 KEPT = {0: [0, 2, 3, 5], 1: [1, 2, 3, 4]}
 IDS = tiny_ids()
@@ -213,3 +215,40 @@ def test_dense_layers_are_skipped() -> None:
 def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(InputRejected, match="none of the 2 layers has experts"):
         moe_layers(tiny_model("qwen3_moe", mlp_only_layers=[0, 1]))
+
+
+def random_mask(view: MoELayerView) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(view.index)
+    return torch.rand(view.count, expert_width(view), generator=generator) < 0.5
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_masked_neuron_is_a_zero_column(family: str) -> None:
+    model = tiny_model(family, layers=3)
+    whole = logits(model)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with masked_neurons(model, random_mask):
+        found = logits(model)
+    torch.testing.assert_close(logits(model), whole, atol=0, rtol=0)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    assert (found - whole).abs().max() > 1e-3
+    for view in moe_layers(model):
+        mask_EF = random_mask(view)
+        for expert in range(view.count):
+            weights = read_expert(view, expert)
+            write_expert(view, expert, weights._replace(down_DF=weights.down_DF * mask_EF[expert]))
+    torch.testing.assert_close(found, logits(model), atol=1e-6, rtol=1e-6)
+
+
+def test_masked_neurons_compose_with_masked_experts_and_an_error_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("qwen3_moe")
+    kept, whole = {0: [0, 2, 5], 1: [1, 2, 3]}, logits(model)
+    with masked(model, kept), masked_neurons(model, lambda view: torch.ones(view.count, expert_width(view)).bool()):
+        all_neurons = logits(model)
+    with masked(model, kept):
+        torch.testing.assert_close(logits(model), all_neurons, atol=0, rtol=0)
+    handle = moe_layers(model)[0].experts.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), masked_neurons(model, random_mask):
+        logits(model)
+    handle.remove()
+    torch.testing.assert_close(logits(model), whole, atol=0, rtol=0)

@@ -1,5 +1,5 @@
-"""Using other experts than the router chooses, on every family: totals, a dense reference in float64, no trace left;
-and the routers' parameters, which one pattern names in all of them.
+"""Using other experts than the router chooses, on every family: totals, a dense reference in float64, no trace left; the
+routers' parameters, which one pattern names in all of them; and the routing gap, checked by flipping an expert.
 
 Legend: E experts, K top-k, N experts in use, T tokens, D model.
 """
@@ -10,12 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_edge.models.routing import ROUTER_PATTERN, preference, rerouted, router_logits, router_parameters
-from moe_edge.models.taps import listening
+from moe_edge.models.routing import (
+    ROUTER_PATTERN,
+    preference,
+    rerouted,
+    router_logits,
+    router_parameters,
+    routing_gap,
+    watched_gaps,
+)
+from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route
 from tests.families.helpers import EXPERTS, IDS, LAYERS, logits, seen_by_experts
 from tests.families.test_families import reference_choice, reference_scores
-from tests.tiny import ALL_FAMILIES, tiny_model
+from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
 
 
 @pytest.fixture(scope="module", params=ALL_FAMILIES)
@@ -65,10 +73,10 @@ def test_the_preference_gives_the_models_own_experts(model: nn.Module) -> None:
     view = moe_layers(model)[0]
     if view.groups[0] > 1:
         pytest.skip("the model's own top-k is limited to some groups")
-    with torch.no_grad(), listening(model, routers=[view.index]) as heard:
+    with torch.no_grad(), recorded_activations(model, routers=[view.index]) as found:
         model(IDS)
-    own_TK = heard.routing[view.index][0]
-    found_TK = preference(view, heard.router_logits[view.index]).topk(view.top_k).indices
+    own_TK = found.routing[view.index][0]
+    found_TK = preference(view, found.router_logits[view.index]).topk(view.top_k).indices
     if view.family.gating == "sparsemixer":
         own_TK, found_TK = own_TK[:, :1], found_TK[:, :1]  # it draws the line for the second one itself
     assert torch.equal(own_TK.sort(dim=1).values, found_TK.sort(dim=1).values)
@@ -96,10 +104,88 @@ def test_one_pattern_names_the_routers_parameters_and_no_others(model: nn.Module
     assert len(named) == len(views) * (2 if views[0].family.router_bias else 1)
 
 
-def test_a_routers_logits_are_those_that_are_heard(model: nn.Module) -> None:
+def test_a_routers_logits_are_those_that_are_recorded(model: nn.Module) -> None:
     layers = [view.index for view in moe_layers(model)]
-    with torch.no_grad(), listening(model, routers=layers) as heard:
+    with torch.no_grad(), recorded_activations(model, routers=layers) as found:
         model(IDS)
     for view in moe_layers(model):
-        found_TE = router_logits(view, heard.expert_inputs[view.index])
-        torch.testing.assert_close(found_TE, heard.router_logits[view.index].float(), rtol=1e-5, atol=1e-5)
+        found_TE = router_logits(view, found.expert_inputs[view.index])
+        torch.testing.assert_close(found_TE, found.router_logits[view.index].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "ernie4_5_moe", "lfm2_moe"]
+)
+def test_the_gap_is_what_the_next_expert_lacks(family: str) -> None:
+    """Raised by a little more than the gap, the next expert is chosen; by a little less, it is not."""
+    model = tiny_model(family)
+    view = moe_layers(model)[-1]
+    hidden_TD = torch.randn(12, model.config.hidden_size)
+    gap_T = routing_gap(view, hidden_TD)
+    assert (gap_T >= 0).all() and torch.isfinite(gap_T).all()
+    before = [set(row.tolist()) for row in route(view, hidden_TD)[0]]
+    for token in range(12):
+        flips = {
+            factor: sets_chosen(view, hidden_TD[token : token + 1], float(gap_T[token]) * factor)
+            for factor in (0.9, 1.1)
+        }
+        assert before[token] not in flips[1.1] or len(flips[1.1]) > 1, (family, token)
+        if view.groups[0] == 1:  # ties between groups are not looked at
+            assert flips[0.9] == [before[token]], (family, token)
+
+
+def sets_chosen(view: MoELayerView, hidden_1D: Tensor, raised: float) -> list[set[int]]:
+    """The distinct sets chosen when any single expert's selection score is raised."""
+    found: list[set[int]] = []
+    for expert in range(view.count):
+        with raised_score(view, expert, raised):
+            chosen = set(route(view, hidden_1D)[0][0].tolist())
+        if chosen not in found:
+            found.append(chosen)
+    return found
+
+
+class raised_score:
+    """One expert's selection bias, or router logit, higher by an amount."""
+
+    def __init__(self, view: MoELayerView, expert: int, amount: float) -> None:
+        bias = view.selection_bias
+        self.row = None if bias is None else bias.tensor.select(bias.axis, expert)
+        self.view, self.expert, self.amount = view, expert, amount
+
+    def __enter__(self) -> None:
+        if self.row is not None:
+            self.row.data += self.amount
+            return
+        linear = torch.nn.functional.linear
+
+        def shifted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            out = linear(x, weight, bias)
+            if out.shape[-1] == self.view.count:
+                out = out.clone()
+                out[..., self.expert] += self.amount
+            return out
+
+        self.kept, torch.nn.functional.linear = linear, shifted
+
+    def __exit__(self, *_: object) -> None:
+        if self.row is not None:
+            self.row.data -= self.amount
+        else:
+            torch.nn.functional.linear = self.kept
+
+
+def test_one_gap_per_layer_and_pass_and_no_hook_left() -> None:
+    model = tiny_model("qwen3_moe", layers=3)
+    with watched_gaps(model) as gaps, torch.no_grad():
+        model(input_ids=tiny_ids(10, 1))
+    assert len(gaps) == 3 and all(gap.shape == (10,) for gap in gaps)
+    with torch.no_grad():
+        model(input_ids=tiny_ids(10, 1))
+    assert len(gaps) == 3
+
+
+def test_with_all_experts_chosen_nothing_can_flip() -> None:
+    model = tiny_model("qwen3_moe", experts=4, top_k=4)
+    view = moe_layers(model)[0]
+    assert torch.isinf(routing_gap(view, torch.randn(3, model.config.hidden_size))).all()

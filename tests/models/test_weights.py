@@ -1,4 +1,5 @@
-"""One expert read and written, in every layout that transformers stores experts in."""
+"""One expert read and written, in every layout that transformers stores experts in; every large matrix as rows: none
+forgotten, none twice, in place, with the right input columns."""
 
 from types import SimpleNamespace
 
@@ -9,17 +10,22 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.contracts.quantization import ALWAYS_F32, BIT_CLASS_OF
+from moe_edge.families import FAMILIES
 from moe_edge.models.views import expert_outputs, moe_layers
 from moe_edge.models.weights import (
     check_width,
     expert_width,
     read_expert,
     replace_experts,
+    weight_rows,
     width_key,
     write_expert,
     write_width,
 )
-from tests.tiny import FAMILY_NAMES, tiny_ids, tiny_model
+from moe_edge.planning.headers import model_headers
+from moe_edge.storage.checkpoint import inspect_checkpoint
+from tests.tiny import ALL_FAMILIES, FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
 
 
 def gpt_oss_experts() -> nn.Module:
@@ -92,3 +98,57 @@ def test_a_width_that_sizes_other_tensors_is_refused(monkeypatch):
     monkeypatch.setattr("moe_edge.models.weights.width_key", lambda model: "shared_expert_intermediate_size")
     with pytest.raises(InputRejected, match="shared_expert.* takes its size from"):
         check_width(model, 32)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_matrices_are_those_that_the_header_counts(tmp_path, family):
+    """The same weights per bit class as the neutral tensor map, which the exporters follow."""
+    model = tiny_model(family)
+    found: dict[str, int] = {}
+    for matrix in weight_rows(model):
+        found[matrix.bit_class] = found.get(matrix.bit_class, 0) + matrix.rows.numel()
+    headers = model_headers(inspect_checkpoint(tiny_checkpoint(tmp_path, family, with_tokenizer=False), False))
+    expected: dict[str, int] = {}
+    for group in headers.groups:
+        if group.tensor_class not in ALWAYS_F32:
+            name = BIT_CLASS_OF[group.tensor_class]
+            expected[name] = expected.get(name, 0) + group.tensors * torch.Size(group.shape).numel()
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_views_and_multiply_their_inputs(family):
+    model = tiny_model(family)
+    parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    for matrix in weight_rows(model):
+        assert parameters[matrix.rows.data_ptr()].numel() == matrix.rows.numel()
+        if matrix.bit_class == "expert_down":
+            hidden, width = matrix.rows.shape[-2:]
+            assert (hidden, width) == (64, 32) and matrix.imatrix == "expert_down", "also where they are transposed"
+        if matrix.bit_class == "expert_gate_up":
+            assert matrix.rows.shape[-1] == 64 and matrix.imatrix == "expert_in"
+    before = model(tiny_ids()).logits
+    for matrix in weight_rows(model):
+        matrix.rows.zero_()
+    assert not torch.equal(before, model(tiny_ids()).logits)
+
+
+def test_a_tied_embedding_is_one_matrix_with_the_heads_importance():
+    ends = [matrix for matrix in weight_rows(tiny_model("qwen3_moe", tied=True)) if matrix.layer is None]
+    assert [matrix.imatrix for matrix in ends] == ["head_in"]
+    ends = [matrix for matrix in weight_rows(tiny_model("qwen3_moe", tied=False)) if matrix.layer is None]
+    assert [matrix.imatrix for matrix in ends] == [None, "head_in"]
+
+
+def test_shared_experts_and_attention_know_their_inputs():
+    rows = weight_rows(tiny_model("qwen2_moe"))
+    names: dict[str, set[str | None]] = {}
+    for matrix in rows:
+        if matrix.layer == 1:
+            names.setdefault(matrix.bit_class, set()).add(matrix.imatrix)
+    assert names == {
+        "attention": {"attention_in", "attention_o"},
+        "shared": {"ffn_in", "shared_down"},
+        "expert_gate_up": {"expert_in"},
+        "expert_down": {"expert_down"},
+    }

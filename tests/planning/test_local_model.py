@@ -6,7 +6,7 @@ import torch
 from moe_edge.formulas.divergence import kl_dense
 from moe_edge.formulas.swaps import predict
 from moe_edge.models.pruning import masked
-from moe_edge.models.taps import decoder_layers, recording
+from moe_edge.models.taps import decoder_layers, recorded_outputs
 from moe_edge.models.views import expert_outputs, moe_layers
 from moe_edge.planning.local_model import local_layers
 from moe_edge.planning.partial_runs import Meter
@@ -83,7 +83,7 @@ def test_the_predicted_likeness_is_the_models_own():
 
     def stream(kept):
         heard = {}
-        with torch.no_grad(), masked(model, kept), recording(decoder_layers(model), heard):
+        with torch.no_grad(), masked(model, kept), recorded_outputs(decoder_layers(model), heard):
             model(ids)
         return heard[0].flatten(0, 1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_edge.models.taps import decoder_layers, recording
+from moe_edge.models.taps import decoder_layers, recorded_outputs
 from moe_edge.planning.masking import masked_kl_rows
 from moe_edge.planning.partial_runs import Meter, TrialRows, resumed
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
@@ -35,7 +35,7 @@ def test_every_family_can_be_resumed(family):
     """Dense layers first, convolutions, latent attention, tuples: masks and tables stay the model's own."""
     model = tiny_model(family, layers=3)
     layers, ids, heard = decoder_layers(model), tiny_ids(rows=2), {}
-    with torch.no_grad(), recording(layers, heard):
+    with torch.no_grad(), recorded_outputs(layers, heard):
         whole = model(ids, use_cache=False).logits
     with torch.no_grad(), resumed(layers, 2, heard):
         again = model(ids, use_cache=False).logits

@@ -40,7 +40,7 @@ def test_layer_by_layer_it_is_the_whole_student(family: str, tmp_path: Path, mon
     folder = checkpoint(tmp_path, family)
     with HfRuntime(folder, 1, 64) as whole, StreamedStudent(folder, 1, 64) as streamed:
         assert whole.vocab == streamed.vocab
-        for ours, theirs in zip(streamed.read(ROWS), whole.read(ROWS), strict=True):
+        for ours, theirs in zip(streamed.routing_gaps(ROWS), whole.routing_gaps(ROWS), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
         for ids_S in [*ROWS, ROWS[0][:7]]:  # the last one was not read before
             np.testing.assert_allclose(streamed.logits(ids_S), whole.logits(ids_S), rtol=0, atol=1e-5)
@@ -49,7 +49,7 @@ def test_layer_by_layer_it_is_the_whole_student(family: str, tmp_path: Path, mon
 def test_gaps_are_the_smallest_over_the_layers(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "olmoe", layers=3)
     with HfRuntime(folder, 1, 64) as runtime:
-        found, model, gaps = runtime.read(ROWS[:1]), runtime._open_model(), []
+        found, model, gaps = runtime.routing_gaps(ROWS[:1]), runtime._open_model(), []
         for view in moe_layers(model):
             view.experts.register_forward_pre_hook(
                 lambda _, inputs, view=view: gaps.append(routing_gap(view, inputs[0]))
@@ -63,7 +63,7 @@ def test_the_checkpoint_is_read_once_for_all_rows(tmp_path: Path, monkeypatch: p
     load = streaming.StreamedModel._load
     monkeypatch.setattr(streaming.StreamedModel, "_load", lambda self, part: (loaded.append(part), load(self, part)))
     with StreamedStudent(tiny_checkpoint(tmp_path, "mixtral", layers=3), 1, 64) as student:
-        student.read(ROWS)
+        student.routing_gaps(ROWS)
         for ids_S in ROWS:
             student.logits(ids_S)
         assert loaded == ["rest", "embedding", 0, 1, 2, "head"]
@@ -76,7 +76,7 @@ def test_rows_are_checked_and_threads_come_back(tmp_path: Path) -> None:
     with StreamedStudent(tiny_checkpoint(tmp_path, "mixtral"), before + 1, 8) as student:
         assert torch.get_num_threads() == before + 1
         with pytest.raises(ConfigError, match="do not fit"):
-            student.read([ROWS[0]])
+            student.routing_gaps([ROWS[0]])
         with pytest.raises(ConfigError, match="outside the vocabulary"):
             student.logits(np.array([100000]))
     assert torch.get_num_threads() == before

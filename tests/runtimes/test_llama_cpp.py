@@ -68,12 +68,13 @@ def test_options_change_speed_and_memory_not_the_model(gguf, options):
 
 
 def test_an_8_bit_cache_is_really_used_and_close_to_the_16_bit_one(gguf, monkeypatch):
-    asked = []
-    real = llama_cpp.lib.llama_init_from_model
-    monkeypatch.setattr(
-        llama_cpp.lib, "llama_init_from_model",
-        lambda model, p: asked.append((p.type_k, p.type_v, p.flash_attn_type)) or real(model, p),
-    )  # fmt: skip
+    asked, real = [], llama_cpp.lib.llama_init_from_model
+
+    def recorded(model, params):
+        asked.append((params.type_k, params.type_v, params.flash_attn_type))
+        return real(model, params)
+
+    monkeypatch.setattr(llama_cpp.lib, "llama_init_from_model", recorded)
     with (
         LlamaCppRuntime(gguf, threads=1, context_length=64) as plain,
         LlamaCppRuntime(gguf, threads=1, context_length=64, kv_cache="q8_0") as small,

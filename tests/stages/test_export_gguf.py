@@ -10,6 +10,7 @@ from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError
 from moe_edge.contracts.plan import Plan
 from moe_edge.export import gguf_quantize
+from moe_edge.export import job as export_job
 from moe_edge.export.imatrix import dense_imatrix, imatrix_arrays
 from moe_edge.formulas.importance import mean_squares
 from moe_edge.models.loading import load_model, save_student
@@ -54,7 +55,7 @@ def test_a_dense_student_is_exported_with_the_importance_of_its_experts(tmp_path
     """As a dense class, which the shared expert joined, or with one expert where no class fits."""
     teacher, plan = dense_student(tmp_path, family)
     statistics = profiled(teacher, tmp_path)
-    spec = stage._spec_of(tmp_path / "student")
+    spec = job(tmp_path / "student", tmp_path / "out").spec
     own = dense_imatrix(statistics.imatrix, spec, plan.kept)
     experts = statistics.imatrix
     expected = mean_squares(experts["expert_down"][1], experts["expert_count"][1])[KEPT[1]].flatten()
@@ -65,22 +66,22 @@ def test_a_dense_student_is_exported_with_the_importance_of_its_experts(tmp_path
     result = stage.export_model(
         job(tmp_path / "student", tmp_path / "out", statistics=replace(statistics, imatrix=own))
     )
-    assert {row["quantization"] for row in result["artifacts"]} == {"Q4_K_M", "Q8_0"}
-    assert result["parity"][0]["passed"] and result["imatrix"]
+    assert {row.quantization for row in result.artifacts} == {"Q4_K_M", "Q8_0"}
+    assert result.parity[0]["passed"] and result.imatrix
     ending = "dense" if family == "qwen2_moe" else "1e"
-    assert result["name"].endswith(ending) and not result["notes"]
+    assert result.name.endswith(ending) and not result.notes
 
 
 def test_a_narrowed_dense_student_has_no_importance_inside(tmp_path):
     teacher, plan = dense_student(tmp_path, "qwen3_moe")
-    spec = replace(stage._spec_of(tmp_path / "student"), dense_width=48)
+    spec = replace(job(tmp_path / "student", tmp_path / "out").spec, dense_width=48)
     own = dense_imatrix(profiled(teacher, tmp_path).imatrix, spec, plan.kept)
     assert "dense_down" not in own and "blk.0.ffn_up.weight" in imatrix_arrays(own, spec)
 
 
 def test_a_format_that_cannot_hold_a_dense_student_is_left_out_or_refused(tmp_path, monkeypatch):
     dense_student(tmp_path, "qwen3_moe")
-    monkeypatch.setattr(stage, "refusals", lambda runtime, _: ["no dense graphs"] if runtime == "ort" else [])
+    monkeypatch.setattr(export_job, "refusals", lambda runtime, _: ["no dense graphs"] if runtime == "ort" else [])
     settled = job(tmp_path / "student", tmp_path / "out", "export.formats=auto")
     assert settled.formats == ("gguf",) and settled.notes == ("onnx was left out: no dense graphs",)
     with pytest.raises(InputRejected, match="no dense graphs"):
@@ -90,13 +91,13 @@ def test_a_format_that_cannot_hold_a_dense_student_is_left_out_or_refused(tmp_pa
 def test_large_files_are_delivered_in_parts(tmp_path):
     model = representable(tmp_path, "qwen3_moe")
     wanted = job(model, tmp_path / "out", "export.gguf.split_bytes=60KB", "export.gguf.types=[Q4_K_M]")
-    (row,) = stage.export_model(wanted)["artifacts"]
-    names = [Path(name).name for name in row["files"]]
-    assert row["path"] == row["files"][0] and names[0].endswith(f"-Q4_K_M-00001-of-{len(names):05d}.gguf")
+    (row,) = stage.export_model(wanted).artifacts
+    names = [Path(name).name for name in row.files]
+    assert row.path == row.files[0] and names[0].endswith(f"-Q4_K_M-00001-of-{len(names):05d}.gguf")
     delivered = hash_folder(tmp_path / "out" / "gguf")
-    assert sorted(delivered) == names and row["bytes"] == sum(entry.bytes for entry in delivered.values())
+    assert sorted(delivered) == names and row.bytes == sum(entry.bytes for entry in delivered.values())
     assert max(entry.bytes for entry in delivered.values()) <= 60_000
-    assert stage.export_model(wanted)["artifacts"] == [row]  # a second run finds the parts
+    assert stage.export_model(wanted).artifacts == [row]  # a second run finds the parts
     (tmp_path / "out" / "gguf" / names[-1]).unlink()
     assert changed_files(tmp_path / "out" / "gguf", delivered) == [names[-1]]
 
@@ -104,10 +105,10 @@ def test_large_files_are_delivered_in_parts(tmp_path):
 def test_rows_tell_bits_and_fallbacks_and_files_tell_where_they_come_from(tmp_path):
     model = representable(tmp_path, "qwen3_moe")
     wanted = job(model, tmp_path / "out", "export.gguf.types=[Q4_K_M]", statistics=profiled(model, tmp_path))
-    (row,) = stage.export_model(wanted)["artifacts"]
-    assert row["fallbacks"] == {"Q4_K -> Q5_0": 4, "Q5_K -> Q5_1": 2, "Q6_K -> Q8_0": 10}
-    assert row["bits_per_weight_by_class"]["expert_gate"] == 5.5
-    metadata = check_gguf_header(tmp_path / "out" / "gguf" / Path(row["path"]).name).metadata
+    (row,) = stage.export_model(wanted).artifacts
+    assert row.fallbacks == {"Q4_K -> Q5_0": 4, "Q5_K -> Q5_1": 2, "Q6_K -> Q8_0": 10}
+    assert row.bits_per_weight_by_class["expert_gate"] == 5.5
+    metadata = check_gguf_header(tmp_path / "out" / "gguf" / Path(row.path).name).metadata
     assert metadata["general.base_model.0.name"] == "demo-teacher"
     assert (metadata["moe_edge.method"], metadata["moe_edge.calibration_digest"]) == ("drop by ean", "abc")
 
@@ -137,8 +138,8 @@ def test_types_that_need_a_profile_are_refused_before_the_first_byte(tmp_path):
         stage.export_model(replace(job(model, tmp_path / "out", "export.gguf.types=[Q8_0]"), mix=mix))
     known = profiled(model, tmp_path)
     mixed = replace(job(model, tmp_path / "mix", "export.gguf.types=[Q8_0]", statistics=known), mix=mix)
-    (row,) = stage.export_model(mixed)["artifacts"]
-    assert (row["quantization"], row["bits_per_weight_by_class"]["expert_down"]) == ("Q8_0-mix", 2.562)
+    (row,) = stage.export_model(mixed).artifacts
+    assert (row.quantization, row.bits_per_weight_by_class["expert_down"]) == ("Q8_0-mix", 2.562)
     job_ = job(model, tmp_path / "out", "export.gguf.types=[IQ2_XS]", statistics=known)
-    (row,) = stage.export_model(job_)["artifacts"]
-    assert row["bits_per_weight_by_class"]["expert_up"] == 2.312
+    (row,) = stage.export_model(job_).artifacts
+    assert row.bits_per_weight_by_class["expert_up"] == 2.312

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
-from moe_edge.export import onnx_pack
+from moe_edge.export import onnx_files, onnx_pack
 from moe_edge.export.onnx import export_onnx
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.models.dense import build_dense
@@ -38,13 +38,13 @@ def test_bits_per_layer_and_cuda_reach_the_files(tmp_path):
     model, out = tiny_checkpoint(tmp_path, "qwen3_moe"), tmp_path / "out"
     settings = ("export.onnx.layer_bits={expert@1-1: 8}", "export.onnx.provider=cuda")
     result = stage.export_model(job(model, out, ONNX, *settings))
-    assert [row["quantization"] for row in result["artifacts"]] == ["int4-mix"]
-    assert [row["artifact"] for row in result["parity"]] == ["onnx fp32", "onnx int4-mix delivered"]
-    assert result["parity"][0]["passed"] and "experimental" in result["notes"][0]
-    row = result["artifacts"][0]
-    assert row["bytes_by_class"].keys() == row["bits_per_weight_by_class"].keys() >= {"expert", "attention"}
-    assert 0 < sum(row["bytes_by_class"].values()) < row["bytes"] and row["bits_per_weight_by_class"]["expert"] > 6
-    assert stage.export_model(job(model, out, ONNX, *settings))["artifacts"] == [row], "a second run tells the same"
+    assert [row.quantization for row in result.artifacts] == ["int4-mix"]
+    assert [row["artifact"] for row in result.parity] == ["onnx fp32", "onnx int4-mix delivered"]
+    assert result.parity[0]["passed"] and "experimental" in result.notes[0]
+    row = result.artifacts[0]
+    assert row.bytes_by_class.keys() == row.bits_per_weight_by_class.keys() >= {"expert", "attention"}
+    assert 0 < sum(row.bytes_by_class.values()) < row.bytes and row.bits_per_weight_by_class["expert"] > 6
+    assert stage.export_model(job(model, out, ONNX, *settings)).artifacts == [row], "a second run tells the same"
     for folder in (out / "onnx", out / "onnx" / "cuda"):
         names = initializers(folder).keys()
         assert {"model.layers.0.moe.down.weight_Q4", "model.layers.1.moe.down.weight_Q8"} <= names
@@ -62,8 +62,8 @@ def test_without_cuda_there_is_one_folder_and_an_absent_layer_is_refused(tmp_pat
 
 def test_a_dense_student_is_exported_and_judged(tmp_path):
     result = stage.export_model(job(dense_student(tmp_path), tmp_path / "out", ONNX))
-    assert [row["format"] for row in result["artifacts"]] == ["onnx"] and result["name"].endswith("-dense")
-    assert result["parity"][0]["passed"]
+    assert [row.format for row in result.artifacts] == ["onnx"] and result.name.endswith("-dense")
+    assert result.parity[0]["passed"]
 
 
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
@@ -80,7 +80,7 @@ def test_experts_that_stay_float_fail_the_export(tmp_path, monkeypatch, provider
         return export_onnx(*given, **options)
 
     monkeypatch.setattr(onnx_pack, "rule_of", forgetful)
-    monkeypatch.setattr(stage, "export_onnx", counted)
+    monkeypatch.setattr(onnx_files, "export_onnx", counted)
     model = tiny_checkpoint(tmp_path, "qwen3_moe")
     with pytest.raises(MoeEdgeError, match="expert of layer 1 is stored in (32|16) bits, asked for were 4"):
         stage.export_model(job(model, tmp_path / "out", ONNX, "export.onnx.provider=cuda"))

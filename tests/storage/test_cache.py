@@ -1,4 +1,4 @@
-"""Profiles shared between builds: what another process does at the same time costs the reuse, never the build."""
+"""Profiles and digests shared between builds: what another process does, or a broken cache, costs time, never the build."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def test_a_cache_that_may_only_be_read_serves_too(
 
     monkeypatch.setattr(os, "utime", refused)
     cache.reuse_profile(tmp_path / "other", KEY)
-    assert read_manifest(tmp_path / "other") is not None
+    assert read_manifest(tmp_path / "other") == read_manifest(profile)
 
 
 def test_a_profile_that_is_deleted_meanwhile_is_done_without(
@@ -74,3 +74,38 @@ def test_the_cache_may_be_named_from_the_home_folder(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MOE_EDGE_CACHE", "~/shared")  # in a Dockerfile or a service no shell puts the folder there
     assert cache.cache_root() == tmp_path / "shared"
+
+
+def test_large_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "known_digests", {})
+    big = tmp_path / "big"
+    big.write_bytes(bytes(2**20))
+    hashed: list[Path] = []
+    real = cache.sha256_file
+    monkeypatch.setattr(cache, "sha256_file", lambda path: hashed.append(path) or real(path))
+    first = cache.remembered_sha256(big)
+    assert cache.remembered_sha256(big) == first and hashed == [big]
+    monkeypatch.setattr(cache, "known_digests", {})  # as in a new process
+    assert cache.remembered_sha256(big) == first and hashed == [big]
+    big.write_bytes(bytes(2**20 - 1) + b"x")
+    assert cache.remembered_sha256(big) != first and hashed == [big, big]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}'])
+def test_a_broken_memo_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "known_digests", {})
+    (tmp_path / cache.MEMO_NAME).write_text(content)
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(2**20))
+    assert cache.remembered_sha256(big) == cache.sha256_file(big)
+
+
+def test_an_unwritable_cache_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(cache, "known_digests", {})
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(2**20))
+    assert cache.remembered_sha256(big) == cache.sha256_file(big)

@@ -1,7 +1,6 @@
 """A checkpoint folder from anywhere: every defect is refused from the headers alone, with the file named."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.storage import digests
 from moe_edge.storage.checkpoint import TensorReader, checkpoint_digest, inspect_checkpoint, tokenizer_files
 from tests.storage.hostile import (
     CONFIG,
@@ -249,38 +247,3 @@ def test_digest_is_of_the_contents(tmp_path: Path) -> None:
         old = path.read_bytes() if path.exists() else b"{"
         path.write_bytes(old[:-1] + (b" }" if old.endswith(b"}") else b"\x01"))
         assert checkpoint_digest(changed) != digest, name
-
-
-def test_large_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "_known", {})
-    big = tmp_path / "big"
-    big.write_bytes(bytes(2**20))
-    hashed: list[Path] = []
-    real = digests.sha256_file
-    monkeypatch.setattr(digests, "sha256_file", lambda path: hashed.append(path) or real(path))
-    first = digests.remembered_sha256(big)
-    assert digests.remembered_sha256(big) == first and hashed == [big]
-    monkeypatch.setattr(digests, "_known", {})  # as in a new process
-    assert digests.remembered_sha256(big) == first and hashed == [big]
-    big.write_bytes(bytes(2**20 - 1) + b"x")
-    assert digests.remembered_sha256(big) != first and hashed == [big, big]
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}'])
-def test_a_broken_memo_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
-    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(digests, "_known", {})
-    (tmp_path / digests.MEMO_NAME).write_text(content)
-    big = tmp_path / "big"
-    big.write_bytes(os.urandom(2**20))
-    assert digests.remembered_sha256(big) == digests.sha256_file(big)
-
-
-def test_an_unwritable_cache_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(digests, "_known", {})
-    big = tmp_path / "big"
-    big.write_bytes(os.urandom(2**20))
-    assert digests.remembered_sha256(big) == digests.sha256_file(big)

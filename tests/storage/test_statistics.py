@@ -9,7 +9,7 @@ import torch
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.rows import TokenRows, row_digest
 from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
-from moe_edge.storage.tensor_dict import load_tensors, save_tensors
+from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 
 def _statistics() -> Statistics:

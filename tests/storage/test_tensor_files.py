@@ -13,9 +13,13 @@ from moe_edge.storage.checkpoint import INDEX, inspect_checkpoint
 from moe_edge.storage.tensor_files import PieceReader, PlannedTensor, write_tensors
 
 TENSORS = {
-    "a": torch.arange(35, dtype=torch.bfloat16).view(7, 5), "b": torch.randn(3, 2, 4), "scalar": torch.tensor(2.5),
-    "empty": torch.zeros(0, 3), "ids": torch.arange(4), "half": torch.randn(5).half(),
-}  # fmt: skip
+    "a": torch.arange(35, dtype=torch.bfloat16).view(7, 5),
+    "b": torch.randn(3, 2, 4),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 3),
+    "ids": torch.arange(4),
+    "half": torch.randn(5).half(),
+}
 
 
 @pytest.fixture

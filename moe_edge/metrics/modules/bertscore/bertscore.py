@@ -12,15 +12,17 @@ import evaluate
 CITATION = "Zhang et al., BERTScore: Evaluating Text Generation with BERT, 2020"
 
 
-class Bertscore(evaluate.Metric):
+class Bertscore(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (per row)."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=__doc__, citation=CITATION, inputs_description="predictions: [str], references: [[str]]",
+            description=__doc__,
+            citation=CITATION,
+            inputs_description="predictions: [str], references: [[str]]",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )  # fmt: skip
+        )
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], encoder: str, layers: int, batch_size: int = 32

@@ -13,15 +13,17 @@ import sacrebleu
 CITATION = "Papineni et al., BLEU, 2002; Post, A Call for Clarity in Reporting BLEU Scores, 2018"
 
 
-class Bleu(evaluate.Metric):
+class Bleu(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (corpus), `scores` and `statistics`."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=__doc__, citation=CITATION, inputs_description="predictions: [str], references: [[str]]",
+            description=__doc__,
+            citation=CITATION,
+            inputs_description="predictions: [str], references: [[str]]",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )  # fmt: skip
+        )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         metric = sacrebleu.BLEU(effective_order=True)

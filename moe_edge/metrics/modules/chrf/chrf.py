@@ -12,15 +12,17 @@ import sacrebleu
 CITATION = "Popovic, chrF: character n-gram F-score for automatic MT evaluation, 2015"
 
 
-class Chrf(evaluate.Metric):
+class Chrf(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (per row)."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=__doc__, citation=CITATION, inputs_description="predictions: [str], references: [[str]]",
+            description=__doc__,
+            citation=CITATION,
+            inputs_description="predictions: [str], references: [[str]]",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )  # fmt: skip
+        )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         metric = sacrebleu.CHRF()

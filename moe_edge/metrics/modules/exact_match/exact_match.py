@@ -13,15 +13,17 @@ CITATION = "Wang et al., Super-NaturalInstructions, 2022"
 _DROPPED = str.maketrans("", "", string.punctuation)
 
 
-class ExactMatch(evaluate.Metric):
+class ExactMatch(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (0 or 100)."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=__doc__, citation=CITATION, inputs_description="predictions: [str], references: [[str]]",
+            description=__doc__,
+            citation=CITATION,
+            inputs_description="predictions: [str], references: [[str]]",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )  # fmt: skip
+        )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         scores = [

@@ -12,15 +12,17 @@ from rouge_score import rouge_scorer
 CITATION = "Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004"
 
 
-class RougeL(evaluate.Metric):
+class RougeL(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """predictions: texts; references: a list of texts for each. Returns `score` (mean) and `scores` (per row)."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=__doc__, citation=CITATION, inputs_description="predictions: [str], references: [[str]]",
+            description=__doc__,
+            citation=CITATION,
+            inputs_description="predictions: [str], references: [[str]]",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )  # fmt: skip
+        )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, object]:
         scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)

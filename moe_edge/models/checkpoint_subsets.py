@@ -1,27 +1,37 @@
-"""Dropping experts of a checkpoint on disk: tensor by tensor into a new one, without ever loading the model.
+"""A part of a checkpoint as a checkpoint of its own, tensor by tensor on disk, without ever loading the model.
 
-The new checkpoint has the tensors that `pruning.prune` and `loading.save_student` give for the same choice, in the names
-and layout of the old one; every number that is kept keeps its bytes. Memory holds one expert's matrix at a time.
+`stream_pruned_checkpoint` leaves experts out. The new checkpoint has the tensors that `pruning.prune` and
+`loading.save_student` give for the same choice, in the names and layout of the old one; every number that is kept keeps
+its bytes. Memory holds one expert's matrix at a time.
+
+`write_first_layers` keeps the first decoder layers, for what must be run whole but does not fit into memory. Embedding,
+norm and head stay, so that the result is a language model of the same family with the same numbers in it. It is no good
+one; it serves to compare two ways to compute it.
 
 Legend: E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.capabilities import PADDING
+from moe_edge.contracts.capability_table import PADDING
 from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.contracts.plan import KeptExperts
 from moe_edge.contracts.spec import EXPERT_SIZED, TensorEntry, places
-from moe_edge.families import family_of
+from moe_edge.families import family_of, student_family
 from moe_edge.models.loading import complete_student, stored_dtype
 from moe_edge.models.padding import PADDING_BIAS
-from moe_edge.models.pruning import Kept, prune
+from moe_edge.models.pruning import prune
 from moe_edge.models.streaming import meta_model
 from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.files import write_json_atomic
+from moe_edge.storage.folders import written_beside
 from moe_edge.storage.tensor_files import SHARD_BYTES, PieceReader, PlannedTensor, write_tensors
 
 Placed = dict[int, tuple[int | None, ...]]
@@ -39,7 +49,13 @@ class Copy:
 
 
 def stream_pruned_checkpoint(
-    source: Path, kept: Kept, top_k: int | None, out: Path, *, uneven: bool = False, shard_bytes: int = SHARD_BYTES
+    source: Path,
+    kept: KeptExperts,
+    top_k: int | None,
+    out: Path,
+    *,
+    uneven: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the checkpoint folder `source` without the dropped experts into the folder `out`: a plain checkpoint.
 
@@ -65,7 +81,7 @@ def stream_pruned_checkpoint(
     complete_student(source, out)
 
 
-def placed(kept: Kept, groups: int) -> Placed:
+def placed(kept: KeptExperts, groups: int) -> Placed:
     """Decoder layer -> the teacher's expert at every place of the student's layer; None where padding stands."""
     total = max(map(len, kept.values()), default=0)
     found: Placed = {}
@@ -121,3 +137,51 @@ def _pieces(copy: Copy, reader: PieceReader) -> Iterator[Tensor]:
         old = reader.rows(copy.source)
         padding = torch.full_like(old[..., 0], copy.fill)
         yield torch.stack([padding if one is None else old[..., one] for one in copy.ids], dim=-1)
+
+
+def layers_within(headers: CheckpointHeaders, weights: float) -> int:
+    """How many of the first layers have, with embedding, norm and head, at most so many weights; 0: not even one."""
+    layers = student_family(headers.config).spec(headers.config).layers
+    sizes = [0] * (layers + 1)  # the last one: what is in no layer
+    for name, layer in _layer_of_tensor(headers).items():
+        sizes[layers if layer is None else layer] += prod(headers.tensors[name].shape)
+    fitting, total = 0, sizes.pop()
+    for size in sizes:
+        total += size
+        if total > weights:
+            break
+        fitting += 1
+    return fitting
+
+
+def write_first_layers(source: Path, layers: int, out: Path) -> None:
+    """Write the checkpoint `source`, cut behind its first `layers` decoder layers, as the folder `out`.
+
+    Raises:
+        InputRejected: the checkpoint cannot be used.
+    """
+    headers = inspect_checkpoint(source)
+    names = [name for name, layer in _layer_of_tensor(headers).items() if layer is None or layer < layers]
+    with written_beside(out) as folder, PieceReader(headers) as reader:
+        plan = [PlannedTensor(name, reader.info(name).dtype, tuple(reader.info(name).shape)) for name in names]
+        write_tensors(folder, plan, lambda tensor: (piece for _, piece in reader.pieces(tensor.name)))
+        write_json_atomic(folder / "config.json", cut_config(headers.config, layers))
+        complete_student(source, folder)
+
+
+def cut_config(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """config.json for the first layers; a list with one value per layer is cut like the layers."""
+    before, last = config["num_hidden_layers"], "moe_layer_end_index"
+    cut = {
+        key: value[:layers] if isinstance(value, list) and len(value) == before and "token" not in key else value
+        for key, value in config.items()
+    }
+    ends = {last: min(config[last], layers - 1)} if isinstance(config.get(last), int) else {}
+    return cut | ends | {"num_hidden_layers": layers}
+
+
+def _layer_of_tensor(headers: CheckpointHeaders) -> dict[str, int | None]:
+    """The tensors that make up the model, in the order of the files, and the layer of each."""
+    entries = student_family(headers.config).tensors(headers.config, headers.tensors)
+    layers = {name: entry.layer for entry in entries for name in entry.sources}
+    return {name: layers[name] for name in headers.tensors if name in layers}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.storage.spill import Spill, complete
+from moe_edge.storage.rows import Spill, is_complete
 
 
 def test_rows_come_back_by_number(tmp_path: Path) -> None:
@@ -13,7 +13,7 @@ def test_rows_come_back_by_number(tmp_path: Path) -> None:
     with Spill(tmp_path / "s", (3, 4), write=True) as spill:
         spill.append(rows[:2])
         spill.append(rows[2:].bfloat16())
-    assert complete(tmp_path / "s", 5, (3, 4)) and not complete(tmp_path / "s", 6, (3, 4))
+    assert is_complete(tmp_path / "s", 5, (3, 4)) and not is_complete(tmp_path / "s", 6, (3, 4))
     with Spill(tmp_path / "s", (3, 4)) as spill:
         assert torch.equal(spill.rows(3, 5), rows[3:5].bfloat16().float())
         assert torch.equal(spill.rows(0, 2), rows[:2])
@@ -27,4 +27,4 @@ def test_another_shape_is_refused_and_writing_begins_anew(tmp_path: Path) -> Non
             spill.append(torch.ones(1, 4))
             with pytest.raises(ValueError, match="rows of shape"):
                 spill.append(torch.ones(1, 5))
-    assert complete(tmp_path / "s", 1, (4,)) and not complete(tmp_path / "absent", 0, (4,))
+    assert is_complete(tmp_path / "s", 1, (4,)) and not is_complete(tmp_path / "absent", 0, (4,))

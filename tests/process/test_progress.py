@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_edge.process import interrupts
-from moe_edge.process.progress import track
+from moe_edge.process.progress import Terminated, handle_interrupts, raise_pending_interrupt, track
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    interrupts.install()
+    handle_interrupts()
     yield
-    interrupts.install()
+    handle_interrupts()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -33,9 +32,7 @@ class Swallows:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    ("number", "kind"), ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, interrupts.Terminated))
-)
+@pytest.mark.parametrize(("number", "kind"), ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)))
 def test_the_next_step_of_work_raises_what_a_destructor_swallowed(number: int, kind: type[BaseException]) -> None:
     done = []
     with pytest.raises(kind):
@@ -47,5 +44,5 @@ def test_the_next_step_of_work_raises_what_a_destructor_swallowed(number: int, k
 
 
 def test_without_a_signal_nothing_is_raised() -> None:
-    interrupts.check()
+    raise_pending_interrupt()
     assert list(track(range(3), "working")) == [0, 1, 2]

@@ -1,11 +1,41 @@
-"""Groups of experts: Hungarian for equal counts, the nearest for what is left, and their gate-weighted mean."""
+"""Matching by depth and by similarity: against every monotone map and every assignment there is, and a slow loop."""
 
-from itertools import permutations
+from itertools import combinations_with_replacement, permutations
 
 import pytest
 import torch
 
-from moe_edge.formulas.expert_groups import expert_owners, group_outputs, group_usage
+from moe_edge.formulas.matching import best_monotone_map, expert_owners, group_outputs, group_usage, proportional_map
+
+
+@pytest.mark.parametrize(("students", "teachers"), ((4, 6), (6, 4), (5, 5), (1, 4), (3, 1)))
+def test_the_best_of_all_monotone_maps(students: int, teachers: int) -> None:
+    for seed in range(20):
+        similarity = torch.rand(students, teachers, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        every = combinations_with_replacement(range(teachers), students)
+        best = max(sum(float(similarity[j, g]) for j, g in enumerate(path)) for path in every)
+        path = best_monotone_map(similarity)
+        assert path == sorted(path) and len(path) == students
+        assert sum(float(similarity[j, g]) for j, g in enumerate(path)) == pytest.approx(best, abs=1e-12)
+
+
+def test_greedy_would_step_back() -> None:
+    similarity = torch.tensor([[0.1, 0.3, 0.9], [0.8, 0.7, 0.1], [0.1, 0.6, 0.5]])
+    assert best_monotone_map(similarity) == [1, 1, 1]
+
+
+def test_equal_layers_and_missing_evidence() -> None:
+    assert best_monotone_map(torch.eye(4)) == [0, 1, 2, 3]
+    assert best_monotone_map(torch.tensor([[torch.nan, 0.5], [torch.nan, torch.nan]])) == [1, 1]
+    assert best_monotone_map(torch.ones(3, 3)) == [0, 0, 0]
+
+
+def test_proportional() -> None:
+    assert proportional_map(4, 8) == [1, 3, 5, 7]
+    assert proportional_map(8, 4) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert proportional_map(5, 5) == [0, 1, 2, 3, 4]
+    assert proportional_map(3, 1) == [0, 0, 0]
+    assert proportional_map(12, 36)[-1] == 35
 
 
 def test_equal_counts_are_the_best_assignment() -> None:
