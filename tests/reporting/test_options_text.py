@@ -11,9 +11,8 @@ from moe_edge.planning.dry_run import dry_run
 from moe_edge.planning.estimate import file_bytes
 from moe_edge.planning.headers import model_headers
 from moe_edge.reporting.options_text import options_text
+from tests.compression.action_helpers import plan8
 from tests.planning.plan_helpers import NO_SHARE, config, headers
-from tests.stages import test_plan as plans
-from tests.tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +85,35 @@ def test_shapes_under_auto_are_listed_and_widths_shown(teacher):
     assert ", 128 neurons" in line(text, "choice") and "auto" not in text
 
 
-def test_a_finished_plan_is_shown_with_its_measured_numbers_if_it_answers_the_same_wishes(tmp_path):
-    folder = tiny_checkpoint(tmp_path, "qwen3_moe", experts=plans.EXPERTS, layers=plans.LAYERS)
-    out = tmp_path / "plan"
-    _, plan = plans.run(folder, out)
-    wishes = config("plan.tokens=64")
+MEASURED = {
+    "predicted_kl_nats": 0.25,
+    "quantization_kl_nats": {"Q8_0": 0.021, "Q8_0-mix": 0.034},
+    "competitor": "all experts in fewer bits",
+}
+
+
+def test_a_finished_plan_is_shown_with_its_measured_numbers(teacher):
+    preview = PlanPreview.model_validate(dry_run(teacher, config()))
+    assert preview.measured is None and "\nmeasured " not in options_text(preview)
+    plan = plan8(**MEASURED)
+    text = options_text(preview.model_copy(update={"measured": plan}))
+    assert line(text, "measured").startswith("measured 4 of 8 experts, top-")
+    assert "Q8_0, by frequency: masked KL 0.250 nats, bits 0.021 nats (prior)" in line(text, "measured")
+    assert "  rival  all experts in fewer bits" in text
+    mixed = plan.model_copy(update={"quantization_by_class": {"attention": "Q6_K"}, "competitor": None})
+    text = options_text(preview.model_copy(update={"measured": mixed}))
+    assert "Q8_0-mix, by frequency: masked KL 0.250 nats, bits 0.034 nats" in text and "  rival  " not in text
+
+
+def test_a_finished_plan_is_found_if_it_answers_the_same_wishes(teacher, tmp_path):
+    plan, wishes = plan8(**MEASURED), config("plan.tokens=64")
+    (tmp_path / "plan.json").write_text(plan.to_json())
     whole = wishes.model_dump(mode="json", by_alias=True)
     sections = {name: whole[name] for name in ("plan", "target", "export")}
-    (out / "manifest.json").write_text(Manifest(stage="plan", key="k", digest="d", config=sections).to_json())
-    found = headers(tmp_path / "again", experts=plans.EXPERTS)
-    report = dry_run(found, wishes, finished=out)
-    text = options_text(PlanPreview.model_validate(report))
-    measured = line(text, "measured")
-    assert f"masked KL {plan.predicted_kl_nats:.3f} nats" in measured and "bits 0.021 nats (prior)" in measured
-    assert f"  rival  {plan.competitor}" in text
-    assert dry_run(found, config("plan.tokens=65"), finished=out)["measured"] is None, "other wishes"
-    assert dry_run(found, wishes, finished=tmp_path / "none")["measured"] is None
+    (tmp_path / "manifest.json").write_text(Manifest(stage="plan", key="k", digest="d", config=sections).to_json())
+    report = dry_run(teacher, wishes, finished=tmp_path)
+    preview = PlanPreview.model_validate(report)
+    assert preview.to_dict()["measured"] == report["measured"]
+    assert preview.measured == plan.model_copy(update={"kept": {}})
+    assert dry_run(teacher, config("plan.tokens=65"), finished=tmp_path)["measured"] is None, "other wishes"
+    assert dry_run(teacher, wishes, finished=tmp_path / "none")["measured"] is None
