@@ -35,6 +35,7 @@ from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.preview import PlanPreview
 from moe_edge.contracts.report import Judgement, Report, StageInfo
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.storage.files import sha256_file, write_text_atomic
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from moe_edge.contracts.evaluation import Evaluation
     from moe_edge.evaluation.instructions import EvaluationSettings
     from moe_edge.evaluation.validation import BenchedArtifact
-    from moe_edge.planning.preview import PlanPreview
     from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -194,13 +194,14 @@ def preview(
     overrides: Overrides | None = None,
     out: str | Path | None = None,
     settings: Sequence[str] = (),
-) -> "PlanPreview":
+) -> PlanPreview:
     """What fits, what it costs and why, from config.json and the safetensors headers (and a profile, if `out` has one)."""
-    from moe_edge.planning.preview import preview_plan
+    from moe_edge.planning.dry_run import preview_plan
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     folder = output_folder(resolved, out)
-    return preview_plan(find_checkpoint(resolved), resolved, folder / "profile", folder / "plan")
+    profile = folder / "profile" if read_manifest(folder / "profile") else None
+    return preview_plan(find_checkpoint(resolved), resolved, profile, folder / "plan")
 
 
 def plan(
@@ -209,7 +210,6 @@ def plan(
     target: str = "cpu",
     config: str | Path | None = None,
     overrides: Overrides | None = None,
-    out: str | Path | None = None,
 ) -> Plan:
     """The plan as far as headers tell: how many experts, how wide, in which bits, and what that weighs.
 
@@ -218,7 +218,10 @@ def plan(
     Raises:
         ConfigError, InfeasibleError, InputRejected: wrong wishes, nothing that fits, a model that cannot be used.
     """
-    return preview(teacher, target=target, config=config, overrides=overrides, out=out).plan
+    from moe_edge.planning.dry_run import plan_from_headers
+
+    resolved = settle(target, teacher, config, overrides)
+    return plan_from_headers(find_checkpoint(resolved), resolved)
 
 
 def build(
@@ -412,8 +415,16 @@ def distill(
         Whatever the stages raise.
     """
     if student is None:
-        given = {"config": config, "overrides": overrides, "out": out, "fresh": fresh, "settings": settings}
-        return build(teacher, target=target, until="distill", **given).student
+        return build(
+            teacher,
+            target=target,
+            config=config,
+            overrides=overrides,
+            out=out,
+            until="distill",
+            fresh=fresh,
+            settings=settings,
+        ).student
     from moe_edge.models.loading import resolve_teacher
     from moe_edge.planning.disk import CHECKPOINT_BYTES, refuse_full_disk
     from moe_edge.stages import distill_pair
@@ -468,7 +479,7 @@ def export(
     profile = ProfileFolder.of(*cached) if cached else None
     with pipeline.locked(folder):
         job = plain_job(resolved, opened, work, profile)
-        pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile and profile.digest))
+        pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile.digest if profile else None))
         exported = ExportFolder(work, "", export_model(job))
         deliver(folder, opened.path, work)
         _bundle(folder, exported, resolved, opened.digest)

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from moe_edge.contracts.artifacts import FOLDERS, StageFolder
 from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.config_io import value_at
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.contracts.manifest import (
     MANIFEST_NAME,
@@ -61,13 +62,7 @@ class Stage:
     def config_for_key(self, config: BuildConfig) -> dict[str, Any]:
         """The values of `reads`."""
         whole = config.model_dump(mode="json", by_alias=True)
-        return {dotted: _descend(whole, dotted) for dotted in self.reads}
-
-
-def _descend(data: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        data = data[part]
-    return data
+        return {dotted: value_at(whole, dotted) for dotted in self.reads}
 
 
 _RUNTIMES = ("llama-cpp-python", "gguf", "onnxruntime", "onnxruntime-genai")
@@ -86,7 +81,7 @@ STAGES: tuple[Stage, ...] = (
         ("matplotlib", "llama-cpp-python"),
         schema=4,
     ),
-    Stage("compress", ("profile.mode",), ("profile", "plan"), schema=4),
+    Stage("compress", ("profile.mode", "plan.tokens"), ("profile", "plan"), schema=4),
     Stage(
         "distill",
         ("distill", "calibration.sequence_length", "profile.logits"),

@@ -37,7 +37,7 @@ class Material:
     """What an action may look at besides the teacher."""
 
     statistics: Statistics | None = None
-    ids_NS: Tensor | None = None  # all calibration rows, see `fit_rows`
+    ids_NS: Tensor | None = None  # calibration rows [N, S] that may be fitted on (contracts/row_split.py)
 
 
 @dataclass
@@ -111,10 +111,7 @@ def _check_narrower(width: int, now: int) -> None:
 
 
 def fit_rows(plan: Plan, material: Material) -> Tensor:
-    """The first rows of the profile's calibration set that hold about `plan.action_tokens` tokens (at least one row).
-
-    The plan's masked KL is measured on the last rows, so that the two do not meet unless the set is small.
-    """
+    """The first of the given rows that hold about `plan.action_tokens` tokens, at least one."""
     if material.ids_NS is None:
         raise _missing(f"the action {plan.action} is fitted on calibration tokens")
     return material.ids_NS[: max(1, plan.action_tokens // material.ids_NS.shape[1])]

@@ -5,77 +5,80 @@ Expected KLs are priors here; a finished plan of the same wishes has the measure
 Shape suffixes: L MoE layers, E experts.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.contracts.checkpoint import Checkpoint
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.config_io import value_at
 from moe_edge.contracts.manifest import read_manifest
+from moe_edge.contracts.measurements import ModelInfo
 from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.preview import PlanPreview, PreviewedChoice, PreviewedCriterion, PreviewedOption
 from moe_edge.contracts.spec import keepable_counts
 from moe_edge.models.students import describe_model
 from moe_edge.planning.allocation import BudgetAnswer, header_plan
 from moe_edge.planning.candidates import read_statistics
-from moe_edge.planning.decision import decide_by_priors
+from moe_edge.planning.decision import decide_by_priors, quantization_of
+from moe_edge.planning.document import make_plan
 from moe_edge.planning.judging import candidates_of, choices_of
 from moe_edge.planning.options import Option, largest_contexts, options_grid
 
 
-def dry_run(
-    headers: CheckpointHeaders, config: BuildConfig, profile: Path | None = None, finished: Path | None = None
-) -> dict[str, Any]:
-    """`describe_options` of the headers' own answer.
+def plan_from_headers(teacher: Checkpoint, config: BuildConfig) -> Plan:
+    """The plan as far as headers tell. Which experts stay (`kept`) is decided by a profile; expected losses are priors.
 
     Raises:
         As `header_plan`.
     """
-    return describe_options(header_plan(headers, config), headers, config, profile, finished)
+    answer = decide_by_priors(header_plan(teacher.headers, config), config)
+    plan = make_plan(answer, config.plan.criterion, {}, {}, [], quantization_of(answer))
+    return plan.model_copy(update={"action": config.plan.action})
 
 
-def describe_options(
-    answer: BudgetAnswer,
-    headers: CheckpointHeaders,
-    config: BuildConfig,
-    profile: Path | None = None,
-    finished: Path | None = None,
-) -> dict[str, Any]:
-    """What fits, what it costs and why, from headers alone (and what a profile or a finished plan tells, if there is one).
+def preview_plan(
+    teacher: Checkpoint, config: BuildConfig, profile: Path | None = None, finished: Path | None = None
+) -> PlanPreview:
+    """What fits, what it costs and why, from headers alone, and what a profile or a finished plan tells.
 
     Args:
-        answer: solved from headers alone.
         profile: the folder of a finished profile.
         finished: the folder of a finished plan of this teacher.
 
-    Returns:
-        JSON-able {teacher, target, budget, choice, competitor, options, shapes, criteria, notes, measured}; sizes in bytes.
+    Raises:
+        As `header_plan`.
     """
-    decided = decide_by_priors(answer, config)
-    choice, space, spec = decided.choice, decided.space, decided.model.spec
-    return {
-        "teacher": describe_model(headers),
-        "target": config.target.name,
-        "budget": config.target.budget.model_dump(mode="json", exclude_none=True),
-        "choice": {
-            "experts_kept": choice.experts,
-            "experts_total": spec.moe.experts,
-            "top_k": space.top_k,
-            "expert_width": space.width,
-            "quantization": choice.packing.label if choice.packing.format == "gguf" else decided.quantization,
-            "onnx_precision": decided.onnx_precision,
-            "estimate": choice.estimate.model_dump(mode="json"),
-            "largest_contexts": largest_contexts(space, choice),
-            "context_limit": spec.context_length,
-        },
-        "competitor": decided.competitor,
-        "options": [option.row() for option in shown_options(decided)],
-        "shapes": [one.choice.row() for one in answer.all_shapes] if answer.others else [],
-        "criteria": _shares_by_criterion(decided, config, profile),
-        "notes": list(decided.notes),
-        "measured": _finished_plan(finished, config),
-    }
+    solved = header_plan(teacher.headers, config)
+    answer = decide_by_priors(solved, config)
+    choice, space = answer.choice, answer.space
+    return PlanPreview(
+        teacher=ModelInfo.model_validate(describe_model(teacher.headers)),
+        target=config.target.name,
+        budget=config.target.budget.model_dump(mode="json", exclude_none=True),
+        choice=PreviewedChoice(
+            experts_kept=choice.experts,
+            experts_total=teacher.spec.moe.experts,
+            top_k=space.top_k,
+            expert_width=space.width,
+            quantization=choice.packing.label if choice.packing.format == "gguf" else answer.quantization,
+            onnx_precision=answer.onnx_precision,
+            estimate=choice.estimate,
+            largest_contexts=largest_contexts(space, choice),
+            context_limit=teacher.spec.context_length,
+        ),
+        competitor=answer.competitor,
+        options=[_row(option) for option in shown_options(answer)],
+        shapes=[_row(one.choice) for one in solved.all_shapes] if solved.others else [],
+        criteria=list(_shares_by_criterion(answer, config, profile)),
+        notes=list(answer.notes),
+        measured=_finished_plan(finished, config),
+    )
+
+
+def _row(option: Option) -> PreviewedOption:
+    return PreviewedOption.model_validate(option.row())
 
 
 def shown_options(answer: BudgetAnswer) -> list[Option]:
@@ -87,21 +90,18 @@ def shown_options(answer: BudgetAnswer) -> list[Option]:
     return options_grid(answer.space, counts & set(keepable_counts(answer.model.spec, demand.top_k)), shown)
 
 
-def _shares_by_criterion(answer: BudgetAnswer, config: BuildConfig, profile: Path | None) -> list[dict[str, Any]]:
-    """Per criterion, how much of the teacher's routing the kept experts carried; needs no model."""
+def _shares_by_criterion(
+    answer: BudgetAnswer, config: BuildConfig, profile: Path | None
+) -> Iterator[PreviewedCriterion]:
+    """Per criterion; needs no model."""
     path = None if profile is None else profile / "statistics.safetensors"
     if path is None or answer.keeps_all or not path.is_file():
-        return []
+        return
     statistics = read_statistics(path, answer.model.spec)
     candidates = candidates_of(answer, config, statistics)
-    return [
-        {
-            "criterion": name,
-            "routed_share_kept": _share(statistics.counts_LE, kept.values()),
-            "gate_share_kept": _share(statistics.gate_sum_LE, kept.values()),
-        }
-        for name, kept in choices_of(answer, config, candidates).items()
-    ]
+    for name, kept in choices_of(answer, config, candidates).items():
+        routed, gates = (_share(sums_LE, kept.values()) for sums_LE in (statistics.counts_LE, statistics.gate_sum_LE))
+        yield PreviewedCriterion(criterion=name, routed_share_kept=routed, gate_share_kept=gates)
 
 
 def _share(sums_LE: Tensor, kept: Collection[Sequence[int]]) -> float:
@@ -111,15 +111,12 @@ def _share(sums_LE: Tensor, kept: Collection[Sequence[int]]) -> float:
     return held / total if total else 0.0
 
 
-def _finished_plan(folder: Path | None, config: BuildConfig) -> dict[str, Any] | None:
+def _finished_plan(folder: Path | None, config: BuildConfig) -> Plan | None:
     """What a finished plan says; None where there is none, or it was made for other wishes."""
     manifest = read_manifest(folder) if folder else None
     if folder is None or manifest is None:
         return None
-    wishes = config.model_dump(mode="json", by_alias=True, include={"plan", "target", "export"})
-    made_for = [manifest.config.get(section) or {} for section in wishes]  # without what changes no stage
-    pairs = zip(wishes.values(), made_for, strict=True)
-    if not all(made_for) or any(wish.get(key) != said for wish, made in pairs for key, said in made.items()):
+    wishes = config.model_dump(mode="json", by_alias=True)
+    if not manifest.config or any(value_at(wishes, key) != value for key, value in manifest.config.items()):
         return None
-    plan = Plan.read(folder / "plan.json")
-    return plan.model_dump(mode="json", by_alias=True, exclude={"kept", "merges"})
+    return Plan.read(folder / "plan.json")

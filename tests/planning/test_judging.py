@@ -2,15 +2,16 @@
 
 import torch
 
-from moe_edge.planning.judging import judging_rows, random_choice_notes
-from moe_edge.planning.scoring import MaskedKl, first_rows
+from moe_edge.contracts.row_split import RowSplit
+from moe_edge.planning.judging import random_choice_notes
+from moe_edge.planning.scoring import MaskedKl, first_rows, judging_rows
 
 
 def test_the_last_rows_judge_and_the_search_reads_the_others():
-    rows = judging_rows(torch.arange(60, dtype=torch.int32).view(6, 10), tokens=25)
+    rows = judging_rows(torch.arange(60).view(6, 10), RowSplit(6, 10), tokens=25)
     assert rows.judging_NS[:, 0].tolist() == [40, 50] and rows.search_NS[:, 0].tolist() == [0, 10, 20, 30]
-    assert "rows 4..5 of 6 (20 tokens)" in rows.note and rows.judging_NS.dtype == torch.int64
-    assert len(judging_rows(torch.zeros(2, 10), tokens=1).judging_NS) == 1, "at least one"
+    assert "rows 4..5 of 6 (20 tokens)" in rows.note
+    assert len(judging_rows(torch.zeros(2, 10), RowSplit(2, 10), tokens=1).judging_NS) == 1, "at least one"
 
 
 def test_rows_are_whole_and_never_none():

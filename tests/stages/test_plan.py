@@ -76,7 +76,8 @@ def write_profile(folder: Path, experts: int = EXPERTS, cka_tokens: int = 64) ->
 def run(teacher: Path, out: Path, *settings: str, profile: Path | None = None) -> tuple[PlanSummary, Plan]:
     out.mkdir(parents=True, exist_ok=True)
     folder = ProfileFolder(profile or write_profile(out / "profile"), "digest", None)
-    summary = stage.run(config("plan.tokens=64", *settings), opened(teacher), out, folder)
+    wishes, model = config("plan.tokens=64", *settings), opened(teacher)
+    summary = stage.run(wishes, model, out, profile=folder, budget=header_plan(model.headers, wishes))
     return summary, Plan.read(out / "plan.json")
 
 
