@@ -189,11 +189,14 @@ def test_the_search_reads_other_rows_than_those_that_judge(teacher, tmp_path, mo
     assert "of 3000 tokens" in note and "the first 2 calibration rows" in note
 
 
-@pytest.mark.parametrize("setting", ["plan.search_tokens=0", "plan.tokens=96"])
-def test_without_rows_or_budget_there_is_no_search(teacher, tmp_path, setting):
-    _, plan = run(teacher, tmp_path, setting)
+@pytest.mark.parametrize(("rows", "tokens", "why"), [(ROWS, 0, "search_tokens is 0"), (1, 3000, "no calibration row")])
+def test_without_rows_or_budget_there_is_no_search(teacher, tmp_path, rows, tokens, why):
+    profile = write_profile(tmp_path / "profile")
+    ids_NS = TokenRows.load(profile / "rows.safetensors").ids_NS[:rows]
+    TokenRows(ids_NS, ids_NS.size).save(profile / "rows.safetensors")
+    _, plan = run(teacher, tmp_path, f"plan.search_tokens={tokens}", profile=profile)
     assert "search" not in {c.criterion for c in plan.candidates}
-    assert any(note.startswith("No search:") for note in plan.notes)
+    assert any(note.startswith("No search:") and why in note for note in plan.notes)
 
 
 def test_a_named_criterion_is_taken_without_a_search(teacher, tmp_path, monkeypatch):
