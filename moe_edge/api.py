@@ -231,7 +231,7 @@ def _deliver(state: pipeline.Build) -> None:
 
 
 def _bundle(out: Path, exported: ExportFolder, config: BuildConfig, teacher_digest: str) -> None:
-    from moe_edge.export.bundles import write_bundles
+    from moe_edge.exporting.bundles import write_bundles
 
     for folder in write_bundles(out, exported, config, {"teacher": teacher_digest}, pipeline.all_versions()):
         log.info("device bundle: %s and %s.tar", out / folder, folder)

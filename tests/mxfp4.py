@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
 
-from tests.export.gguf_models import REPRESENTABLE
+from tests.exporting.gguf_models import REPRESENTABLE
 from tests.tiny import tiny_checkpoint
 
 SPLIT = ("gate_up_proj", "down_proj")

@@ -14,7 +14,7 @@ import pytest
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.contracts.manifest import MANIFEST_SCHEMA, Manifest
 from moe_edge.storage.folders import hash_folder
-from tests.export.gguf_models import REPRESENTABLE
+from tests.exporting.gguf_models import REPRESENTABLE
 from tests.runtimes.test_gguf_header import HUGE_ARRAY
 from tests.tiny import tiny_checkpoint
 

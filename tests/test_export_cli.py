@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from moe_edge.contracts.quantization import NEEDS_IMATRIX, RECIPES
-from moe_edge.export import gguf_pretokenizers as known
+from moe_edge.exporting import gguf_pretokenizers as known
 from moe_edge.runtimes.gguf_header import check_gguf_header
-from tests.export.test_gguf_tokenizer import byte_level
+from tests.exporting.test_gguf_tokenizer import byte_level
 from tests.tiny import tiny_checkpoint
 
 SMALL = ("target.context_length=64", "target.runtime.threads=1")

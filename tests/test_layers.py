@@ -16,7 +16,7 @@ LAYERS = [
     ["models"],
     ["runtimes", "texts"],
     ["metrics", "demo"],
-    ["profiling", "compression", "distillation", "export", "devices"],
+    ["profiling", "compression", "distillation", "exporting", "devices"],
     ["planning", "evaluation", "reporting"],
     ["stages"],
     ["pipeline"],

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from moe_edge.contracts.plan import Plan
-from tests.export.gguf_models import REPRESENTABLE
+from tests.exporting.gguf_models import REPRESENTABLE
 from tests.tiny import tiny_checkpoint
 from tests.uneven_models import skewed_teacher
 

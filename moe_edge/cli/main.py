@@ -308,7 +308,7 @@ def report(run: Annotated[Path, typer.Argument(help="A build's output folder.")]
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(help="A build's folder, a device bundle or a bundle's .tar.")]) -> None:
     """Check every file against the manifest: its sha256, nothing missing, nothing extra, sane headers."""
-    from moe_edge.export.verification import faults
+    from moe_edge.exporting.verification import faults
 
     if found := faults(path):
         raise InputRejected("not what its manifest says", where=str(path), why="; ".join(found))

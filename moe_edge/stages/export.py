@@ -19,13 +19,13 @@ from moe_edge.contracts.artifacts import (
 )
 from moe_edge.contracts.checkpoint import CheckpointHeaders, Teacher
 from moe_edge.contracts.config import BuildConfig
-from moe_edge.export.gguf_files import export_gguf_files
-from moe_edge.export.golden import from_cache
-from moe_edge.export.imatrix import dense_imatrix
-from moe_edge.export.job import ExportedFile, ExportJob, formats_to_write, size_name
-from moe_edge.export.onnx_files import export_onnx_files
-from moe_edge.export.parity_judge import judge_files
-from moe_edge.export.parity_rows import prompt_ids
+from moe_edge.exporting.gguf_files import export_gguf_files
+from moe_edge.exporting.golden import from_cache
+from moe_edge.exporting.imatrix import dense_imatrix
+from moe_edge.exporting.job import ExportedFile, ExportJob, formats_to_write, size_name
+from moe_edge.exporting.onnx_files import export_onnx_files
+from moe_edge.exporting.parity_judge import judge_files
+from moe_edge.exporting.parity_rows import prompt_ids
 from moe_edge.families import student_family
 from moe_edge.models.loading import load_tokenizer
 from moe_edge.models.students import count_params

@@ -24,7 +24,7 @@ from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.spec import ModelSpec
-from moe_edge.export.imatrix import write_imatrix_gguf
+from moe_edge.exporting.imatrix import write_imatrix_gguf
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.models.loading import load_model, load_tokenizer, true_vocabulary
 from moe_edge.models.streaming import StreamedModel

@@ -34,10 +34,10 @@ from moe_edge.contracts.quantization import RECIPES
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.devices import harness
 from moe_edge.devices.transport import LocalTransport
-from moe_edge.export.gguf import write_gguf
-from moe_edge.export.gguf_quantize import quantize_gguf
-from moe_edge.export.imatrix import imatrix_arrays
-from moe_edge.export.onnx import export_onnx
+from moe_edge.exporting.gguf import write_gguf
+from moe_edge.exporting.gguf_quantize import quantize_gguf
+from moe_edge.exporting.imatrix import imatrix_arrays
+from moe_edge.exporting.onnx import export_onnx
 from moe_edge.families import family_of
 from moe_edge.metrics.reference import judge_runtime, spill_logits
 from moe_edge.models.loading import load_model, load_tokenizer
@@ -83,7 +83,7 @@ def llama_mixture(source: Path, target: Path, name: str, imatrix: dict[str, np.n
 
     from llama_cpp import llama_cpp as lib
 
-    from moe_edge.export.gguf_quantize import _imatrix
+    from moe_edge.exporting.gguf_quantize import _imatrix
     from moe_edge.runtimes.llama_cpp import last_errors, quiet_llama
 
     quiet_llama()

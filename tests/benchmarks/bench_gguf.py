@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from moe_edge.export.gguf import write_gguf
-from moe_edge.export.gguf_quantize import quantize_gguf
+from moe_edge.exporting.gguf import write_gguf
+from moe_edge.exporting.gguf_quantize import quantize_gguf
 from moe_edge.runtimes.gguf_header import check_gguf_header
 from tests.tiny import tiny_checkpoint
 

@@ -32,8 +32,8 @@ from tests.tiny import tiny_checkpoint
 
 MIB = 1 << 20
 SAMPLE_INTERVAL_S = 0.005
-_OURS_F16 = "from moe_edge.export.gguf import write_gguf"
-_OURS_QUANTIZE = "from moe_edge.export.gguf_quantize import quantize_gguf"
+_OURS_F16 = "from moe_edge.exporting.gguf import write_gguf"
+_OURS_QUANTIZE = "from moe_edge.exporting.gguf_quantize import quantize_gguf"
 _THEIRS = "import convert_hf_to_gguf as converter, conversion.base as base"
 Command = Sequence[str]
 

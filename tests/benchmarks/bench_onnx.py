@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_edge.export.gguf import write_gguf
-from moe_edge.export.gguf_quantize import quantize_gguf
-from moe_edge.export.onnx import export_onnx
-from moe_edge.export.onnx_quantize import quantize
+from moe_edge.exporting.gguf import write_gguf
+from moe_edge.exporting.gguf_quantize import quantize_gguf
+from moe_edge.exporting.onnx import export_onnx
+from moe_edge.exporting.onnx_quantize import quantize
 from moe_edge.runtimes import open_runtime
 from moe_edge.runtimes.base import Runtime
 from tests.tiny import tiny_checkpoint

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from moe_edge.contracts.onnx_bits import fitting_block, stored_bytes
 from moe_edge.contracts.quantization import layer_thirds
-from moe_edge.export.onnx_quantize import quantize
+from moe_edge.exporting.onnx_quantize import quantize
 from moe_edge.models.loading import load_model
 from moe_edge.models.taps import decoder_layers
 from moe_edge.models.weights import WeightRows, weight_rows

@@ -25,8 +25,8 @@ import torch
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.models.dense import DENSE_OF, build_dense
 from moe_edge.models.loading import save_student
-from tests.export.gguf_models import LLAMA3, REPRESENTABLE, llama_checkpoint
-from tests.export.onnx_models import CASES
+from tests.exporting.gguf_models import LLAMA3, REPRESENTABLE, llama_checkpoint
+from tests.exporting.onnx_models import CASES
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint, tiny_model
 
 SIZE = {"hidden": 256, "width": 256}

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from moe_edge.export.parity import NEAR_TIE_LOGITS
-from moe_edge.export.parity_rows import GREEDY_TOKENS, prompt_ids
+from moe_edge.exporting.parity import NEAR_TIE_LOGITS
+from moe_edge.exporting.parity_rows import GREEDY_TOKENS, prompt_ids
 from moe_edge.runtimes.llama_cpp import repack_is_safe
 
 NEW_TOKENS = 40

@@ -17,8 +17,8 @@ from moe_edge.contracts.capabilities import (
 )
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.spec import FEATURES
-from moe_edge.export.gguf_layout import LAYOUTS
-from moe_edge.export.onnx_graph import ATTENTION
+from moe_edge.exporting.gguf_layout import LAYOUTS
+from moe_edge.exporting.onnx_graph import ATTENTION
 from moe_edge.families import FAMILIES, family_of
 from tests.tiny import tiny_model
 

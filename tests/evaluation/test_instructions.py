@@ -12,8 +12,8 @@ from moe_edge.contracts.evaluation import Average
 from moe_edge.evaluation import instructions
 from moe_edge.evaluation.answers import Protocol
 from moe_edge.evaluation.instructions import EvaluationSettings, artifact_digest, run
-from moe_edge.export.gguf import write_gguf
-from moe_edge.export.onnx import export_onnx
+from moe_edge.exporting.gguf import write_gguf
+from moe_edge.exporting.onnx import export_onnx
 from moe_edge.metrics import text
 from moe_edge.reporting.evaluation_text import evaluation_text
 from moe_edge.runtimes.sampling import Sampling

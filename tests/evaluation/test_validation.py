@@ -15,8 +15,8 @@ from moe_edge.devices.worker import TOO_LARGE
 from moe_edge.evaluation import validation
 from moe_edge.evaluation.cells import Session, model_digest
 from moe_edge.evaluation.validation import bench_artifact, held_out_rows, lone_model, measure, validate_artifact
-from moe_edge.export.gguf import write_gguf
-from moe_edge.export.gguf_split import split_gguf
+from moe_edge.exporting.gguf import write_gguf
+from moe_edge.exporting.gguf_split import split_gguf
 from moe_edge.runtimes import hf
 from tests.evaluation.fakes import InstantTransport, Opener, build_config, new_session, some_models
 from tests.stages.inputs import opened

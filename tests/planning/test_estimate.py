@@ -45,7 +45,7 @@ def test_parameters_are_those_of_the_checkpoint(tmp_path, family):
 @pytest.mark.parametrize(("family", "tied"), [("qwen3_moe", True), ("qwen3_moe", False), ("qwen2_moe", True)])
 def test_the_f16_file_is_predicted(tmp_path, family, tied):
     """Tensor bytes exactly, a tied head written out where llama.cpp demands it, the whole file within its metadata."""
-    from moe_edge.export.gguf import write_gguf
+    from moe_edge.exporting.gguf import write_gguf
 
     folder = tiny_checkpoint(tmp_path, family, experts=6, hidden=64, width=48, tied=tied, vocab=320)
     seen = model_headers(inspect_checkpoint(folder))

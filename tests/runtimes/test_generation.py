@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.export.gguf import write_gguf
+from moe_edge.exporting.gguf import write_gguf
 from moe_edge.runtimes.base import Prompt, generate
 from moe_edge.runtimes.hf import HfRuntime
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime

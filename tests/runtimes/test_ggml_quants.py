@@ -56,10 +56,10 @@ def test_rows_that_no_block_divides_and_wrong_weights_are_refused():
 
 def test_the_bytes_are_those_of_a_quantized_file(tmp_path):
     """Against llama_model_quantize itself, with an importance matrix."""
-    from moe_edge.export.gguf import write_gguf
-    from moe_edge.export.gguf_quantize import quantize_gguf
+    from moe_edge.exporting.gguf import write_gguf
+    from moe_edge.exporting.gguf_quantize import quantize_gguf
     from moe_edge.runtimes.gguf_header import check_gguf_header
-    from tests.export.gguf_models import representable
+    from tests.exporting.gguf_models import representable
 
     source, target = tmp_path / "f16.gguf", tmp_path / "q4.gguf"
     write_gguf(representable(tmp_path, "qwen3_moe", hidden=256, width=256), source, name="x")

@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.quantization import GGML_TYPES
-from moe_edge.export.gguf_quantize import quantize_gguf
+from moe_edge.exporting.gguf_quantize import quantize_gguf
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS, check_gguf_header
 from moe_edge.runtimes.llama_cpp import LlamaCppRuntime, load_gguf
 

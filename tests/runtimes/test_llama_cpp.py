@@ -7,7 +7,7 @@ import pytest
 from gguf import GGUFWriter
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected, ResourceProblem
-from moe_edge.export.gguf import write_gguf
+from moe_edge.exporting.gguf import write_gguf
 from moe_edge.runtimes import RUNTIMES, llama_cpp, open_runtime
 from moe_edge.runtimes.base import Runtime, generate
 from moe_edge.runtimes.llama_cpp import LOGITS_BATCH_TOKENS, LlamaCppRuntime

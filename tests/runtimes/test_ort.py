@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.export.onnx import export_onnx
+from moe_edge.exporting.onnx import export_onnx
 from moe_edge.runtimes import open_runtime, ort
 from moe_edge.runtimes.base import Runtime
 from tests.tiny import tiny_checkpoint, tiny_ids

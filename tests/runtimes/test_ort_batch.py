@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.export.onnx import export_onnx
+from moe_edge.exporting.onnx import export_onnx
 from moe_edge.runtimes import ort_batch
 from moe_edge.runtimes.base import generate
 from moe_edge.runtimes.ort import OrtRuntime
 from moe_edge.runtimes.sampling import GREEDY, RowNoise
-from tests.export.onnx_models import case
+from tests.exporting.onnx_models import case
 from tests.runtimes.test_generation import PROMPTS, WARM
 
 NEW = 12

@@ -9,9 +9,9 @@ import torch
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError
 from moe_edge.contracts.plan import Plan
-from moe_edge.export import gguf_quantize
-from moe_edge.export import job as export_job
-from moe_edge.export.imatrix import dense_imatrix, imatrix_arrays
+from moe_edge.exporting import gguf_quantize
+from moe_edge.exporting import job as export_job
+from moe_edge.exporting.imatrix import dense_imatrix, imatrix_arrays
 from moe_edge.formulas.importance import mean_squares
 from moe_edge.models.loading import load_model, save_student
 from moe_edge.profiling.sums import to_statistics
@@ -20,7 +20,7 @@ from moe_edge.stages import export as stage
 from moe_edge.storage.folders import changed_files, hash_folder
 from moe_edge.storage.statistics import Statistics
 from tests.compression.action_helpers import material, plan_of
-from tests.export.gguf_models import representable
+from tests.exporting.gguf_models import representable
 from tests.planning.plan_helpers import config
 from tests.profiling.runs import whole_pass
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
-from moe_edge.export import onnx_files, onnx_pack
-from moe_edge.export.onnx import export_onnx
+from moe_edge.exporting import onnx_files, onnx_pack
+from moe_edge.exporting.onnx import export_onnx
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.models.dense import build_dense
 from moe_edge.models.loading import save_student
 from moe_edge.stages import export as stage
-from tests.export.onnx_models import initializers
+from tests.exporting.onnx_models import initializers
 from tests.planning.plan_helpers import config
 from tests.tiny import tiny_checkpoint, tiny_model
 

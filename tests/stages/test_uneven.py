@@ -21,8 +21,8 @@ from moe_edge.planning.scoring import WholeScorer
 from moe_edge.stages import compress, distill, export, plan, profile
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
-from tests.export.gguf_models import REPRESENTABLE
-from tests.export.onnx_models import initializers
+from tests.exporting.gguf_models import REPRESENTABLE
+from tests.exporting.onnx_models import initializers
 from tests.planning.plan_helpers import config
 from tests.tiny import tiny_checkpoint, tiny_ids
 from tests.uneven_models import SIZES, skewed_teacher, uneven_student

@@ -20,7 +20,7 @@ from moe_edge.contracts.artifacts import (
 )
 from moe_edge.contracts.config import CalibrationConfig
 from moe_edge.contracts.errors import ConfigError, DeviceProblem
-from moe_edge.export.gguf import write_gguf
+from moe_edge.exporting.gguf import write_gguf
 from moe_edge.models.loading import load_tokenizer
 from moe_edge.stages import validate
 from moe_edge.storage.rows import TokenRows
