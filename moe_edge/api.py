@@ -11,11 +11,10 @@ as a `MoeEdgeError`, which says what, where, why and what to do next.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
@@ -24,10 +23,8 @@ from moe_edge.contracts.artifacts import (
     CompressFolder,
     DistillFolder,
     ExportFolder,
-    ExportSummary,
     PlanFolder,
     ProfileFolder,
-    StageFolder,
     ValidationFolder,
 )
 from moe_edge.contracts.checkpoint import Checkpoint, Teacher
@@ -36,81 +33,28 @@ from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.plan import Plan
-from moe_edge.contracts.report import Report, StageInfo
+from moe_edge.contracts.preview import PlanPreview
+from moe_edge.contracts.report import Judgement, Report, StageInfo
+from moe_edge.contracts.run import Artifacts as Artifacts
+from moe_edge.contracts.run import DeliveredModel as DeliveredModel
+from moe_edge.contracts.run import Run
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.storage.files import sha256_file, write_text_atomic
+from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.folders import changed_files, deliver, write_run_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from moe_edge.evaluation.instructions import Evaluation, EvaluationSettings
-    from moe_edge.evaluation.validation import BenchedArtifact, ValidatedArtifact
-    from moe_edge.planning.preview import PlanPreview
+    from moe_edge.contracts.evaluation import Evaluation
+    from moe_edge.evaluation.instructions import EvaluationSettings
+    from moe_edge.evaluation.validation import BenchedArtifact
     from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
 DEMO_NAME = "demo-teacher"
 Source = str | Path | None  # a checkpoint folder or hub id; None: the demo teacher
 Overrides = Mapping[str, Any]  # dotted key -> value
-
-
-@dataclass(frozen=True)
-class DeliveredModel:
-    """One file, or folder, that a user ships."""
-
-    path: Path
-    format: Literal["gguf", "onnx"]
-    quantization: str
-    bytes: int
-    bits_per_weight: float
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """What lies in artifacts/, the main file of each format first."""
-
-    gguf: tuple[DeliveredModel, ...]
-    onnx: tuple[DeliveredModel, ...]
-    hf: Path  # the student as a plain transformers checkpoint
-
-
-@dataclass(frozen=True)
-class Run:
-    """A build's folder after `build`, `export` or another command that fills it."""
-
-    out: Path
-    config: BuildConfig
-    report: Report | None = None  # None where the build was stopped before its end
-    reused: Mapping[str, bool] = field(default_factory=dict)  # stage -> was it up to date
-    exported: ExportSummary | None = None  # of an export without a build
-
-    @property
-    def profile(self) -> ProfileFolder:
-        return ProfileFolder.open(self.out / "profile")
-
-    @property
-    def plan(self) -> Plan:
-        return PlanFolder.open(self.out / "plan").plan
-
-    @property
-    def compressed(self) -> CompressFolder:
-        return CompressFolder.open(self.out / "compress")
-
-    @property
-    def student(self) -> DistillFolder:
-        return DistillFolder.open(self.out / "distill")
-
-    @property
-    def artifacts(self) -> Artifacts:
-        """The delivered files. Raises ConfigError where nothing was exported."""
-        found: dict[str, list[DeliveredModel]] = {"gguf": [], "onnx": []}
-        exported = self.exported or ExportFolder.open(self.out / "export").summary
-        for row in exported.artifacts:
-            model = DeliveredModel(self.out / row.path, row.format, row.quantization, row.bytes, row.bits_per_weight)
-            found[row.format].append(model)
-        return Artifacts(tuple(found["gguf"]), tuple(found["onnx"]), self.out / "artifacts" / "hf")
 
 
 def settle(
@@ -194,13 +138,14 @@ def preview(
     overrides: Overrides | None = None,
     out: str | Path | None = None,
     settings: Sequence[str] = (),
-) -> "PlanPreview":
+) -> PlanPreview:
     """What fits, what it costs and why, from config.json and the safetensors headers (and a profile, if `out` has one)."""
-    from moe_edge.planning.preview import preview_plan
+    from moe_edge.planning.dry_run import preview_plan
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     folder = output_folder(resolved, out)
-    return preview_plan(find_checkpoint(resolved), resolved, folder / "profile", folder / "plan")
+    profile = folder / "profile" if read_manifest(folder / "profile") else None
+    return preview_plan(find_checkpoint(resolved), resolved, profile, folder / "plan")
 
 
 def plan(
@@ -209,7 +154,6 @@ def plan(
     target: str = "cpu",
     config: str | Path | None = None,
     overrides: Overrides | None = None,
-    out: str | Path | None = None,
 ) -> Plan:
     """The plan as far as headers tell: how many experts, how wide, in which bits, and what that weighs.
 
@@ -218,7 +162,10 @@ def plan(
     Raises:
         ConfigError, InfeasibleError, InputRejected: wrong wishes, nothing that fits, a model that cannot be used.
     """
-    return preview(teacher, target=target, config=config, overrides=overrides, out=out).plan
+    from moe_edge.planning.dry_run import plan_from_headers
+
+    resolved = settle(target, teacher, config, overrides)
+    return plan_from_headers(find_checkpoint(resolved), resolved)
 
 
 def build(
@@ -247,6 +194,7 @@ def build(
     """
     from moe_edge.planning.allocation import header_plan
     from moe_edge.planning.disk import room_for_build
+    from moe_edge.texts.recipes import named_files
 
     for option, stage in (("start", start), ("until", until)):
         if stage is not None and stage not in pipeline.STAGE_NAMES:
@@ -256,10 +204,7 @@ def build(
     found = find_checkpoint(resolved)
     budget = header_plan(found.headers, resolved)  # refuses what cannot be before anything is read or locked
     folder = output_folder(resolved, out)
-    last = pipeline.STAGE_NAMES.index(until) if until else len(pipeline.STAGES) - 1
     with pipeline.locked(folder):
-        room = room_for_build(folder, budget, resolved, pipeline.STAGE_NAMES[: last + 1])
-        log.info("disk: %s", room)
         state = pipeline.Build(
             resolved,
             _hashed(found),
@@ -268,40 +213,13 @@ def build(
             fresh=fresh,
             given={"plan": {"budget": budget}},
         )
+        if waiting := pipeline.stages_to_run(state, start, until):
+            log.info("disk: %s", room_for_build(folder, budget, resolved, waiting))
         pipeline.run_stages(state, start, until)
         if "export" in state.manifests:
             _deliver(state)
         report = _finish(state) if "validate" in state.manifests else None
     return Run(folder, resolved, report, state.cached)
-
-
-def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
-    """Per stage the digests of the texts that its settings name, so that editing one is noticed."""
-    from moe_edge.texts.recipes import heldout_file, load_recipe
-
-    recipe = load_recipe(config.calibration.recipe)
-    calibration = {source.path: sha256_file(recipe.folder / source.path) for source in recipe.recipe.sources}
-    heldout = heldout_file(config.validate_.text)
-    if not heldout.is_file():
-        raise ConfigError("no such text file", where=f"validate.text: {heldout}")
-    earlier = Path(config.plan.within) if config.plan.within else None
-    return {
-        "profile": calibration,
-        "plan": {earlier.name: sha256_file(earlier)} if earlier else {},
-        "distill": _data_digests(config.distill.data),
-        "validate": {heldout.name: sha256_file(heldout)},
-    }
-
-
-def _data_digests(data: str) -> dict[str, str]:
-    """Of the files that `distill.data` names: a text, a recipe and its texts, or the manifest of a capture."""
-    path = Path(data).expanduser()
-    if path.is_file():
-        from moe_edge.texts.recipes import load_recipe
-
-        return {str(file): sha256_file(file) for file in (path, *load_recipe(data).files())}
-    manifest = path / MANIFEST_NAME
-    return {"capture": sha256_file(manifest)} if manifest.is_file() else {}
 
 
 def _deliver(state: pipeline.Build) -> None:
@@ -329,26 +247,31 @@ def _finish(state: pipeline.Build) -> Report:
     kept = read_manifest(state.out)
     unchanged = kept is not None and kept.inputs == inputs and kept.config == _plain(state.config)
     if kept is not None and unchanged and all(state.cached.values()) and not changed_files(state.out, kept.files):
-        return Report.model_validate_json((state.out / "report.json").read_bytes())
+        return Report.read(state.out / "report.json")
     stream = StringIO()
     YAML(typ="safe").dump(_plain(state.config), stream)
     write_text_atomic(state.out / "config.yaml", stream.getvalue())
-    report = _write_report(state.out, state.config, state.teacher.name, state.manifests, state.cached)
+    report = _write_report(state.out, state.config, state.manifests, state.cached)
     write_run_manifest(state.out, _plain(state.config), inputs, pipeline.all_versions())
     return report
 
 
 def _write_report(
-    out: Path, config: BuildConfig, teacher: str, manifests: Mapping[str, Manifest], reused: Mapping[str, bool]
+    out: Path, config: BuildConfig, manifests: Mapping[str, Manifest], reused: Mapping[str, bool]
 ) -> Report:
     from moe_edge.stages import report
 
     rows = [_stage_info(name, manifest, reused[name]) for name, manifest in manifests.items()]
-    folders: dict[str, StageFolder[Any]] = {
-        kind.stage: kind.of(out / kind.stage, manifests[kind.stage])
-        for kind in (ProfileFolder, PlanFolder, CompressFolder, DistillFolder, ExportFolder, ValidationFolder)
-    }
-    return report.run(config, out, rows, teacher=teacher, **folders)
+    return report.run(
+        config,
+        out,
+        rows,
+        plan=PlanFolder.of(out / "plan", manifests["plan"]),
+        compress=CompressFolder.of(out / "compress", manifests["compress"]),
+        distill=DistillFolder.of(out / "distill", manifests["distill"]),
+        export=ExportFolder.of(out / "export", manifests["export"]),
+        validate=ValidationFolder.of(out / "validate", manifests["validate"]),
+    )
 
 
 def _stage_info(name: str, manifest: Manifest, reused: bool) -> StageInfo:
@@ -407,12 +330,21 @@ def distill(
         Whatever the stages raise.
     """
     if student is None:
-        given = {"config": config, "overrides": overrides, "out": out, "fresh": fresh, "settings": settings}
-        return build(teacher, target=target, until="distill", **given).student
+        return build(
+            teacher,
+            target=target,
+            config=config,
+            overrides=overrides,
+            out=out,
+            until="distill",
+            fresh=fresh,
+            settings=settings,
+        ).student
     from moe_edge.models.loading import resolve_teacher
     from moe_edge.planning.disk import CHECKPOINT_BYTES, refuse_full_disk
     from moe_edge.stages import distill_pair
     from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
+    from moe_edge.texts.recipes import data_digests
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     opened = open_teacher(resolved)
@@ -421,7 +353,7 @@ def distill(
     if (folder / "compress").exists():
         raise ConfigError("the folder holds a build", where=str(folder), next_command="--out with another folder")
     headers = inspect_checkpoint(learner)
-    texts = {"student": checkpoint_digest(learner)} | _data_digests(resolved.distill.data)
+    texts = {"student": checkpoint_digest(learner)} | data_digests(resolved.distill.data)
     with pipeline.locked(folder):
         refuse_full_disk(folder, {"distill": headers.total_bytes + CHECKPOINT_BYTES * headers.weights})
         state = pipeline.Build(
@@ -463,7 +395,7 @@ def export(
     profile = ProfileFolder.of(*cached) if cached else None
     with pipeline.locked(folder):
         job = plain_job(resolved, opened, work, profile)
-        pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile and profile.digest))
+        pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile.digest if profile else None))
         exported = ExportFolder(work, "", export_model(job))
         deliver(folder, opened.path, work)
         _bundle(folder, exported, resolved, opened.digest)
@@ -481,7 +413,7 @@ def validate(
     out: str | Path | None = None,
     device: str | None = None,
     settings: Sequence[str] = (),
-) -> "ValidatedArtifact":
+) -> Judgement:
     """Compare an artifact with its teacher on held-out text, measure its speed, and apply the target's gates.
 
     Args:
@@ -560,8 +492,7 @@ def report(run: str | Path) -> Report:
         why = f"no finished stage: {', '.join(missing)}"
         raise ConfigError("the run is not complete", where=str(out), why=why, next_command="moe-edge build ...")
     config = BuildConfig.model_validate(read_yaml(out / "config.yaml").data)
-    name = Path(config.teacher.path).name if config.teacher.path else DEMO_NAME
-    written = _write_report(out, config, name, manifests, dict.fromkeys(manifests, True))
+    written = _write_report(out, config, manifests, dict.fromkeys(manifests, True))
     if (old := read_manifest(out)) is not None:
         write_run_manifest(out, old.config, old.inputs, old.versions)
     return written

@@ -43,10 +43,12 @@ def make_dense(applied: Applied, plan: Plan, material: Material) -> None:
         check_single_expert(model, width * len(kept_in(plan, views[0])))
     networks: list[Ffn] = []
     work_on_layers(
-        plan, material, applied,
+        plan,
+        material,
+        applied,
         act=lambda layer: fix_gates(layer, with_shared),
         collect=lambda layer: networks.append(joined(layer, with_shared)),
-    )  # fmt: skip
+    )
     applied.down_energy.clear()  # the columns of a dense FFN belong to no expert
     applied.model = (
         build_dense(model, networks) if with_shared else build_single_expert(model, networks, _weigher(applied))

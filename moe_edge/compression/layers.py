@@ -1,20 +1,14 @@
-"""One forward pass of a teacher that stops in every MoE layer, so that the layer can be studied and changed there.
+"""The layers of a student on their way from teacher to plan: what every action shares.
 
-All calibration rows go through the body at once; in each layer the visitor sees what the experts were given and what they
-answered. It may change the layer's weights, which takes effect from the next forward on, and it may return another
-answer: then the layers above see that one, which is the layer-sequential re-forward of REAM (arXiv:2604.05356) without a
-second pass. Memory is that of one forward over the rows; nothing is kept between layers.
+`work_on_layers` sends all fit rows through the body at once and stops in every MoE layer, from the bottom up
+(`walk_layers`). The order in a layer is fixed: the teacher's answer is the target, then the experts are narrowed, then the
+action does its work, then the down projections are refitted if the plan says so. Weights change in place, which takes effect
+from the next forward on; with `sequential` the layers above see what the student answers, which is the layer-sequential
+re-forward of REAM (arXiv:2604.05356) without a second pass. Memory is that of one forward over the rows; nothing is kept
+between layers. Router rows and counts are cut when all layers are done (models/pruning.py), because only then one number
+holds for the whole model.
 
-Shape suffixes: N rows, S tokens of a row, T = N x S, K top-k, D model.
-
-The layers of a student on their way from teacher to plan: what every action shares.
-
-A layer that needs calibration tokens is visited in the forward pass of walk.py. The order in it is fixed: the teacher's
-answer is the target, then the experts are narrowed, then the action does its work, then the down projections are refitted
-if the plan says so. With `sequential` the layers above see what the student answers. Router rows and counts are cut when
-all layers are done (families/pruning.py), because only then one number holds for the whole model.
-
-Shape suffixes: L MoE layers, E experts, T tokens, K top-k, D model, F expert width, N rows, S tokens of a row.
+Shape suffixes: L MoE layers, E experts, N rows, S tokens of a row, T = N x S, K top-k, D model, F expert width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,67 +33,11 @@ from moe_edge.storage.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class LayerTokens:
-    """What the experts of one layer were handed and what they gave back."""
-
-    hidden_TD: Tensor
-    index_TK: Tensor
-    weight_TK: Tensor
-    output_TD: Tensor  # the routed output, without shared experts
-
-
-Visitor = Callable[[MoELayerView, LayerTokens], Tensor | None]
-
-
-@torch.no_grad()
-def walk_layers(model: nn.Module, ids_NS: Tensor, visit: Visitor) -> None:
-    """Run `model` over the rows and call `visit` in every MoE layer, from the bottom up.
-
-    Args:
-        visit: may return a routed output [T, D], which then replaces the layer's own.
-    """
-    views = moe_layers(model)
-    progress = iter(track(views, "compress: layers"))
-    with ExitStack() as undo:
-        for view in views:
-            undo.callback(view.experts.__dict__.pop, "forward", None)
-            view.experts.forward = _visiting(view, visit, progress)
-        device = next(model.parameters()).device
-        body(model)(input_ids=ids_NS.long().to(device), use_cache=False)
-        next(progress, None)
-
-
-def _visiting(
-    view: MoELayerView, visit: Visitor, progress: Iterator[object]
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    answer = view.experts.forward
-
-    def forward(hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        next(progress, None)
-        output_TD = answer(hidden_TD, index_TK, weight_TK)
-        view.experts.__dict__.pop("forward", None)  # the visitor may call the experts
-        replaced_TD = visit(view, LayerTokens(hidden_TD, index_TK, weight_TK, output_TD))
-        return output_TD if replaced_TD is None else replaced_TD.to(output_TD.dtype)
-
-    return forward
-
-
-@torch.no_grad()
-def student_routing(
-    model: nn.Module, view: MoELayerView, hidden_TD: Tensor, kept: Sequence[int], top_k: int
-) -> tuple[Tensor, Tensor]:
-    """How the student will route these tokens in this layer: (index [T, K] of the teacher's experts, weight [T, K])."""
-    with masked(model, {view.index: list(kept)}, top_k):
-        index_TK, weight_TK = route(view, hidden_TD)
-    return torch.tensor(kept, device=index_TK.device)[index_TK], weight_TK
-
-
-@dataclass(frozen=True)
 class Material:
     """What an action may look at besides the teacher."""
 
     statistics: Statistics | None = None
-    ids_NS: Tensor | None = None  # calibration rows
+    ids_NS: Tensor | None = None  # calibration rows [N, S] that may be fitted on (contracts/row_split.py)
 
 
 @dataclass
@@ -110,6 +48,16 @@ class Applied:
     layers: list[dict[str, Any]] = field(default_factory=list)  # one record per MoE layer, JSON-able
     pairs: list[dict[str, Any]] = field(default_factory=list)  # one record per pair of a merge
     down_energy: dict[int, Tensor] = field(default_factory=dict)  # layer -> mean square of each down column [E', F]
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What the experts of one layer were handed and what they gave back."""
+
+    hidden_TD: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    output_TD: Tensor  # the routed output, without shared experts
 
 
 @dataclass
@@ -125,6 +73,7 @@ class Layer:
     record: dict[str, Any]
 
 
+Visitor = Callable[[MoELayerView, LayerTokens], Tensor | None]
 Act = Callable[[Layer], None]
 
 
@@ -145,7 +94,7 @@ def work_on_layers(
         _check_narrower(plan.expert_width, expert_width(moe_layers(model)[0]))
         check_width(model, plan.expert_width)
     if plan.fits:
-        walk_layers(model, calibration_rows(plan, material), _visitor(plan, material, applied, act, collect))
+        walk_layers(model, fit_rows(plan, material), _visitor(plan, material, applied, act, collect))
     elif plan.expert_width is not None:
         for view in moe_layers(model):
             record = {"layer": view.index}
@@ -161,11 +110,8 @@ def _check_narrower(width: int, now: int) -> None:
         raise ConfigError(f"experts cannot be widened to {width}", where="plan.expert_width", why=why)
 
 
-def calibration_rows(plan: Plan, material: Material) -> Tensor:
-    """The first rows of the profile's calibration set that hold about `plan.action_tokens` tokens (at least one row).
-
-    The plan's masked KL is measured on the last rows, so that the two do not meet unless the set is small.
-    """
+def fit_rows(plan: Plan, material: Material) -> Tensor:
+    """The first of the given rows that hold about `plan.action_tokens` tokens, at least one."""
     if material.ids_NS is None:
         raise _missing(f"the action {plan.action} is fitted on calibration tokens")
     return material.ids_NS[: max(1, plan.action_tokens // material.ids_NS.shape[1])]
@@ -176,9 +122,8 @@ def kept_in(plan: Plan, view: MoELayerView) -> list[int]:
     return list(plan.kept.get(view.index, range(view.count)))
 
 
-def _visitor(
-    plan: Plan, material: Material, applied: Applied, act: Act | None, collect: Act | None
-) -> Callable[[MoELayerView, LayerTokens], Tensor | None]:
+def _visitor(plan: Plan, material: Material, applied: Applied, act: Act | None, collect: Act | None) -> Visitor:
+    """What is done in one layer, in the fixed order."""
     model = applied.model
 
     def visit(view: MoELayerView, tokens: LayerTokens) -> Tensor | None:
@@ -231,3 +176,46 @@ def _down_energy(fit: LayerFit, kept: list[int]) -> Tensor:
 
 def _missing(why: str) -> ConfigError:
     return ConfigError("the plan needs a profile", where="plan.json", why=why, next_command="moe-edge profile TEACHER")
+
+
+@torch.no_grad()
+def walk_layers(model: nn.Module, ids_NS: Tensor, visit: Visitor) -> None:
+    """Run `model` over the rows and call `visit` in every MoE layer, from the bottom up.
+
+    Args:
+        visit: may return a routed output [T, D], which then replaces the layer's own.
+    """
+    views = moe_layers(model)
+    progress = iter(track(views, "compress: layers"))
+    with ExitStack() as undo:
+        for view in views:
+            undo.callback(view.experts.__dict__.pop, "forward", None)
+            view.experts.forward = _visiting(view, visit, progress)
+        device = next(model.parameters()).device
+        body(model)(input_ids=ids_NS.long().to(device), use_cache=False)
+        next(progress, None)
+
+
+def _visiting(
+    view: MoELayerView, visit: Visitor, progress: Iterator[object]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    answer = view.experts.forward
+
+    def forward(hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        next(progress, None)
+        output_TD = answer(hidden_TD, index_TK, weight_TK)
+        view.experts.__dict__.pop("forward", None)  # the visitor may call the experts
+        replaced_TD = visit(view, LayerTokens(hidden_TD, index_TK, weight_TK, output_TD))
+        return output_TD if replaced_TD is None else replaced_TD.to(output_TD.dtype)
+
+    return forward
+
+
+@torch.no_grad()
+def student_routing(
+    model: nn.Module, view: MoELayerView, hidden_TD: Tensor, kept: Sequence[int], top_k: int
+) -> tuple[Tensor, Tensor]:
+    """How the student will route these tokens in this layer: (index [T, K] of the teacher's experts, weight [T, K])."""
+    with masked(model, {view.index: list(kept)}, top_k):
+        index_TK, weight_TK = route(view, hidden_TD)
+    return torch.tensor(kept, device=index_TK.device)[index_TK], weight_TK

@@ -89,9 +89,11 @@ def _merge_group(layer: Layer, kept: int, candidates: list[int], records: dict[i
         accepted = layer.fit.accept_best(kept, [mean, *layer.fit.refits(kept, mean)], slack=EQUAL)
         group = tried if accepted else group
         records[member] |= {
-            "accepted": accepted, "reason": None if accepted else "the layer's routed output would get worse",
-            "missed_before": before, "missed_after": layer.fit.missed,
-        }  # fmt: skip
+            "accepted": accepted,
+            "reason": None if accepted else "the layer's routed output would get worse",
+            "missed_before": before,
+            "missed_after": layer.fit.missed,
+        }
 
 
 def _aligned(layer: Layer, kept: int, reference: Ffn, member: int) -> tuple[Ffn, float]:

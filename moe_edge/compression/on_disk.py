@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 
 from moe_edge.contracts.checkpoint import CheckpointHeaders
@@ -18,15 +17,9 @@ from moe_edge.contracts.spec import EXPERT_SIZED, TensorEntry
 from moe_edge.contracts.units import format_bytes
 from moe_edge.families import family_of
 from moe_edge.models.checkpoint_subsets import padding_value, stream_pruned_checkpoint
+from moe_edge.process.placement import can_be_edited, free_bytes
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.tensor_files import PieceReader
-
-WORKING_SHARE = 1.3  # of the teacher's bytes: what is needed to hold it, the student beside it and activations
-
-
-def fits_in_memory(headers: CheckpointHeaders) -> bool:
-    """Is there room for the whole model now?"""
-    return psutil.virtual_memory().available >= WORKING_SHARE * headers.total_bytes
 
 
 def held_whole(headers: CheckpointHeaders, mode: str) -> bool:
@@ -35,7 +28,7 @@ def held_whole(headers: CheckpointHeaders, mode: str) -> bool:
     Args:
         mode: profile.mode.
     """
-    return mode != "layerwise" and fits_in_memory(headers)
+    return mode != "layerwise" and can_be_edited(headers)
 
 
 def only_drops(plan: Plan) -> bool:
@@ -52,7 +45,7 @@ def drop_on_disk(headers: CheckpointHeaders, plan: Plan, folder: Path) -> int:
         MoeEdgeError: a part differs, so that writing or the disk is broken.
     """
     if not only_drops(plan):
-        free = format_bytes(psutil.virtual_memory().available)
+        free = format_bytes(free_bytes())
         raise ResourceProblem(
             "the teacher does not fit in memory",
             where=str(headers.folder),

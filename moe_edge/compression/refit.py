@@ -1,17 +1,13 @@
-"""The routed output of one student layer on calibration tokens, and changes of single experts that bring it to the target.
+"""What a student layer misses of the teacher's routed output on calibration tokens, and refits that bring it nearer.
 
-The target is what the teacher's experts answered on the same tokens. A change of one expert is judged by what it does to
-the whole block, including the tokens that other experts gave up when they were dropped: it is accepted only if the
-squared error falls on all tokens and on the last third of them, which took no part in the fit. So the error never rises,
-whatever is proposed. The refit of all down projections together is in refit.py.
+`LayerFit` keeps the books of one layer: the target is what the teacher's experts answered, the residual what the student
+misses of it. A change of one expert is judged by what it does to the whole block, including the tokens that other experts
+gave up when they were dropped: it is accepted only if the squared error falls on all tokens and on the last third of them,
+which took no part in the fit. So the error never rises, whatever is proposed.
 
-Shape suffixes: T tokens, K top-k, D model, F expert width, N tokens of one expert.
-
-Refit of all down projections of a layer at once, against what the whole block misses.
-
-The block's output is linear in the down projections of all kept experts together, so their best change is one ridge
-regression: MergeMoE's closed form (arXiv:2510.14436), with what the block misses as the target and every expert in one
-problem, because experts that share tokens correct each other. Three things make it hold on text that it has not seen:
+`refit` changes all down projections of a layer at once. The block's output is linear in them together, so their best change
+is one ridge regression: MergeMoE's closed form (arXiv:2510.14436), with what the block misses as the target and every expert
+in one problem, because experts that share tokens correct each other. Three things make it hold on text that it has not seen:
 
 - Tokens with large outputs (attention sinks foremost) are scaled down to the median, or they are all that is fitted.
 - The ridge pulls each neuron's column towards its present weights in proportion to the neuron's energy, which is the
@@ -21,7 +17,7 @@ problem, because experts that share tokens correct each other. Three things make
 - How strongly it pulls is decided on the last third of the tokens after a fit on the others. If no strength helps there
   the layer stays as it is, else it is fitted on all tokens.
 
-Shape suffixes: N tokens of one expert, T tokens, D model, F expert width.
+Shape suffixes: T tokens, K top-k, D model, F expert width, N tokens of one expert.
 """
 
 from collections.abc import Sequence
@@ -35,8 +31,11 @@ from moe_edge.models.views import MoELayerView, down_project, expert_activations
 from moe_edge.models.weights import read_expert, write_expert
 
 FIT_SHARE = 2 / 3  # of the tokens; the others judge
+RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 MERGE_RIDGES = (0.01, 0.1, 1.0)  # of a merged expert alone
 EQUAL = 1e-6  # share of the target's energy below which two errors count as equal
+FLOOR = 0.3  # of an expert's root mean square, below which a neuron counts as that loud
+TINY = 1e-12  # of a column's root mean square, so that silent neurons divide nothing by zero
 
 
 class LayerFit:
@@ -45,7 +44,7 @@ class LayerFit:
     def __init__(
         self, view: MoELayerView, hidden_TD: Tensor, target_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
     ) -> None:
-        """Args: index_TK: the layer's own expert ids, each at most once per token."""
+        """Args: target_TD: the teacher's routed output; index_TK: the layer's own expert ids, each at most once per token."""
         self.view, self.hidden_TD = view, hidden_TD
         self.energy = float(target_TD.double().square().sum())
         self.boundary = int(len(hidden_TD) * FIT_SHARE)
@@ -159,11 +158,6 @@ def squared_error(residual_ND: Tensor) -> float:
     return float(residual_ND.double().square().sum())
 
 
-RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
-FLOOR = 0.3  # of an expert's root mean square, below which a neuron counts as that loud
-TINY = 1e-12  # of a column's root mean square, so that silent neurons divide nothing by zero
-
-
 @torch.no_grad()
 def refit(fit: LayerFit) -> float | None:
     """Refit the experts of a layer in place; returns the ridge, or None where the layer stays as it is."""
@@ -185,7 +179,7 @@ def refit(fit: LayerFit) -> float | None:
 
 def token_weights(target_TD: Tensor) -> Tensor:
     """1 for tokens with ordinary outputs, less for those beyond the median norm, so that none counts for more, [T]."""
-    norm_T = target_TD.float().norm(dim=1)
+    norm_T: Tensor = target_TD.float().norm(dim=1)
     return (norm_T.median() / norm_T.clamp_min(TINY)).clamp_max(1.0)
 
 

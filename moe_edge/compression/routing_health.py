@@ -1,37 +1,58 @@
-"""Counting how a model routes: a light hook on the experts' own input, nothing recomputed.
+"""Routing health of teacher and student on the same few calibration rows, as the compress stage's summary carries it.
+
+Counted on real routing by a light hook on the experts' own input, before and after the experts are dropped; nothing is
+recomputed, and nothing is trained in between. What the counts say is in formulas/routing_health.py.
 
 Shape suffixes: L MoE layers, E experts, K top-k, N rows, S tokens of a row, T tokens.
-
-Routing health of teacher and student on the same few calibration rows, as the compress stage's summary carries it.
-
-Counted on real routing, before and after the experts are dropped; nothing is trained in between. What it says is in
-formulas/routing_health.py.
-
-Shape suffixes: L MoE layers, E experts, N rows, S tokens of a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_edge.contracts.artifacts import RoutingHealth
 from moe_edge.formulas.routing_health import LayerHealth, gate_share_kept, layer_health
 from moe_edge.models.taps import body
 from moe_edge.models.views import moe_layers
 from moe_edge.process.progress import track
-from moe_edge.storage.rows import TokenRows
+
+_MEANS = ("load_entropy", "variation", "largest_over_fair", "gate_mass")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a model did on some rows."""
+
+    counts_LE: Tensor
+    gate_sum_LE: Tensor
+    tokens: int
+    real: list[list[int]] | None = None  # of every layer, the experts that are no padding; None: all
+
+    def health(self) -> list[LayerHealth]:
+        """Per layer, over its real experts."""
+        real = self.real or [list(range(self.counts_LE.shape[1]))] * len(self.counts_LE)
+        rows = zip(self.counts_LE, self.gate_sum_LE, real, strict=True)
+        return [
+            layer_health(counts_E[own][None], gates_E[own][None], self.tokens)[0] for counts_E, gates_E, own in rows
+        ]
+
+
+def observe(model: PreTrainedModel, ids_NS: Tensor | None) -> Routing | None:
+    """Count the routing of a model; None where there are no rows."""
+    if ids_NS is None:
+        return None
+    return Routing(*routing_counts(model, ids_NS), ids_NS.numel(), [view.real for view in moe_layers(model)])
 
 
 @torch.no_grad()
 def routing_counts(model: PreTrainedModel, ids_NS: Tensor) -> tuple[Tensor, Tensor]:
     """(counts_LE int64, gate_sum_LE float64): tokens routed to each expert, and the weights they were mixed in with.
 
-    The expert axis is the model's own; under `families.pruning.masked` it is the teacher's.
+    The expert axis is the model's own; under `models.pruning.masked` it is the teacher's.
     """
     views = moe_layers(model)
     counts_LE = torch.zeros(len(views), views[0].count, dtype=torch.int64)
@@ -54,60 +75,22 @@ def _adder(counts_E: Tensor, gate_sum_E: Tensor) -> Callable[[nn.Module, tuple[T
     return add
 
 
-HEALTH_TOKENS = 512
-_MEANS = ("load_entropy", "variation", "largest_over_fair", "gate_mass")
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a model did on some rows."""
-
-    counts_LE: Tensor
-    gate_sum_LE: Tensor
-    tokens: int
-    real: list[list[int]] | None = None  # of every layer, the experts that are no padding; None: all
-
-    def health(self) -> list[LayerHealth]:
-        """Per layer, over its real experts."""
-        real = self.real or [list(range(self.counts_LE.shape[1]))] * len(self.counts_LE)
-        rows = zip(self.counts_LE, self.gate_sum_LE, real, strict=True)
-        return [
-            layer_health(counts_E[own][None], gates_E[own][None], self.tokens)[0] for counts_E, gates_E, own in rows
-        ]
-
-
-def health_rows(profile: Path | None) -> Tensor | None:
-    """The last calibration rows that hold about HEALTH_TOKENS tokens, [N, S]; None without a profile."""
-    path = None if profile is None else profile / "rows.safetensors"
-    if path is None or not path.is_file():
-        return None
-    ids_NS = torch.from_numpy(TokenRows.load(path).ids_NS).long()
-    return ids_NS[-max(1, HEALTH_TOKENS // ids_NS.shape[1]) :]
-
-
-def observe(model: PreTrainedModel, ids_NS: Tensor | None) -> Routing | None:
-    """Count the routing of a model; None where there are no rows."""
-    if ids_NS is None:
-        return None
-    return Routing(*routing_counts(model, ids_NS), ids_NS.numel(), [view.real for view in moe_layers(model)])
-
-
 def compare(
     teacher: Routing | None, student: Routing | None, kept: Mapping[int, Sequence[int]], layers: Sequence[int]
-) -> dict[str, Any]:
-    """{"routing_health": {tokens, teacher, student, layers, alarms}}, or nothing where a side is missing.
+) -> RoutingHealth | None:
+    """Before and after; None where a side is missing.
 
     Args:
         kept: decoder layer -> kept experts; empty = all.
         layers: the decoder layer of every position.
     """
     if teacher is None or student is None:
-        return {}
+        return None
     before, after = teacher.health(), student.health()
-    summary = {"teacher": _means(before), "student": _means(after)}
+    teachers, students = _means(before), _means(after)
     if kept:
         share_L = gate_share_kept(teacher.gate_sum_LE, dict(enumerate(kept[layer] for layer in layers)))
-        summary["student"]["teachers_gate_mass_kept"] = float(share_L.nanmean())
+        students["teachers_gate_mass_kept"] = float(share_L.nanmean())
     rows = zip(layers, before, after, strict=True)
     alarms = [
         f"layer {layer}: {new.alarm}" + ("" if old.alarm is None else " (so does the teacher)")
@@ -116,7 +99,7 @@ def compare(
     ]
     pairs = zip(layers, before, after, strict=True)
     detail = [{"layer": layer, "teacher": asdict(old), "student": asdict(new)} for layer, old, new in pairs]
-    return {"routing_health": {"tokens": teacher.tokens, **summary, "layers": detail, "alarms": alarms}}
+    return RoutingHealth(tokens=teacher.tokens, teacher=teachers, student=students, layers=detail, alarms=alarms)
 
 
 def _means(layers: Sequence[LayerHealth]) -> dict[str, float | None]:

@@ -56,6 +56,7 @@ def _refuse_unlike(view: MoELayerView) -> None:
 def fit_layer(layer: Layer, rank: int) -> SharedCore:
     """Fit one layer and write the folded experts into it, so that what follows sees the student's answers."""
     gate = layer.view.experts.act_fn
+    assert callable(gate)
     data = [expert_data(layer, expert) for expert in layer.kept]
     core = fit_shared_core(data, layer.tokens.hidden_TD[:SAMPLE_TOKENS], rank, lambda one, other: gate(one) * other)
     for expert, wrapper in zip(layer.kept, core.wrappers, strict=True):
@@ -91,4 +92,5 @@ def fill(module: SharedCoreExperts, fitted: SharedCore) -> None:
     module.input_wrapper.right.copy_(torch.stack([wrapper.in_right_RD for wrapper in wrappers]))
     module.output_wrapper.left.copy_(torch.stack([wrapper.out_left_DR for wrapper in wrappers]))
     module.output_wrapper.right.copy_(torch.stack([wrapper.out_right_RD for wrapper in wrappers]))
+    assert module.output_wrapper.scale is not None  # only an input has none
     module.output_wrapper.scale.copy_(torch.tensor([wrapper.out_scale for wrapper in wrappers]))

@@ -1,17 +1,12 @@
-"""Which neurons stay at an expert width, for predicting what narrower experts cost before a weight is cut.
-
-The choice is the one that `width.narrow_layer` makes later (formulas/importance.py), so that masking predicts it exactly,
-up to rounding and before any refit.
-
-Shape suffixes: L MoE layers, E experts, F expert width, W width after.
-
-Narrower experts: each keeps the neurons that carry most of its output, all of them the same number.
+"""Narrower experts: each keeps the neurons that carry most of its output, all of them the same number.
 
 Which neurons stay differs from expert to expert; the model only sees a smaller width. Choosing needs the profile's sums
 of squared activations and no forward pass; neurons without energy go at no cost (formulas/importance.py has the sources).
-llama.cpp's K-quants want a width that is a multiple of 256, other types a multiple of 32.
+llama.cpp's K-quants want a width that is a multiple of 256, other types a multiple of 32. `narrow_layer` cuts the weights;
+`Narrowing` names the same neurons before a weight is cut, so that silencing them in the teacher predicts what narrower
+experts cost, up to rounding and before any refit.
 
-Shape suffixes: E experts, F expert width before, W width after.
+Shape suffixes: L MoE layers, E experts, F expert width before, W width after.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +17,27 @@ from torch import Tensor
 from moe_edge.formulas.importance import neurons_to_keep
 from moe_edge.models.views import MoELayerView
 from moe_edge.models.weights import read_expert, replace_experts
+
+
+@torch.no_grad()
+def narrow_layer(view: MoELayerView, act_sq_sum_EF: Tensor, width: int) -> tuple[Tensor, list[float]]:
+    """Cut every expert of a layer to its `width` strongest neurons, in place.
+
+    Args:
+        act_sq_sum_EF: sums of squared activations over each expert's routed tokens (imatrix["expert_down"] of the layer).
+
+    Returns:
+        (neurons that stay [E, W] ascending, on the CPU; the share of its energy that each expert keeps).
+    """
+    networks, neurons, shares = [], [], []
+    for expert in range(view.count):
+        weights = read_expert(view, expert)
+        kept, share = neurons_to_keep(act_sq_sum_EF[expert], weights.gate_FD, weights.up_FD, weights.down_DF, width)
+        networks.append(weights.select(kept))
+        neurons.append(kept.cpu())
+        shares.append(share)
+    replace_experts(view, networks)
+    return torch.stack(neurons), shares
 
 
 @dataclass(frozen=True)
@@ -44,24 +60,3 @@ class Narrowing:
                 mask_EF[expert, neurons_W.cpu()] = True
             self._chosen[view.position] = mask_EF
         return self._chosen[view.position]
-
-
-@torch.no_grad()
-def narrow_layer(view: MoELayerView, act_sq_sum_EF: Tensor, width: int) -> tuple[Tensor, list[float]]:
-    """Cut every expert of a layer to its `width` strongest neurons, in place.
-
-    Args:
-        act_sq_sum_EF: sums of squared activations over each expert's routed tokens (imatrix["expert_down"] of the layer).
-
-    Returns:
-        (neurons that stay [E, W] ascending, on the CPU; the share of its energy that each expert keeps).
-    """
-    networks, neurons, shares = [], [], []
-    for expert in range(view.count):
-        weights = read_expert(view, expert)
-        kept, share = neurons_to_keep(act_sq_sum_EF[expert], weights.gate_FD, weights.up_FD, weights.down_DF, width)
-        networks.append(weights.select(kept))
-        neurons.append(kept.cpu())
-        shares.append(share)
-    replace_experts(view, networks)
-    return torch.stack(neurons), shares

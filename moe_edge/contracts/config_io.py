@@ -106,6 +106,14 @@ def nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
     return setting
 
 
+def value_at(data: Mapping[str, Any], dotted: str) -> Any:
+    """The value under a dotted key, which is there."""
+    value: Any = data
+    for key in dotted.split("."):
+        value = value[key]
+    return value
+
+
 def resolve_config(
     target: Document,
     file: Document | None = None,

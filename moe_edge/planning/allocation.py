@@ -4,8 +4,8 @@ All budgets hold together. The walk is fixed and explainable: first the most exp
 preferred types and anything better; if that does not fit, at least half of the experts in the smallest of those
 types, then in smaller types; then fewer experts, in the type whose prior KL is least. If nothing fits and the target
 allows a shorter context, the walk is repeated with it. "Do not prune, quantize harder" is always recorded as the
-competitor, and once the masked KL is known the two are compared (`settle`; decision.py where the bits of every class
-are free). The expert count is one for all layers, because llama.cpp's is a scalar; under plan.uneven it is their average.
+competitor, and once the masked KL is known the two are compared (decision.py). The expert count is one for all layers,
+because llama.cpp's is a scalar; under plan.uneven it is their average.
 
 Units: bytes, nats per token.
 """
@@ -19,16 +19,16 @@ from moe_edge.contracts.capabilities import require_exportable
 from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError, InfeasibleError
+from moe_edge.contracts.plan import KeptExperts
 from moe_edge.contracts.spec import keepable_counts
 from moe_edge.families import family_of
-from moe_edge.planning.actions import check_action
 from moe_edge.planning.bits import prior_sensitivity
-from moe_edge.planning.demand import Demand, demand_of
+from moe_edge.planning.demand import MASKABLE_ACTIONS, Demand, check_action, demand_of
 from moe_edge.planning.estimate import Packing
 from moe_edge.planning.headers import ModelHeaders, model_headers
 from moe_edge.planning.notes import describe, notes_of
-from moe_edge.planning.options import Option, Space, context_lengths, infeasible, options_grid, space_of
-from moe_edge.planning.shapes import MASKABLE_ACTIONS, Shape, at_shape, shapes_of
+from moe_edge.planning.options import Option, Space, context_lengths, options_grid, refusal, space_of
+from moe_edge.planning.shapes import Shape, at_shape, shapes_of
 from moe_edge.planning.spend import allocate
 
 SHORTEST_CONTEXT = 512  # tokens; of the contexts that a refusal suggests
@@ -46,8 +46,11 @@ DROPPED_KL_NATS = 4.0
 
 
 @dataclass(frozen=True)
-class Feasible:
-    """The solver's answer: a choice that meets every budget, and the other way that lost to it."""
+class BudgetAnswer:
+    """What the budget solver chose at one shape, and the other way that lost to it.
+
+    `header_plan` gives the first one, from headers alone; decision.py replaces it by what measured numbers say.
+    """
 
     space: Space
     demand: Demand
@@ -55,11 +58,16 @@ class Feasible:
     rival: Option | None  # the competitor
     rival_lost: str  # why
     notes: tuple[str, ...]
-    others: tuple["Feasible", ...] = ()  # the answers at the other shapes, where top-k or the width is auto
+    others: tuple["BudgetAnswer", ...] = ()  # the answers at the other shapes, where top-k or the width is auto
 
     @property
     def model(self) -> ModelHeaders:
         return self.space.model
+
+    @property
+    def all_shapes(self) -> tuple["BudgetAnswer", ...]:
+        """The answers at every shape that fits, this one first."""
+        return (self, *self.others)
 
     @property
     def keeps_all(self) -> bool:
@@ -83,20 +91,25 @@ class Feasible:
     @property
     def quantization(self) -> str:
         """The main GGUF recipe; the preferred one where no GGUF is delivered."""
-        return (
-            self.choice.packing.name if self.choice.packing.format == "gguf" else self.space.target.quantization.gguf[0]
-        )
+        packing = self.choice.packing
+        return packing.name if packing.format == "gguf" else self.space.target.quantization.gguf[0]
 
     @property
     def onnx_precision(self) -> str:
         return self.choice.packing.name if self.choice.packing.format == "onnx" else self.demand.onnx_precision
 
     @property
+    def all_experts(self) -> KeptExperts:
+        """The choice that drops nothing."""
+        spec = self.model.spec
+        return {layer: list(range(spec.moe.experts)) for layer in spec.moe_layers}
+
+    @property
     def competitor(self) -> str | None:
         return None if self.rival is None else f"{describe(self.rival, self.model)}: {self.rival_lost}"
 
 
-def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> Feasible:
+def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> BudgetAnswer:
     """Solve the budget from headers alone, in about a second.
 
     Raises:
@@ -107,7 +120,7 @@ def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> Feasible:
     model = model_headers(headers)
     check_action(config, headers, model.spec)
     shapes = shapes_of(model.spec, config, headers)
-    answers: list[Feasible] = []
+    answers: list[BudgetAnswer] = []
     for shape in shapes:
         answer = _answer(model, at_shape(config, model.spec, shape), alone=len(shapes) == 1)
         if answer is not None:
@@ -119,7 +132,7 @@ def header_plan(headers: CheckpointHeaders, config: BuildConfig) -> Feasible:
     return replace(answers[0], others=tuple(answers[1:]))
 
 
-def _answer(model: ModelHeaders, config: BuildConfig, *, alone: bool = True) -> Feasible | None:
+def _answer(model: ModelHeaders, config: BuildConfig, *, alone: bool = True) -> BudgetAnswer | None:
     """The choice at the configuration's own shape; None where nothing fits.
 
     Args:
@@ -139,7 +152,7 @@ def _answer(model: ModelHeaders, config: BuildConfig, *, alone: bool = True) -> 
         if choice is not None:
             rival = _rival(space, demand, choice)
             lost = "" if rival is None else _why_lost(rival, demand)
-            return Feasible(space, demand, choice, rival, lost, tuple(notes_of(space, demand, choice)))
+            return BudgetAnswer(space, demand, choice, rival, lost, tuple(notes_of(space, demand, choice)))
     return None
 
 
@@ -150,17 +163,17 @@ def _base_space(model: ModelHeaders, config: BuildConfig, demand: Demand) -> Spa
 def _refusal(
     model: ModelHeaders, config: BuildConfig, headers: CheckpointHeaders, shapes: Sequence[Shape]
 ) -> InfeasibleError:
-    """Why no shape fits, told of the one with the least change, and which top-k would fit where one was fixed.
+    """Why no shape fits, in terms of the one with the least change, and which top-k would fit where one was fixed.
 
     Raises:
         ConfigError: a wish that cannot be at any shape.
     """
-    settled = at_shape(config, model.spec, shapes[0])
-    demand = demand_of(model.spec, settled)
-    base = _base_space(model, settled, demand)
+    asked = at_shape(config, model.spec, shapes[0])
+    demand = demand_of(model.spec, asked)
+    base = _base_space(model, asked, demand)
     shortest = replace(base, context_length=context_lengths(config.target)[-1])
-    faster = _faster(model, settled, headers, demand) if len(shapes) == 1 else None
-    return infeasible(base, list(_walk(base, demand)), _with_other_settings(shortest, demand), faster)
+    faster = _faster(model, asked, headers, demand) if len(shapes) == 1 else None
+    return refusal(base, list(_walk(base, demand)), _with_other_settings(shortest, demand), faster)
 
 
 def _faster(model: ModelHeaders, config: BuildConfig, headers: CheckpointHeaders, demand: Demand) -> Option | None:
@@ -253,7 +266,7 @@ def _rival(space: Space, demand: Demand, choice: Option) -> Option | None:
     return next((option for option in options if option.estimate.file_bytes <= ceiling), options[-1])
 
 
-def _forbidden(rival: Option, demand: Demand) -> str | None:
+def forbidden_reason(rival: Option, demand: Demand) -> str | None:
     """Why the configuration does not let the rival win, in words."""
     if demand.why_fewer is not None:
         return f"not allowed, {demand.why_fewer}"
@@ -263,43 +276,9 @@ def _forbidden(rival: Option, demand: Demand) -> str | None:
 
 
 def _why_lost(rival: Option, demand: Demand) -> str:
-    if reason := _forbidden(rival, demand):
+    reason = forbidden_reason(rival, demand)
+    if reason is not None:
         return reason
     if not rival.fits:
         return f"does not fit, {'; '.join(rival.broken)}"
     return "below the quality floor; the masked KL decides once the profile exists"
-
-
-def settle(feasible: Feasible, masked_kl_nats: float) -> Feasible:
-    """Compare the pruned choice with quantizing harder, now that the cost of pruning has been measured.
-
-    The rival wins only where it is allowed, fits, and its expected KL is lower than the masked KL plus what the
-    choice's own recipe is expected to cost. Recovery by distillation is not counted, because it has not been measured
-    yet.
-    """
-    choice, rival = feasible.choice, feasible.rival
-    if rival is None or any(option.packing.name not in RECIPE_KL_NATS for option in (choice, rival)):
-        return feasible
-    ours, theirs = masked_kl_nats + RECIPE_KL_NATS[choice.packing.name], RECIPE_KL_NATS[rival.packing.name]
-    numbers = (
-        f"expected KL {theirs:.3f} nats, against {ours:.3f} before recovery for {describe(choice, feasible.model)}"
-    )
-    forbidden = _forbidden(rival, feasible.demand)
-    if forbidden is None and rival.fits and theirs < ours:
-        lost = f"expected KL {ours:.3f} nats before recovery, against {theirs:.3f}"
-        notes = tuple(notes_of(feasible.space, feasible.demand, rival))
-        return replace(feasible, choice=rival, rival=choice, rival_lost=lost, notes=notes)
-    if theirs < ours:
-        note = f"{describe(rival, feasible.model)} would lose less here ({numbers}), but: {feasible.rival_lost}."
-        return replace(feasible, rival_lost=f"{feasible.rival_lost} ({numbers})", notes=(*feasible.notes, note))
-    reason = feasible.rival_lost if forbidden or not rival.fits else "loses more"
-    return replace(feasible, rival_lost=f"{reason} ({numbers})")
-
-
-def shown_options(feasible: Feasible) -> list[Option]:
-    """The table of a dry run: a few expert counts times the usual types."""
-    total, demand = feasible.model.spec.moe.experts, feasible.demand
-    counts = {total, total * 3 // 4, total * 5 // 8, total // 2, demand.counts[0], feasible.choice.experts}
-    packings = list(dict.fromkeys([*demand.preferred, *demand.smaller]))
-    shown = [packing for packing in packings if packing.name not in ("F32", "F16")] or packings
-    return options_grid(feasible.space, counts & set(keepable_counts(feasible.model.spec, demand.top_k)), shown)

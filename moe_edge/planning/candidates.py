@@ -8,17 +8,19 @@ Shape suffixes: L MoE layers, E experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.plan import KeptExperts
+from moe_edge.contracts.spec import ModelSpec
 from moe_edge.formulas.saliency import super_experts
 from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS, first_in_order, keep_prefix, rank
 from moe_edge.formulas.uneven import bounds, deal, keep_uneven, score_shares
 from moe_edge.storage.statistics import Statistics
 
-Kept = dict[int, list[int]]
 AUTO = "auto"
 SEARCH = "search"
 
@@ -32,12 +34,12 @@ class Candidates:
     groups: int = 1  # of the router
     seed: int = 0  # of "random"
     guarded: bool = True  # do super experts stay?
-    within: Kept = field(default_factory=dict)  # decoder layer -> the only experts that may stay; empty: all may
+    within: KeptExperts = field(default_factory=dict)  # the only experts that may stay; empty: all may
     uneven: bool = False  # may layers keep different numbers, n_keep on average
     possible: Sequence[int] = ()  # uneven: the numbers that a layer can keep, ascending
     most: int | None = None  # uneven: the most of them that a layer may keep
 
-    def kept(self, criterion: str, n_keep: int) -> Kept:
+    def kept(self, criterion: str, n_keep: int) -> KeptExperts:
         """Decoder layer -> the experts that stay under a criterion, a prefix of its ranking: at fewer experts a subset.
 
         Those of an earlier plan come first, in the criterion's order, so that the choice is nested in it, too. Uneven
@@ -56,7 +58,7 @@ class Candidates:
     def _within_LE(self) -> Tensor:
         within_LE = torch.zeros(self.stats.counts_LE.shape, dtype=torch.bool)
         for position, layer in enumerate(self.layers):
-            within_LE[position, self.within[layer]] = True
+            within_LE[position, list(self.within[layer])] = True
         return within_LE
 
     @property
@@ -64,7 +66,7 @@ class Candidates:
         return super_experts(self.stats)
 
     @property
-    def guard(self) -> Kept:
+    def guard(self) -> KeptExperts:
         """Decoder layer -> experts that stay under every criterion but "random"; layers without one are absent."""
         if not self.guarded:
             return {}
@@ -83,6 +85,23 @@ class Candidates:
         if unrouted:
             notes.append(f"{unrouted} experts saw no token of the profile: no evidence, so they are dropped first.")
         return notes
+
+
+def read_statistics(path: Path, spec: ModelSpec) -> Statistics:
+    """The profile's statistics.
+
+    Raises:
+        InputRejected: they are of a model with other layers or experts.
+    """
+    statistics, expected = Statistics.load(path), (len(spec.moe_layers), spec.moe.experts)
+    if tuple(statistics.counts_LE.shape) != expected:
+        raise InputRejected(
+            "the profile belongs to another teacher",
+            where=str(path),
+            why=f"it has (MoE layers, experts) = {tuple(statistics.counts_LE.shape)}, not {expected}",
+            next_command="moe-edge profile TEACHER --fresh",
+        )
+    return statistics
 
 
 def criteria_to_compare(asked: str, stats: Statistics) -> list[str]:

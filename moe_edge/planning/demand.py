@@ -1,7 +1,7 @@
-"""What the user and the target ask for, checked and turned into ranges: experts, width, top-k, formats, types.
+"""What the user and the target ask for, checked and turned into ranges: action, experts, width, top-k, formats, types.
 
-Wrong wishes end here with exit code 2 (a configuration that cannot be) or 3 (a budget that cannot be met) before any
-work.
+Wrong wishes end here with exit code 2 (a configuration that cannot be), 3 (a budget that cannot be met) or 4 (a model that
+cannot be treated so), before any work.
 
 Shape suffix legend: E experts of the teacher, F their width.
 """
@@ -12,17 +12,22 @@ from math import floor
 from pathlib import Path
 
 from moe_edge.contracts.capabilities import require_paddable
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import did_you_mean
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
 from moe_edge.contracts.onnx_bits import refuse_absent_layers
-from moe_edge.contracts.plan import UNEVEN_ACTIONS, Plan
+from moe_edge.contracts.plan import UNEVEN_ACTIONS, WIDTH_STEP, Plan
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
 from moe_edge.contracts.spec import ModelSpec, keepable_counts
 from moe_edge.distillation.schedule import recipe_of
 from moe_edge.formulas.selection import CRITERIA
+from moe_edge.models.streaming import meta_model
+from moe_edge.models.weights import check_width
 from moe_edge.planning.estimate import Packing
 
+MASKABLE_ACTIONS = ("drop", "merge")  # those whose cost masking predicts
+DENSE_CRITERION = "cka-dopt"  # the D-optimal choice of arXiv:2605.28207, of a dense student
 COMPARES_EXPERTS = {"expert_cka", "expert_diversity"}  # losses that run every expert of a layer
 QUALITY_FLOOR = "Q4_K_M"  # below it, dropping experts competes with fewer bits
 _BEST_FIRST = ("F32", *RECIPE_ORDER[: RECIPE_ORDER.index(QUALITY_FLOOR) + 1])
@@ -45,7 +50,7 @@ class Demand:
 
 
 def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
-    """The ranges for a model under a configuration.
+    """The ranges for a model under a configuration whose top-k and width are settled (`shapes.at_shape`).
 
     Raises:
         ConfigError: impossible top-k, expert count or type, an unknown criterion, or uneven layers with what they do not
@@ -57,7 +62,7 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
     if config.plan.uneven:
         _check_uneven(spec, config)
     top_k, full, asked = _top_k(spec, config), spec.moe.expert_width, config.plan.expert_width
-    width = None if asked == "keep" or asked == full else asked  # checked by actions.check_action
+    width = asked if isinstance(asked, int) and asked != full else None  # checked by `check_action`
     counts, why_fewer = _nested(*_expert_counts(spec, config, top_k, (width or full) / full), spec, config)
     if spec.moe.experts_per_layer:
         counts, why_fewer = _padded(counts, spec, config), None
@@ -70,13 +75,57 @@ def demand_of(spec: ModelSpec, config: BuildConfig) -> Demand:
     elif not formats:  # the transformers checkpoint alone
         preferred, smaller = [Packing("gguf", "F16")], []
     else:
+        onnx = config.export.onnx
         names = [precision, "int4"] if chosen == "auto" and precision != "int4" else [precision]
-        preferred, smaller = (
-            [Packing("onnx", name, config.export.onnx.block_size, config.export.onnx.mix) for name in names],
-            [],
-        )
+        preferred, smaller = [Packing("onnx", name, onnx.block_size, onnx.mix) for name in names], []
     return Demand(
-        counts, top_k, width, why_fewer, tuple(formats), tuple(preferred), tuple(smaller), precision, config.plan.uneven
+        counts=counts,
+        top_k=top_k,
+        width=width,
+        why_fewer=why_fewer,
+        formats=tuple(formats),
+        preferred=tuple(preferred),
+        smaller=tuple(smaller),
+        onnx_precision=precision,
+        uneven=config.plan.uneven,
+    )
+
+
+def check_action(config: BuildConfig, headers: CheckpointHeaders, spec: ModelSpec) -> None:
+    """Refuse an action that cannot work for this model and target; reads no weight.
+
+    Raises:
+        ConfigError: a width that is no multiple of 32, above the teacher's, or combined with an action it does not fit;
+            a format that cannot hold a dense student.
+        InfeasibleError: a shared core under a byte budget, unless plan.force.
+        InputRejected: this family's expert width cannot change.
+    """
+    settings, width = config.plan, config.plan.expert_width
+    if not isinstance(width, str):
+        if width < WIDTH_STEP or width % WIDTH_STEP or width > spec.moe.expert_width:
+            why = f"expected a multiple of {WIDTH_STEP} up to the teacher's {spec.moe.expert_width}, got {width}"
+            raise ConfigError("impossible expert width", where="plan.expert_width", why=why)
+        check_width(meta_model(headers), width)
+    if settings.within is not None and settings.action == "dense" and settings.criterion == "auto":
+        why = f"a dense student takes the choice of {DENSE_CRITERION}, whatever an earlier plan kept"
+        raise ConfigError("within does not go with dense under auto", where="plan.within", why=why)
+    if settings.action == "shared-core" and settings.compensate is True:
+        why = "it refits experts one by one, which a shared core does not have"
+        raise ConfigError("compensate does not go with shared-core", where="plan.compensate", why=why)
+    if settings.action == "shared-core" and _has_byte_budget(config) and not settings.force:
+        raise InfeasibleError(
+            "a shared core saves no bytes on the device",
+            where="plan.action",
+            why="no runtime executes it, so the export folds it into ordinary experts of full size; the target has a "
+            "byte budget",
+            next_command="--set plan.action=drop or merge, or --set plan.force=true",
+        )
+
+
+def _has_byte_budget(config: BuildConfig) -> bool:
+    budget = config.target.budget
+    return any(
+        value is not None for value in (budget.weights, budget.peak_memory, config.target.hardware.memory_bytes.value)
     )
 
 
@@ -85,14 +134,13 @@ def _check_uneven(spec: ModelSpec, config: BuildConfig) -> None:
     require_paddable(spec)
     plan, losses = config.plan, {name for stage in recipe_of(config.distill) for name, w in stage.losses.items() if w}
     asked = plan.experts != "auto" or config.target.budget.experts is not None
+    compares = f"{', '.join(sorted(COMPARES_EXPERTS))} compare all experts of a layer"
     reasons = {
         "plan.action": (plan.action not in UNEVEN_ACTIONS, f"the action {plan.action} makes one thing of each layer"),
         "plan.within": (plan.within is not None, "nested plans keep equally many experts in every layer"),
         "plan.experts": (not asked, "it deals out a number of experts, which a budget of bytes does not name"),
-        "distill.stages": (
-            bool(losses & COMPARES_EXPERTS), f"{', '.join(sorted(COMPARES_EXPERTS))} compare all experts of a layer"
-        ),
-    }  # fmt: skip
+        "distill.stages": (bool(losses & COMPARES_EXPERTS), compares),
+    }
     for where, (wrong, why) in reasons.items():
         if wrong:
             fix = "--set plan.experts=0.625" if where == "plan.experts" else "--set plan.uneven=false"
@@ -124,7 +172,7 @@ def _check_criterion(name: str) -> None:
 
 def _top_k(spec: ModelSpec, config: BuildConfig) -> int:
     asked = config.plan.top_k
-    top_k = spec.moe.top_k if asked == "keep" else asked
+    top_k = asked if isinstance(asked, int) else spec.moe.top_k
     if not 1 <= top_k <= spec.moe.experts:
         raise ConfigError(
             f"top-k {top_k} is impossible",
@@ -190,11 +238,11 @@ def _expert_counts(
             why=f"the teacher has {total} per layer; a fraction lies in (0, 1]",
         )
     if count not in possible:
-        raise _uneven(count, top_k, spec, possible)
+        raise _impossible_count(count, top_k, spec, possible)
     return (count,), None if count == total else f"plan.experts={asked}"
 
 
-def _uneven(count: int, top_k: int, spec: ModelSpec, possible: Sequence[int]) -> ConfigError:
+def _impossible_count(count: int, top_k: int, spec: ModelSpec, possible: Sequence[int]) -> ConfigError:
     if count < top_k:
         return ConfigError(
             f"top-k {top_k} exceeds the {count} kept experts",

@@ -13,7 +13,7 @@ from pathlib import Path
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.contracts.units import format_bytes
-from moe_edge.planning.allocation import Feasible
+from moe_edge.planning.allocation import BudgetAnswer
 from moe_edge.planning.estimate import Packing, file_bytes
 from moe_edge.process.placement import free_bytes
 from moe_edge.storage.folders import bytes_below, free_disk_bytes, links_are_possible
@@ -23,7 +23,7 @@ FORMAT_OVERHEAD = 1.1  # of HDF5 and safetensors with their indices
 CHECKPOINT_BYTES = 12  # of a trained weight: itself in float32 and Adam's two moments
 
 
-def stage_bytes(budget: Feasible, config: BuildConfig, *, linked: bool = True) -> dict[str, int]:
+def stage_bytes(budget: BudgetAnswer, config: BuildConfig, *, linked: bool = True) -> dict[str, int]:
     """Stage -> what it writes at most.
 
     Args:
@@ -53,7 +53,7 @@ def _will_train(config: BuildConfig, weights: int) -> bool:
     return bool(stages) if stages != "auto" else (CHECKPOINT_BYTES + 4) * weights <= free_bytes()
 
 
-def _profile(budget: Feasible, config: BuildConfig) -> int:
+def _profile(budget: BudgetAnswer, config: BuildConfig) -> int:
     """The logit cache, the sums of every expert's inputs, and both streams of hidden states while a teacher is streamed."""
     spec, cache, tokens = budget.model.spec, config.profile.logits, config.calibration.tokens
     record = cache.k * spec.vocab.bit_length() // 8 + cache.k + 2 * len(cache.temperatures) + 4  # and the token itself
@@ -63,7 +63,7 @@ def _profile(budget: Feasible, config: BuildConfig) -> int:
     return int(FORMAT_OVERHEAD * (tokens * record + sums)) + streams
 
 
-def _gguf_files(budget: Feasible, config: BuildConfig) -> list[int]:
+def _gguf_files(budget: BudgetAnswer, config: BuildConfig) -> list[int]:
     """The float16 reference, then the delivered files, the main one first."""
     if "gguf" not in budget.demand.formats:
         return []
@@ -75,7 +75,7 @@ def _gguf_files(budget: Feasible, config: BuildConfig) -> list[int]:
     return sizes if limit is None else [*sizes[:2], *(size for size in sizes[2:] if size <= limit)]
 
 
-def _onnx_files(budget: Feasible, config: BuildConfig) -> list[int]:
+def _onnx_files(budget: BudgetAnswer, config: BuildConfig) -> list[int]:
     """The float32 graph of as many layers as fit into memory, then the delivered one."""
     if "onnx" not in budget.demand.formats:
         return []
@@ -85,7 +85,7 @@ def _onnx_files(budget: Feasible, config: BuildConfig) -> list[int]:
     return [reference, delivered, *([delivered] if options.provider == "cuda" else [])]
 
 
-def _size(budget: Feasible, packing: Packing) -> int:
+def _size(budget: BudgetAnswer, packing: Packing) -> int:
     return file_bytes(budget.model, budget.choice.experts, packing, budget.space.width)
 
 
@@ -109,7 +109,7 @@ def refuse_full_disk(out: Path, needed: Mapping[str, int]) -> str:
     return text
 
 
-def room_for_build(out: Path, budget: Feasible, config: BuildConfig, stages: tuple[str, ...]) -> str:
+def room_for_build(out: Path, budget: BudgetAnswer, config: BuildConfig, stages: tuple[str, ...]) -> str:
     """`refuse_full_disk` for the stages of a build, and its delivery if it exports."""
     sizes = stage_bytes(budget, config, linked=links_are_possible(out))
     wanted = {*stages, *(("artifacts",) if "export" in stages else ())}

@@ -31,10 +31,8 @@ ONNX_GRAPH_BYTES = 1 << 20
 # Assumptions about a runtime besides weights and KV cache: the process itself, and logits and activations of one batch.
 PROCESS_BYTES = 64 << 20
 BATCH_TOKENS = 512
-RESIDENT_PER_FILE_BYTE = {
-    "gguf": 1.0,
-    "onnx": 1.5,
-}  # ONNX Runtime keeps a prepacked copy of quantized experts (measured)
+# ONNX Runtime keeps a prepacked copy of quantized experts (measured).
+RESIDENT_PER_FILE_BYTE = {"gguf": 1.0, "onnx": 1.5}
 # (format, precision of keys and values) -> bytes per value; our ONNX graphs compute and cache in float32
 KV_BYTES = {("gguf", "f16"): 2.0, ("gguf", "q8_0"): 34 / 32, ("onnx", "f16"): 4.0}
 KvPrecision = Literal["f16", "q8_0"]
@@ -112,9 +110,9 @@ def stored_bytes(packing: Packing, tensor_class: TensorClass, shape: tuple[int, 
     if packing.format == "gguf":
         kind = pinned_type(packing.name, tensor_class, shape[-1], layer, dict(packing.mix))
         return tensor_bytes(kind, shape)
-    kind = onnx_bits.weight_class(tensor_class)
+    weight_class = onnx_bits.weight_class(tensor_class)
     layer_bits = {key: int(bits) for key, bits in packing.mix}
-    bits = 32 if kind is None else onnx_bits.bits_of(packing.name, kind, layer, layer_bits)
+    bits = 32 if weight_class is None else onnx_bits.bits_of(packing.name, weight_class, layer, layer_bits)
     return onnx_bits.stored_bytes(tensor_class, shape, bits, packing.block)
 
 

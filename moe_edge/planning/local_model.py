@@ -9,7 +9,7 @@ Shape suffixes: N rows, S tokens of a row, T tokens of all rows, K top-k, E expe
 sets.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_edge.contracts.plan import KeptExperts
 from moe_edge.formulas.swaps import LayerProducts, Predicted, predict
 from moe_edge.models.pruning import mask_router, masked
 from moe_edge.models.taps import Outputs, decoder_layers, recorded_outputs
 from moe_edge.models.views import MoELayerView, expert_outputs, moe_layers, route
 from moe_edge.planning.partial_runs import Meter
 
-Kept = Mapping[int, Sequence[int]]
 CHUNK_SETS = 32
 PASSES = 4  # the teacher's forward, the student's, and two backward passes without weight gradients
 
@@ -48,15 +48,16 @@ class LocalLayer:
     def promising(
         self, old: Sequence[int], new: Sequence[int], most: int, top_k: int | None
     ) -> tuple[list[int], list[int]]:
-        """The `most` experts of `old` that cost least to lose, and those of `new` that help most, without routing again:
-        an old one just falls silent, a new one speaks as the teacher's router would let it."""
+        """The `most` experts of `old` that cost least to lose, and those of `new` that help most, without routing again.
+
+        An old one just loses its weight, a new one gets the weight that the teacher's router would give it.
+        """
         weight_TE = self.products.weight_TE
         every_TE = _mixing_weights(self.view, self.hidden_TD, range(self.view.count), top_k)
-        place_E = torch.eye(self.view.count, device=weight_TE.device)
-        silent = self._predict(weight_TE * (1 - place_E[expert]) for expert in old).gain
-        heard = self._predict(weight_TE + every_TE * place_E[expert] for expert in new).gain
-        orders = (gain.argsort(descending=True, stable=True)[:most].tolist() for gain in (silent, heard))
-        return tuple([ids[place] for place in order] for ids, order in zip((old, new), orders, strict=True))  # type: ignore[return-value]
+        one_hot_EE = torch.eye(self.view.count, device=weight_TE.device)
+        without = self._predict(weight_TE * (1 - one_hot_EE[expert]) for expert in old).gain
+        added = self._predict(weight_TE + every_TE * one_hot_EE[expert] for expert in new).gain
+        return _best(old, without, most), _best(new, added, most)
 
     def _predict(self, weights: Iterable[Tensor]) -> Predicted:
         """A few sets at a time, because each has a weight for every token and expert."""
@@ -64,6 +65,10 @@ class LocalLayer:
         while part := list(islice(remaining, CHUNK_SETS)):
             parts.append(predict(self.products, torch.stack(part), self.rows))
         return Predicted(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _best(ids: Sequence[int], gain: Tensor, most: int) -> list[int]:
+    return [ids[position] for position in gain.argsort(descending=True, stable=True)[:most].tolist()]
 
 
 def _mixing_weights(view: MoELayerView, hidden_TD: Tensor, ids: Sequence[int], top_k: int | None) -> Tensor:
@@ -85,7 +90,7 @@ def _spread(index_TK: Tensor, weight_TK: Tensor, experts: int) -> Tensor:
 
 def local_layers(
     model: PreTrainedModel,
-    kept: Kept,
+    kept: KeptExperts,
     ids_NS: Tensor,
     *,
     top_k: int | None,
@@ -138,7 +143,7 @@ class _Row:
         self._zeros: dict[int, Tensor] = {}  # what was added to their output
 
     def products(
-        self, kept: Kept, top_k: int | None, generator: torch.Generator
+        self, kept: KeptExperts, top_k: int | None, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, LayerProducts]]:
         """(hidden_TD, products) of every layer."""
         teacher, student = Outputs(), Outputs()
@@ -150,7 +155,7 @@ class _Row:
         gradients = self._gradients(logits_SV, p_SV, generator)
         for position, view in enumerate(self.views):
             gradient_RSD = torch.stack([each[position] for each in gradients]).float()
-            own_SD, teacher_SD = (_tensor(heard[view.index]).detach()[0].float() for heard in (student, teacher))
+            own_SD, teacher_SD = (_tensor(outputs[view.index]).detach()[0].float() for outputs in (student, teacher))
             yield self._layer(view, gradient_RSD, own_SD, teacher_SD)
 
     def _logits(self) -> Tensor:

@@ -9,8 +9,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability
 from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.contracts.plan import Estimate
+from moe_edge.contracts.spec import keepable_counts
 from moe_edge.contracts.target import Target
 from moe_edge.contracts.units import format_bytes
 from moe_edge.planning.estimate import Cache, KvPrecision, Packing, estimate, kv_precisions, machine_of
@@ -112,6 +114,19 @@ class Space:
                 broken.append(f"about {speed:.1f} tokens/s, target.budget.decode_tokens_per_s is {least:g}")
         return Option(experts, self.shape, packing, expected, tuple(broken), max(ratios, default=0.0))
 
+    def stores_padding(self, packing: Packing) -> bool:
+        """Where layers keep different numbers of experts: does a file hold the smaller layers' padding experts, too?"""
+        row = capability(RUNTIME_OF_FORMAT[packing.format], self.model.spec.family)
+        return row is None or row.uneven == "padded"
+
+    def most_experts_of_a_layer(self, choice: Option) -> int:
+        """Where layers keep different numbers: the most that one may keep, so that a padded file still meets the budgets."""
+        if not self.stores_padding(choice.packing):
+            return self.model.spec.moe.experts
+        more = [count for count in keepable_counts(self.model.spec, self.top_k) if count >= choice.experts]
+        fitting = [count for count in more if self.option(count, choice.packing).fits]
+        return max(fitting, default=choice.experts)
+
 
 def space_of(model: ModelHeaders, target: Target, top_k: int, width: int | None = None, dense: bool = False) -> Space:
     """The space of a model on a target, at the target's own context length."""
@@ -152,7 +167,7 @@ def options_grid(space: Space, counts: Collection[int], packings: Sequence[Packi
     return [space.option(count, packing) for count in sorted(set(counts), reverse=True) for packing in packings]
 
 
-def infeasible(
+def refusal(
     space: Space, allowed: Sequence[Option], others: Sequence[Option], faster: Option | None = None
 ) -> InfeasibleError:
     """The refusal with the nearest options.
@@ -213,13 +228,15 @@ def options_table(options: Sequence[Option]) -> str:
     rows = [("experts", "type", "file", "peak memory", "tokens/s", "")]
     for option in options:
         speed = option.estimate.decode_tokens_per_s
-        rows.append(
-            (
-                str(option.experts), option.packing.label, format_bytes(option.estimate.file_bytes),
-                format_bytes(option.estimate.peak_memory_bytes), "-" if speed is None else f"{speed:.1f}",
-                _verdict(option),
-            )
-        )  # fmt: skip
+        row = (
+            str(option.experts),
+            option.packing.label,
+            format_bytes(option.estimate.file_bytes),
+            format_bytes(option.estimate.peak_memory_bytes),
+            "-" if speed is None else f"{speed:.1f}",
+            _verdict(option),
+        )
+        rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(
         "    " + "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()

@@ -7,7 +7,7 @@ rotary tables and the head stay the model's own, whatever its family.
 Shape suffixes: N rows, S tokens of a row, T tokens of all rows, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_edge.contracts.plan import KeptExperts
 from moe_edge.formulas.divergence import kl_dense
 from moe_edge.models.pruning import masked
 from moe_edge.models.taps import Outputs, decoder_layers, head, recorded_outputs
 from moe_edge.models.views import moe_layers
-
-Kept = Mapping[int, Sequence[int]]
 
 
 class Meter:
@@ -80,21 +79,22 @@ class TrialRows:
         return logits_NSV.float()
 
     @torch.no_grad()
-    def run(self, kept: Kept, first: int = 0) -> tuple[Tensor, Outputs]:
+    def run(self, kept: KeptExperts, first: int = 0) -> tuple[Tensor, Outputs]:
         """(KL of each token under `kept` [T] float64 nats, outputs of the layers from `first` on).
 
         Args:
             first: the lowest decoder layer in which `kept` differs from the current choice.
         """
-        layers, heard = decoder_layers(self.model), Outputs()
+        layers, outputs = decoder_layers(self.model), Outputs()
         self.meter.add(self.ids_NS.numel(), self.meter.share_from(first))
         with (
             masked(self.model, kept, self.top_k),
             resumed(layers, first, self.outputs),
-            recorded_outputs(layers, heard, first),
+            recorded_outputs(layers, outputs, first),
         ):
             pairs = zip(self._teacher_NSV, self._logits(), strict=True)
-            return torch.cat([kl_dense(teacher_SV, student_SV) for teacher_SV, student_SV in pairs]).double(), heard
+            kl_T = torch.cat([kl_dense(teacher_SV, student_SV) for teacher_SV, student_SV in pairs]).double()
+        return kl_T, outputs
 
     def adopt(self, outputs: Outputs) -> None:
         """Make a run's choice the current one."""

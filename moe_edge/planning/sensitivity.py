@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.quantization import CODEBOOK_CLASSES, CODEBOOK_LEVELS, LEVELS, layer_thirds, type_for_row
 from moe_edge.formulas.importance import mean_squares
 from moe_edge.models.taps import decoder_layers
 from moe_edge.models.weights import WeightRows, weight_rows
 from moe_edge.planning.bits import NOISE, Sensitivity, along_noise
-from moe_edge.planning.masking import row_kl
+from moe_edge.planning.scoring import first_rows, row_kl
 from moe_edge.process.progress import track
 from moe_edge.runtimes.ggml_quants import dequantize_rows, quantize_rows
 
@@ -42,8 +43,84 @@ DENSE_COUNT, EXPERT_COUNT = "dense_count", "expert_count"
 Stored = list[np.ndarray]  # one array of bytes per matrix (E of them for experts)
 
 
+def sensitivity_of(
+    config: BuildConfig, model: PreTrainedModel | None, ids_NS: Tensor, imatrix: Mapping[str, Tensor] | None
+) -> Sensitivity | None:
+    """Measured on the teacher; None where that is switched off or the teacher does not fit in memory: priors then.
+
+    Args:
+        ids_NS: rows, of which the first few are used (plan.sensitivity_tokens).
+        imatrix: the profile's sums of squares.
+    """
+    tokens = config.plan.sensitivity_tokens
+    if not tokens or model is None:
+        return None
+    return measure_sensitivity(model, first_rows(ids_NS, tokens), imatrix, codebooks=codebooks_suit(config))
+
+
+def codebooks_suit(config: BuildConfig) -> bool:
+    """May the experts get codebook types: is their importance the student's, and does nobody demand a speed of a CPU?
+
+    The roofline does not know that a CPU is slower with them: experts in IQ2_S decoded at half the speed of Q2_K, in
+    IQ3_XXS and IQ4_XS at three quarters of Q3_K and Q4_K (one x86 core, 100 M parameters).
+    """
+    on_cpu = config.target.runtime.gpu_layers == 0
+    return config.plan.action in ("drop", "merge") and not (on_cpu and config.target.budget.decode_tokens_per_s)
+
+
+def measure_sensitivity(
+    model: PreTrainedModel,
+    ids_NS: Tensor,
+    imatrix: Mapping[str, Tensor] | None = None,
+    threads: int | None = None,
+    codebooks: bool = True,
+) -> Sensitivity:
+    """KL of every class and third at every level; the model is as before on return.
+
+    Noise of different classes does not add up in full (a token can be routed wrongly only once), so all classes are
+    also quantized together at one level, and every KL is scaled by what that shows.
+
+    Args:
+        ids_NS: token ids.
+        imatrix: `Statistics.imatrix` of this model; None = unweighted.
+        threads: of the quantizer; None = all cores. Results do not depend on it.
+        codebooks: may codebook types be chosen where the imatrix says what they need?
+    """
+    probe = QuantizationProbe(model, ids_NS, imatrix, threads or os.cpu_count() or 1)
+    thirds = layer_thirds(len(decoder_layers(model)))
+    by_class: dict[str, list[WeightRows]] = {}
+    for matrix in weight_rows(model):
+        by_class.setdefault(matrix.bit_class, []).append(matrix)
+    with_codebooks = {name for name in CODEBOOK_CLASSES if codebooks and _is_known(by_class.get(name, ()), imatrix)}
+    jobs = [
+        (name, level)
+        for name, matrices in by_class.items()
+        for level in _distinct(matrices, _levels_to_measure(matrices, name in with_codebooks))
+    ]
+    totals: dict[str, dict[str, float]] = {name: {} for name in by_class}
+    shares: dict[str, list[float]] = {}
+    together: dict[str, list[Stored]] = {}
+    for name, level in track(jobs, "quantization sensitivity"):
+        matrices = by_class[name]
+        stored = probe.store(matrices, level)
+        totals[name][level] = probe.kl(matrices, stored, level)
+        if name not in shares:  # the first level is the coarsest, where the thirds differ most clearly
+            alone = name == "embedding_head" or len(thirds) == 1
+            shares[name] = [1.0] if alone else probe.shares(matrices, stored, level, thirds)
+        if level == TOGETHER:
+            together[name] = stored
+    overlap = probe.overlap(by_class, together, totals)
+    nats = {}
+    for name, measured in totals.items():
+        offered = (*CODEBOOK_LEVELS, *LEVELS) if name in with_codebooks else LEVELS
+        filled = _filled(by_class[name], measured, offered)
+        for third, share in enumerate(shares[name]):
+            nats[name, third] = {level: share * overlap * value for level, value in filled.items()}
+    return Sensitivity(nats, "measured", ids_NS.numel())
+
+
 @dataclass
-class _Probe:
+class QuantizationProbe:
     """A teacher, a few rows, and its own logits on them."""
 
     model: PreTrainedModel
@@ -103,57 +180,6 @@ class _Probe:
             nats.append(self.kl(part, bytes_of, level, self.rows_for_shares) if part else 0.0)
         total = sum(nats)
         return [value / total for value in nats] if total > 0 else [1 / len(nats)] * len(nats)
-
-
-def measure_sensitivity(
-    model: PreTrainedModel,
-    ids_NS: Tensor,
-    imatrix: Mapping[str, Tensor] | None = None,
-    threads: int | None = None,
-    codebooks: bool = True,
-) -> Sensitivity:
-    """KL of every class and third at every level; the model is as before on return.
-
-    Noise of different classes does not add up in full (a token can be routed wrongly only once), so all classes are
-    also quantized together at one level, and every KL is scaled by what that shows.
-
-    Args:
-        ids_NS: token ids.
-        imatrix: `Statistics.imatrix` of this model; None = unweighted.
-        threads: of the quantizer; None = all cores. Results do not depend on it.
-        codebooks: may codebook types be chosen where the imatrix says what they need?
-    """
-    probe = _Probe(model, ids_NS, imatrix, threads or os.cpu_count() or 1)
-    thirds = layer_thirds(len(decoder_layers(model)))
-    by_class: dict[str, list[WeightRows]] = {}
-    for matrix in weight_rows(model):
-        by_class.setdefault(matrix.bit_class, []).append(matrix)
-    with_codebooks = {name for name in CODEBOOK_CLASSES if codebooks and _is_known(by_class.get(name, ()), imatrix)}
-    jobs = [
-        (name, level)
-        for name, matrices in by_class.items()
-        for level in _distinct(matrices, _levels_to_measure(matrices, name in with_codebooks))
-    ]
-    totals: dict[str, dict[str, float]] = {name: {} for name in by_class}
-    shares: dict[str, list[float]] = {}
-    together: dict[str, list[Stored]] = {}
-    for name, level in track(jobs, "quantization sensitivity"):
-        matrices = by_class[name]
-        stored = probe.store(matrices, level)
-        totals[name][level] = probe.kl(matrices, stored, level)
-        if name not in shares:  # the first level is the coarsest, where the thirds differ most clearly
-            alone = name == "embedding_head" or len(thirds) == 1
-            shares[name] = [1.0] if alone else probe.shares(matrices, stored, level, thirds)
-        if level == TOGETHER:
-            together[name] = stored
-    overlap = probe.overlap(by_class, together, totals)
-    nats = {}
-    for name, measured in totals.items():
-        offered = (*CODEBOOK_LEVELS, *LEVELS) if name in with_codebooks else LEVELS
-        filled = _filled(by_class[name], measured, offered)
-        for third, share in enumerate(shares[name]):
-            nats[name, third] = {level: share * overlap * value for level, value in filled.items()}
-    return Sensitivity(nats, "measured", ids_NS.numel())
 
 
 def _levels_to_measure(matrices: Sequence[WeightRows], codebooks: bool) -> list[str]:

@@ -20,12 +20,12 @@ from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families import family_of
 from moe_edge.models.streaming import meta_model
 from moe_edge.models.weights import check_width
+from moe_edge.planning.demand import MASKABLE_ACTIONS
 
 log = logging.getLogger(__name__)
 TOP_K_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the teacher's, and 1 in the end
 WIDTH_SHARES = (1.0, 0.75, 0.5)
 FINE_STEP, COARSE_STEP = 32, 256  # neurons; K-quants want the coarse one, which narrow experts do not leave room for
-MASKABLE_ACTIONS = ("drop", "merge")  # those whose cost masking predicts
 
 
 class Shape(NamedTuple):

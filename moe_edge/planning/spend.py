@@ -40,15 +40,15 @@ SOLVER_NATS = 1e3  # what the largest KL is scaled to, because the solver stops 
 
 
 @dataclass
-class _Costs:
+class CellBytes:
     """Bytes of every cell at every level: in the file with the padding behind each tensor, and read per token."""
 
     file: dict[Cell, dict[str, int]]
     read: dict[Cell, dict[str, float]]  # fractions of bytes: a token reads top-k of the experts
 
 
-def _costs(space: Space, experts: int) -> _Costs:
-    costs, kinds = _Costs({}, {}), (*LEVELS, *CODEBOOK_LEVELS)
+def cell_bytes(space: Space, experts: int) -> CellBytes:
+    costs, kinds = CellBytes({}, {}), (*LEVELS, *CODEBOOK_LEVELS)
     groups = list(cells_of(space.model, experts, space.width))
     has_head = any(group.tensor_class == "head" for _, group in groups)
     for cell, group in groups:
@@ -73,7 +73,7 @@ def allocate(space: Space, experts: int, sensitivity: Sensitivity) -> tuple[Opti
     A recipe wins over a mix that is not better by a clear margin. Both precisions of the KV cache are tried where the
     target allows them.
     """
-    costs, solved = _costs(space, experts), set()
+    costs, solved = cell_bytes(space, experts), set()
     found = []
     for precision in kv_precisions(space.model, space.target, "gguf"):
         cache = Cache(space.context_length, precision)
@@ -88,7 +88,13 @@ def allocate(space: Space, experts: int, sensitivity: Sensitivity) -> tuple[Opti
 
 
 def _best(
-    space: Space, experts: int, costs: _Costs, sensitivity: Sensitivity, cache: Cache, file_cap: float, read_cap: float
+    space: Space,
+    experts: int,
+    costs: CellBytes,
+    sensitivity: Sensitivity,
+    cache: Cache,
+    file_cap: float,
+    read_cap: float,
 ) -> tuple[Option, float] | None:
     """The best recipe that fits, where the best mix is not clearly better, or the mix."""
     layers = space.model.spec.layers
@@ -124,7 +130,7 @@ def _packing(types: Mapping[Cell, str], layers: int) -> Packing:
     return Packing("gguf", RECIPE_OF_LEVEL[max(kinds, key=kinds.count)], mix=mix_of(types, layers))
 
 
-def _caps(space: Space, experts: int, costs: _Costs, cache: Cache) -> tuple[float, float]:
+def _caps(space: Space, experts: int, costs: CellBytes, cache: Cache) -> tuple[float, float]:
     """What the cells together may take: bytes of the file, and bytes read per token."""
     model, limits, anchor = space.model, space.limits, Packing("gguf", "Q8_0")
     kv = kv_cache_bytes(model, cache)

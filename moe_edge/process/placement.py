@@ -86,6 +86,20 @@ def to_run(headers: CheckpointHeaders, dtype: str, mode: Mode, ranks: Ranks | No
     return Placement(device=str(device), dtype=name, mode="whole" if whole else "streamed", processes=ranks.world)
 
 
+def to_edit(headers: CheckpointHeaders, *, streamed: bool, accelerate: bool) -> Placement:
+    """Where a teacher is turned into a student: in memory, or tensor by tensor on disk.
+
+    Args:
+        streamed: it was asked to be streamed, and can be.
+        accelerate: is there something to compute, which an accelerator with room for the model does faster?
+    """
+    cuda = accelerate and torch.cuda.is_available() and can_be_edited(headers, "cuda")
+    return Placement(
+        device=str(compute_device()) if cuda else "cpu",
+        mode="whole" if can_be_edited(headers) and not streamed else "streamed",
+    )
+
+
 def settled(out: Path, decide: Callable[[], Placement]) -> Placement:
     """The stage's placement: what an interrupted run of it decided, or what `decide` says now; the leader's, in every process."""
     ranks, path = current_ranks(), out / DECIDED

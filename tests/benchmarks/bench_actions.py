@@ -29,7 +29,7 @@ from moe_edge.contracts.plan import Plan
 from moe_edge.families import family_of
 from moe_edge.metrics.quality import QualityJudge
 from moe_edge.models.loading import load_model, load_tokenizer
-from moe_edge.planning.actions import with_action
+from moe_edge.planning.document import with_action
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics

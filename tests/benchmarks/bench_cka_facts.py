@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_edge.formulas.cka import cka_from_hsic, hsic_all_pairs, normalise_rows, sink_mask
 from moe_edge.formulas.selection import CRITERIA, expert_cka, select
-from moe_edge.planning.masking import masked_kl
+from moe_edge.planning.scoring import WholeScorer
 from moe_edge.profiling.passes import run_pass, share_of
 from moe_edge.profiling.sums import to_statistics
 from tests.compression.action_helpers import PAIRS, planted
@@ -105,7 +105,7 @@ def planted_facts() -> Iterator[dict[str, Any]]:
     yield {"fact": "all other pairs, largest CKA", "debiased": float(cka_LEE[:, other].max())}
     choices = {name: select(name, stats, PAIRS) for name in CRITERIA}
     choices |= {f"random-{seed}": select("random", stats, PAIRS, seed) for seed in (1, 2)}
-    for name, result in masked_kl(model, choices, tiny_ids(64, 8, seed=9), top_k=2).items():
+    for name, result in WholeScorer(model).masked_kl(choices, tiny_ids(64, 8, seed=9), top_k=2).items():
         whole = all(len({expert % PAIRS for expert in kept}) == PAIRS for kept in choices[name].values())
         yield {"fact": f"planted, {name}", "one_of_each_pair": whole, "kl_nats": result.kl_nats}
 

@@ -23,18 +23,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_edge.api import build
+from moe_edge.contracts.plan import KeptExperts
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families import family_of
 from moe_edge.formulas.divergence import cross_entropy, kl_dense
 from moe_edge.metrics.quality import bootstrap_ci95
 from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.models.pruning import masked
-from moe_edge.planning.candidates import AUTO, Candidates, Kept, criteria_to_compare
-from moe_edge.planning.judging import CalibrationRows, calibration_rows
-from moe_edge.planning.masking import distinct_choices, masked_kl
-from moe_edge.planning.search import Rules, search
+from moe_edge.planning.candidates import AUTO, Candidates, criteria_to_compare
+from moe_edge.planning.judging import JudgingRows, judging_rows
+from moe_edge.planning.scoring import WholeScorer, distinct_choices
+from moe_edge.planning.search import SwapRules, search
 from moe_edge.process.progress import track
 from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
 from moe_edge.texts.rows import heldout_rows
 
@@ -93,11 +95,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _profile(options: argparse.Namespace, work: Path) -> tuple[Statistics, CalibrationRows]:
+def _profile(options: argparse.Namespace, work: Path) -> tuple[Statistics, JudgingRows]:
     """The statistics, and the rows that they were taken on."""
     settings = [f"calibration.sequence_length={options.sequence_length}", *options.set]
     out = build(options.model, out=work, settings=settings, until="profile").out
-    rows = calibration_rows(out / "profile" / "rows.safetensors", PLAN_TOKENS)
+    ids_NS = torch.from_numpy(TokenRows.load(out / "profile" / "rows.safetensors").ids_NS)
+    rows = judging_rows(ids_NS, PLAN_TOKENS)
     return Statistics.load(out / "profile" / "statistics.safetensors"), rows
 
 
@@ -113,16 +116,16 @@ def _choices(
     spec: ModelSpec,
     stats: Statistics,
     model: PreTrainedModel,
-    rows: CalibrationRows,
+    rows: JudgingRows,
     n_keep: int,
-) -> tuple[dict[str, Kept], dict[str, Row]]:
+) -> tuple[dict[str, KeptExperts], dict[str, Row]]:
     """Name -> kept experts, and what else there is to tell about some of them."""
     chosen = Candidates(stats, spec.moe_layers, spec.moe.groups)
     starts = {name: chosen.kept(name, n_keep) for name in criteria_to_compare(AUTO, stats) if name != "random"}
     choices, told = dict(starts), dict[str, Row]()
-    start = _best(model, starts, rows.judged_NS) if options.search_tokens else ""
+    start = _best(model, starts, rows.judging_NS) if options.search_tokens else ""
     for seed in options.search_seeds if options.search_tokens else ():
-        rules, started = Rules(None, spec.moe.groups, chosen.guard, spec.residual_scale), time.monotonic()
+        rules, started = SwapRules(None, spec.moe.groups, chosen.guard, spec.residual_scale), time.monotonic()
         found = search(
             model, starts[start], rows.search_NS, budget_tokens=options.search_tokens, rules=rules, seed=seed
         )
@@ -138,13 +141,15 @@ def _choices(
     return choices, told
 
 
-def _best(model: PreTrainedModel, choices: Mapping[str, Kept], ids_NS: Tensor) -> str:
-    results = masked_kl(model, choices, ids_NS)
+def _best(model: PreTrainedModel, choices: Mapping[str, KeptExperts], ids_NS: Tensor) -> str:
+    results = WholeScorer(model).masked_kl(choices, ids_NS)
     return min(results, key=lambda name: results[name].kl_nats)
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, choices: Mapping[str, Kept], ids_NS: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def score(
+    model: PreTrainedModel, choices: Mapping[str, KeptExperts], ids_NS: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Per choice (KL to the teacher, negative log-likelihood of the next token), mean of each row [N], nats."""
     distinct, place = distinct_choices(choices)
     rows: list[list[tuple[float, float]]] = [[] for _ in distinct]

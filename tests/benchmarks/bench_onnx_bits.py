@@ -25,7 +25,7 @@ from moe_edge.models.loading import load_model
 from moe_edge.models.taps import decoder_layers
 from moe_edge.models.weights import WeightRows, weight_rows
 from moe_edge.planning.bits import Sensitivity
-from moe_edge.planning.masking import row_kl
+from moe_edge.planning.scoring import row_kl
 from moe_edge.planning.sensitivity import importance_of
 from moe_edge.planning.spend import cheapest
 from moe_edge.storage.rows import TokenRows

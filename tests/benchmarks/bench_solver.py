@@ -18,7 +18,7 @@ from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.contracts.targets_io import list_targets, read_target
-from moe_edge.planning.allocation import Feasible, header_plan
+from moe_edge.planning.allocation import BudgetAnswer, header_plan
 from moe_edge.planning.decision import decide_by_priors
 from moe_edge.planning.options import largest_contexts
 from moe_edge.storage.checkpoint import inspect_checkpoint
@@ -57,7 +57,7 @@ def row(headers: CheckpointHeaders, target: str, settings: Sequence[str]) -> str
         )
 
 
-def feasible_row(target: str, found: Feasible) -> str:
+def feasible_row(target: str, found: BudgetAnswer) -> str:
     """What was chosen, and what it was up against."""
     choice, expected = found.choice, found.choice.estimate
     speed = "unknown" if expected.decode_tokens_per_s is None else f"{expected.decode_tokens_per_s:.0f}"

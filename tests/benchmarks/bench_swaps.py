@@ -25,8 +25,8 @@ from moe_edge.formulas import swaps as formulas
 from moe_edge.models.loading import load_model
 from moe_edge.planning.candidates import AUTO, Candidates, criteria_to_compare
 from moe_edge.planning.local_model import LocalLayer, local_layers
-from moe_edge.planning.masking import masked_kl
 from moe_edge.planning.partial_runs import Meter, TrialRows
+from moe_edge.planning.scoring import WholeScorer
 from moe_edge.planning.search import ROW_TOKENS, swaps
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
@@ -46,7 +46,7 @@ def main() -> None:
     rows_NS = ids_NS[: max(1, options.tokens // ROW_TOKENS), :ROW_TOKENS]
     model, chosen = load_model(options.model), Candidates(stats, spec.moe_layers, spec.moe.groups)
     sets = {name: chosen.kept(name, options.keep) for name in criteria_to_compare(AUTO, stats)}
-    scores = masked_kl(model, sets, rows_NS)
+    scores = WholeScorer(model).masked_kl(sets, rows_NS)
     start = min(scores, key=lambda name: scores[name].kl_nats)
     meter, generator = Meter(model), torch.Generator().manual_seed(0)
     local = local_layers(

@@ -27,9 +27,16 @@ def plan_of(kept: dict[int, list[int]], **changes: object) -> Plan:
         params_total=1, params_active=1, file_bytes=1, kv_cache_bytes=1, peak_memory_bytes=1, routed_expert_share_kept=1
     )
     values: dict[str, object] = {
-        "criterion": "frequency", "experts_total": 6, "experts_kept": 4, "top_k": 2, "kept": kept,
-        "quantization": "Q8_0", "onnx_precision": "int8", "predicted_kl_nats": 0.1, "estimate": estimate,
-    }  # fmt: skip
+        "criterion": "frequency",
+        "experts_total": 6,
+        "experts_kept": 4,
+        "top_k": 2,
+        "kept": kept,
+        "quantization": "Q8_0",
+        "onnx_precision": "int8",
+        "predicted_kl_nats": 0.1,
+        "estimate": estimate,
+    }
     return Plan.model_validate(values | changes)
 
 
@@ -59,15 +66,15 @@ def planted(kind: str, noise: float = 0.0, family: str = "qwen3_moe") -> PreTrai
 @torch.no_grad()
 def block_inputs(model: PreTrainedModel, ids_NS: Tensor = ROWS) -> list[Tensor]:
     """What the experts of every layer read, [T, D] each."""
-    heard: list[Tensor] = []
+    inputs_of: list[Tensor] = []
     hooks = [
-        view.experts.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
+        view.experts.register_forward_pre_hook(lambda module, inputs: inputs_of.append(inputs[0]))
         for view in moe_layers(model)
     ]
     body(model)(input_ids=ids_NS, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return heard
+    return inputs_of
 
 
 @torch.no_grad()
@@ -81,14 +88,18 @@ def statistics_of(model: PreTrainedModel, ids_NS: Tensor = ROWS) -> Any:
         hsic.append(hsic_all_pairs(features_ETD))
         gated.append(hsic_all_pairs(features_ETD * gate_ET.unsqueeze(-1)))
         squares.append(torch.stack([_energy(view, hidden_TD, expert) for expert in range(view.count)]))
-    hsic_LEE = torch.stack(hsic)
+    hsic_LEE, layers, experts = torch.stack(hsic), len(views), views[0].count
+    imatrix = {
+        "expert_down": torch.stack(squares),
+        "expert_in": torch.ones(layers, experts, hidden[0].shape[1]),
+        "expert_count": torch.full((layers, experts), len(hidden[0])),
+    }
     return SimpleNamespace(
-        hsic_LEE=hsic_LEE, gated_hsic_LEE=torch.stack(gated), null_hsic_LEE=torch.zeros_like(hsic_LEE),
-        imatrix={
-            "expert_down": torch.stack(squares), "expert_in": torch.ones(len(views), views[0].count, hidden[0].shape[1]),
-            "expert_count": torch.full((len(views), views[0].count), len(hidden[0])),
-        },
-    )  # fmt: skip
+        hsic_LEE=hsic_LEE,
+        gated_hsic_LEE=torch.stack(gated),
+        null_hsic_LEE=torch.zeros_like(hsic_LEE),
+        imatrix=imatrix,
+    )
 
 
 def _energy(view: MoELayerView, hidden_TD: Tensor, expert: int) -> Tensor:

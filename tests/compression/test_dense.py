@@ -23,8 +23,10 @@ def at_constant_gates(family: str, top_k: int, **options: object):
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("qwen3_moe", True), ("qwen2_moe", False), ("qwen2_moe", True), ("mixtral", False), ("olmoe", True)],
+)
 def test_all_experts_at_constant_gates_are_the_teacher(family, tied):
     model = at_constant_gates(family, top_k=6, tied=tied)
     teacher = log_probabilities(model)

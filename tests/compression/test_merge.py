@@ -61,8 +61,7 @@ def test_rotated_copies_are_refused_and_the_student_is_the_dropped_one():
     assert torch.equal(log_probabilities(model), log_probabilities(dropped))
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("noise", [0.1, 0.4])
+@pytest.mark.parametrize(("noise", "sequential"), [(0.1, True), (0.4, False)])
 def test_an_accepted_merge_is_never_worse_than_dropping(noise, sequential):
     model, dropped = planted("permuted", noise), planted("permuted", noise)
     teacher, given = log_probabilities(model), material(model)

@@ -48,7 +48,7 @@ def test_a_plan_for_another_model_is_refused(plan: Plan, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"compensate": True}, {"action": "merge"}, {"action": "shared-core", "shared_rank": 2}]
+    "changes", [{"action": "merge", "compensate": True}, {"action": "shared-core", "shared_rank": 2}]
 )
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_action_knows_every_family(family: str, changes: dict[str, object]) -> None:

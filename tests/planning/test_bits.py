@@ -11,7 +11,7 @@ from tests.planning.plan_helpers import model
 
 
 def test_noise_is_what_ggml_does_to_normal_rows():
-    rows = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+    rows = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
     importance = np.random.default_rng(1).random(512).astype(np.float32) + 0.5
     assert set(NOISE) == set(GGML_TYPES)
     for kind, expected in NOISE.items():

@@ -3,10 +3,10 @@
 import pytest
 
 from moe_edge.contracts.quantization import CODEBOOK_LEVELS
-from moe_edge.planning.allocation import header_plan
+from moe_edge.planning.allocation import HARDER_ORDER, header_plan
 from moe_edge.planning.bits import Sensitivity, prior_sensitivity
 from moe_edge.planning.curve import Curve, CurvePoint
-from moe_edge.planning.decision import bits_are_free, decide, decide_by_priors, quantization_of
+from moe_edge.planning.decision import bits_are_free, decide, decide_by_priors, quantization_of, settle
 from moe_edge.planning.estimate import Packing, file_bytes
 from tests.planning.plan_helpers import NO_SHARE, config, headers, with_codebooks
 
@@ -71,8 +71,8 @@ def test_only_counts_of_the_curve_are_considered(tight):
 
 
 def test_where_all_experts_fit_at_no_type_it_says_so(teacher):
-    feasible = solve(teacher, budget(teacher, 3, "Q2_K"))
-    settled, _ = decide(feasible, curve(per_expert=5.0))
+    answer = solve(teacher, budget(teacher, 3, "Q2_K"))
+    settled, _ = decide(answer, curve(per_expert=5.0))
     assert settled.rival is None and settled.choice.experts < 8
     assert any("fits at no number of bits" in note for note in settled.notes)
 
@@ -104,3 +104,27 @@ def test_without_a_measurement_recipes_have_their_own_prior(teacher):
     found = quantization_of(solve(teacher))
     assert found.source == "prior" and 0 < found.nats["Q8_0"] <= found.nats["Q4_K_M"]
     assert quantization_of(solve(teacher, "export.formats=[onnx]")).nats == {}
+
+
+def test_quantizing_harder_wins_where_it_is_expected_to_lose_less(teacher):
+    """Pruning 8 -> 7 at Q4_K_M against all 8 at a smaller type within the same bytes."""
+    answer = solve(teacher, budget(teacher, 8, "Q4_K_M", -1))
+    assert answer.rival.experts == 8 and answer.rival.fits and answer.rival.packing.name in HARDER_ORDER
+    swapped = settle(answer, masked_kl_nats=2.0)
+    assert swapped.keeps_all and swapped.rival is answer.choice and "7 of 8 experts" in swapped.competitor
+    stays = settle(answer, masked_kl_nats=0.001)
+    assert stays.choice is answer.choice and "loses more" in stays.competitor
+
+
+def test_a_forbidden_rival_is_named_with_its_numbers(teacher):
+    settled = settle(header_plan(teacher, config()), masked_kl_nats=2.0)
+    assert settled.choice.experts == 5 and "not allowed" in settled.competitor and "nats" in settled.competitor
+    assert any("would lose less" in note for note in settled.notes)
+
+
+def test_a_type_that_was_not_asked_for_cannot_win(teacher):
+    limit = budget(teacher, 8, "Q4_K_M", -1)
+    settled = settle(solve(teacher, limit, "plan.bits=Q4_K_M"), masked_kl_nats=2.0)
+    assert settled.choice.packing.name == "Q4_K_M" and "not allowed, plan.bits=Q4_K_M" in settled.competitor
+    listed = settle(solve(teacher, limit, "export.gguf.types=[Q4_K_M, Q3_K_M]"), masked_kl_nats=2.0)
+    assert listed.keeps_all and listed.quantization != "Q4_K_M"

@@ -82,10 +82,10 @@ def test_the_predicted_likeness_is_the_models_own():
     found = local.predict([KEPT[0], OTHER], None)
 
     def stream(kept):
-        heard = {}
-        with torch.no_grad(), masked(model, kept), recorded_outputs(decoder_layers(model), heard):
+        outputs = {}
+        with torch.no_grad(), masked(model, kept), recorded_outputs(decoder_layers(model), outputs):
             model(ids)
-        return heard[0].flatten(0, 1)
+        return outputs[0].flatten(0, 1)
 
     teacher = stream({})
     before, after = (

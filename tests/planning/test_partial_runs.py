@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe_edge.models.taps import decoder_layers, recorded_outputs
-from moe_edge.planning.masking import masked_kl_rows
 from moe_edge.planning.partial_runs import Meter, TrialRows, resumed
+from moe_edge.planning.scoring import masked_kl_rows
 from tests.tiny import ALL_FAMILIES, tiny_ids, tiny_model
 
 BASE = {layer: [0, 1, 2, 3, 5] for layer in range(4)}
@@ -34,10 +34,10 @@ def test_a_run_from_the_middle_gives_the_kl_of_a_whole_run(first):
 def test_every_family_can_be_resumed(family):
     """Dense layers first, convolutions, latent attention, tuples: masks and tables stay the model's own."""
     model = tiny_model(family, layers=3)
-    layers, ids, heard = decoder_layers(model), tiny_ids(rows=2), {}
-    with torch.no_grad(), recorded_outputs(layers, heard):
+    layers, ids, outputs = decoder_layers(model), tiny_ids(rows=2), {}
+    with torch.no_grad(), recorded_outputs(layers, outputs):
         whole = model(ids, use_cache=False).logits
-    with torch.no_grad(), resumed(layers, 2, heard):
+    with torch.no_grad(), resumed(layers, 2, outputs):
         again = model(ids, use_cache=False).logits
     torch.testing.assert_close(again, whole, atol=1e-6, rtol=1e-6)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 
 from moe_edge.formulas.cka import cka_from_hsic
 from moe_edge.formulas.selection import expert_cka, select
-from moe_edge.planning.masking import masked_kl
+from moe_edge.planning.scoring import WholeScorer
 from moe_edge.profiling.passes import run_pass, share_of
 from moe_edge.profiling.sums import to_statistics
 from tests.compression.action_helpers import PAIRS, planted
@@ -44,6 +44,6 @@ def test_diversity_keeps_one_of_each_pair_and_half_the_model_is_the_teacher(prof
     for ids in kept.values():
         assert sorted(expert % PAIRS for expert in ids) == list(range(PAIRS))
     choices = {criterion: kept, "msan": select("msan", stats, PAIRS), "random": select("random", stats, PAIRS, 1)}
-    found = masked_kl(model, choices, tiny_ids(TOKENS, 4, seed=9), top_k=2)
+    found = WholeScorer(model).masked_kl(choices, tiny_ids(TOKENS, 4, seed=9), top_k=2)
     assert found[criterion].kl_nats < 1e-3
     assert found["msan"].kl_nats > 0.01 and found["random"].kl_nats > 0.01

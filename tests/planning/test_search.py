@@ -5,8 +5,8 @@ import torch
 
 from moe_edge.models.views import moe_layers
 from moe_edge.planning import search as module
-from moe_edge.planning.masking import masked_kl_rows
-from moe_edge.planning.search import Rules, search, swaps
+from moe_edge.planning.scoring import masked_kl_rows
+from moe_edge.planning.search import SwapRules, search, swaps
 from tests.tiny import tiny_ids, tiny_model
 
 DEAD = {0: [0, 4], 1: [1, 5], 2: [2, 3]}  # experts that put out nothing, by layer
@@ -54,12 +54,15 @@ def test_the_budget_is_an_upper_bound_and_is_spent(model, ids, budget):
 
 @pytest.mark.parametrize("rows", [2, 3, 24])
 def test_the_rows_of_a_prediction_do_not_judge_it(model, monkeypatch, rows):
-    drawn = []
-    real = module._Hunt._draw
-    monkeypatch.setattr(module._Hunt, "_draw", lambda hunt, count: drawn.append(real(hunt, count)) or drawn[-1])
+    predicted_on, tried_on = [], []
+    predict, prepare = module.local_layers, module.TrialRows
+    given = {"local_layers": (predicted_on, predict, 2), "TrialRows": (tried_on, prepare, 1)}
+    for name, (seen, real, place) in given.items():
+        watch = lambda *args, seen=seen, real=real, place=place, **kw: seen.append(args[place]) or real(*args, **kw)  # noqa: E731
+        monkeypatch.setattr(module, name, watch)
     found = search(model, BAD, tiny_ids(tokens=16, rows=rows, seed=2), budget_tokens=20_000)
-    assert found.sweeps >= 1 and len(drawn) == 2 * found.sweeps
-    for predicted, tried in zip(drawn[::2], drawn[1::2], strict=True):
+    assert found.sweeps >= 1 and len(predicted_on) == len(tried_on) == found.sweeps
+    for predicted, tried in zip(predicted_on, tried_on, strict=True):
         assert not {tuple(row) for row in predicted.tolist()} & {tuple(row) for row in tried.tolist()}
 
 
@@ -74,15 +77,15 @@ def test_the_same_seed_finds_the_same_whatever_the_global_generator(model, ids):
 def test_guarded_experts_stay_and_groups_keep_their_counts(model, ids):
     start = {layer: [0, 1, 3, 4] for layer in range(3)}
     guard = {0: [0], 2: [3]}
-    found = search(model, start, ids, budget_tokens=20_000, rules=Rules(groups=2, guard=guard))
+    found = search(model, start, ids, budget_tokens=20_000, rules=SwapRules(groups=2, guard=guard))
     assert 0 in found.kept[0] and 3 in found.kept[2]
     assert all(sum(expert < 3 for expert in kept) == 2 for kept in found.kept.values())
 
 
 def test_many_layers_are_tried_in_parts(model, ids, monkeypatch):
-    assert module._parts([0, 1, 2]) == [[0], [1], [2]]
+    assert module.layer_parts([0, 1, 2]) == [[0], [1], [2]]
     monkeypatch.setattr(module, "SINGLE_LAYERS", 2)
-    assert module._parts([0, 1, 2]) == [[0], [1, 2]]
+    assert module.layer_parts([0, 1, 2]) == [[0], [1, 2]]
     found = search(model, BAD, ids, budget_tokens=20_000)
     assert found.swapped >= 1
 

@@ -7,9 +7,10 @@ from moe_edge.contracts.quantization import CODEBOOK_LEVELS, LEVELS, type_for_ro
 from moe_edge.families import FAMILIES
 from moe_edge.models.weights import WeightRows, weight_rows
 from moe_edge.planning import sensitivity
-from moe_edge.planning.masking import row_kl
-from moe_edge.planning.sensitivity import importance_of, measure_sensitivity
+from moe_edge.planning.scoring import row_kl
+from moe_edge.planning.sensitivity import codebooks_suit, importance_of, measure_sensitivity, sensitivity_of
 from moe_edge.runtimes.ggml_quants import round_trip
+from tests.planning.plan_helpers import config
 from tests.tiny import tiny_ids, tiny_model
 
 SIZES = {"hidden": 256, "width": 256, "experts": 4}
@@ -38,7 +39,7 @@ def test_coarser_types_cost_more_and_threads_change_nothing():
 def test_a_class_costs_what_a_model_with_that_class_quantized_loses(monkeypatch):
     """Without the correction for overlap, a class's thirds add up to the KL of quantizing it."""
     teacher, student, ids = tiny_model("qwen3_moe", **SIZES), tiny_model("qwen3_moe", **SIZES), tiny_ids()
-    monkeypatch.setattr(sensitivity._Probe, "overlap", lambda *_args: 1.0)
+    monkeypatch.setattr(sensitivity.QuantizationProbe, "overlap", lambda *_args: 1.0)
     known = measure_sensitivity(teacher, ids)
     for matrix in weight_rows(student):
         if matrix.bit_class == "expert_down":
@@ -74,9 +75,11 @@ def test_every_family_can_be_measured(family):
 def sums(layers, experts, width, hidden):
     """The profile's sums of a model in which every column is as important as its neighbours."""
     return {
-        "expert_in": torch.ones(layers, experts, hidden), "expert_down": torch.ones(layers, experts, width),
-        "expert_count": torch.ones(layers, experts), "dense_count": torch.tensor(1.0),
-    }  # fmt: skip
+        "expert_in": torch.ones(layers, experts, hidden),
+        "expert_down": torch.ones(layers, experts, width),
+        "expert_count": torch.ones(layers, experts),
+        "dense_count": torch.tensor(1.0),
+    }
 
 
 def test_codebooks_are_offered_to_experts_whose_importance_is_known():
@@ -98,7 +101,7 @@ def test_codebooks_are_offered_to_experts_whose_importance_is_known():
 def test_what_is_measured_with_a_codebook_is_that_codebook(monkeypatch):
     sizes = SIZES | {"experts": 2, "layers": 1}
     model, student, ids = tiny_model("qwen3_moe", **sizes), tiny_model("qwen3_moe", **sizes), tiny_ids()
-    monkeypatch.setattr(sensitivity._Probe, "overlap", lambda *_args: 1.0)
+    monkeypatch.setattr(sensitivity.QuantizationProbe, "overlap", lambda *_args: 1.0)
     known = measure_sensitivity(model, ids, sums(1, 2, 256, 256))
     ones = torch.ones(256).numpy()
     for matrix in weight_rows(student):
@@ -130,10 +133,12 @@ def test_rows_without_blocks_cost_nothing():
 
 def test_the_importance_is_the_profiles_and_only_where_it_fits():
     imatrix = {
-        "expert_in": torch.ones(2, 4, 8, dtype=torch.float64), "expert_count": torch.full((2, 4), 100.0),
-        "attention_in": torch.arange(48.0, dtype=torch.float64).reshape(6, 8), "dense_count": torch.tensor(10.0),
+        "expert_in": torch.ones(2, 4, 8, dtype=torch.float64),
+        "expert_count": torch.full((2, 4), 100.0),
+        "attention_in": torch.arange(48.0, dtype=torch.float64).reshape(6, 8),
+        "dense_count": torch.tensor(10.0),
         "head_in": torch.ones(8, dtype=torch.float64),
-    }  # fmt: skip
+    }
     experts = WeightRows("expert_gate_up", 5, 1, torch.zeros(4, 6, 8), "expert_in")
     assert tuple(importance_of(experts, imatrix).shape) == (4, 8)
     query = WeightRows("attention", 5, 1, torch.zeros(6, 8), "attention_in")
@@ -147,3 +152,17 @@ def test_the_importance_is_the_profiles_and_only_where_it_fits():
     ):
         assert importance_of(nothing, imatrix) is None
     assert importance_of(query, None) is None
+
+
+def test_codebooks_are_not_for_a_cpu_of_which_a_speed_is_demanded_nor_for_students_with_other_columns():
+    speed = "target.budget.decode_tokens_per_s=5"
+    assert codebooks_suit(config()) and codebooks_suit(config("plan.action=merge"))
+    assert not codebooks_suit(config(speed)) and codebooks_suit(config(speed, "target.runtime.gpu_layers=-1"))
+    assert not codebooks_suit(config("plan.action=dense")) and not codebooks_suit(config("plan.action=shared-core"))
+
+
+def test_it_is_measured_on_the_first_rows_or_priors_decide():
+    model, ids = tiny_model("qwen3_moe", layers=1), tiny_ids(tokens=12, rows=4)
+    assert sensitivity_of(config("plan.sensitivity_tokens=24"), model, ids, None).tokens == 24
+    assert sensitivity_of(config("plan.sensitivity_tokens=0"), model, ids, None) is None, "switched off"
+    assert sensitivity_of(config(), None, ids, None) is None, "streamed"

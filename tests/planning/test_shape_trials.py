@@ -13,11 +13,15 @@ from moe_edge.contracts.plan import Plan, TriedShape
 from moe_edge.models.loading import load_model
 from moe_edge.models.views import moe_layers
 from moe_edge.models.weights import read_expert, write_expert
-from moe_edge.planning import measured_budget as plan_budget
-from moe_edge.planning.masking import masked_kl
+from moe_edge.planning import curve
+from moe_edge.planning.allocation import header_plan
+from moe_edge.planning.estimate import Packing
+from moe_edge.planning.scoring import WholeScorer
 from moe_edge.planning.shape_trials import compared_nats
+from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
+from tests.planning.plan_helpers import NO_SHARE, config
 from tests.stages.test_plan import EXPERTS, LAYERS, run, write_profile
 from tests.tiny import tiny_checkpoint
 
@@ -72,11 +76,12 @@ def test_each_shape_is_measured_by_masking_experts_and_neurons(teacher, tmp_path
     profile = with_neurons(tmp_path / "profile")
     _, plan = run(teacher, tmp_path, *BOTH, profile=profile)
     rows = torch.from_numpy(TokenRows.load(profile / "rows.safetensors").ids_NS).long()[-4:-2]
-    model, sums = load_model(teacher), Statistics.load(profile / "statistics.safetensors").imatrix["expert_down"]
+    sums = Statistics.load(profile / "statistics.safetensors").imatrix["expert_down"]
+    scorer = WholeScorer(load_model(teacher))
     for shape in plan.shapes:
         kept = dict.fromkeys(range(LAYERS), list(range(shape.experts_kept)))
         neurons = None if shape.expert_width is None else Narrowing(sums, shape.expert_width).mask
-        expected = masked_kl(model, {"x": kept}, rows, shape.top_k, neurons)["x"].kl_nats
+        expected = scorer.masked_kl({"x": kept}, rows, shape.top_k, neurons)["x"].kl_nats
         assert shape.masked_kl_nats == pytest.approx(expected, rel=1e-4)
 
 
@@ -102,7 +107,7 @@ def test_without_activations_a_width_is_refused(teacher, tmp_path):
 
 
 def test_a_top_k_that_costs_too_much_stops_like_an_unsafe_ratio(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_budget, "UNSAFE_KL_NATS", 1e-6)
+    monkeypatch.setattr(curve, "UNSAFE_KL_NATS", 1e-6)
     with pytest.raises(InfeasibleError, match="the safe limit") as caught:
         run(teacher, tmp_path / "a", "plan.experts=1.0", "plan.top_k=1", "plan.expert_width=keep")
     assert caught.value.exit_code == 3 and "plan.top_k=keep" in caught.value.next_command
@@ -125,10 +130,6 @@ def test_a_speed_budget_under_auto_is_met_by_measured_shapes(teacher, tmp_path):
 
 def test_free_bits_and_shapes_are_decided_together(teacher, tmp_path):
     """A file budget just below all experts in the target's type: every shape gets its own count and bits."""
-    from moe_edge.planning.allocation import Packing, header_plan
-    from moe_edge.storage.checkpoint import inspect_checkpoint
-    from tests.planning.plan_helpers import NO_SHARE, config
-
     space = header_plan(inspect_checkpoint(teacher), config(NO_SHARE)).space
     limit = space.option(EXPERTS, Packing("gguf", "Q4_K_M")).estimate.file_bytes - 1
     settings = (*BOTH, NO_SHARE, f"target.budget.weights={limit}", "plan.sensitivity_tokens=32")
@@ -143,9 +144,16 @@ def test_free_bits_and_shapes_are_decided_together(teacher, tmp_path):
 def test_where_a_plan_refits_narrower_experts_must_win_clearly(refits, width):
     def tried(width: int | None, masked: float) -> TriedShape:
         return TriedShape(
-            top_k=2, expert_width=width, experts_kept=8, quantization="Q4_K_M", masked_kl_nats=masked,
-            quantization_kl_nats=0.02, kl_nats=masked + 0.02, file_bytes=1, decode_tokens_per_s=None,
-        )  # fmt: skip
+            top_k=2,
+            expert_width=width,
+            experts_kept=8,
+            quantization="Q4_K_M",
+            masked_kl_nats=masked,
+            quantization_kl_nats=0.02,
+            kl_nats=masked + 0.02,
+            file_bytes=1,
+            decode_tokens_per_s=None,
+        )
 
     whole, narrow = tried(None, 0.5), tried(64, 0.3)
     assert min(whole, narrow, key=lambda one: compared_nats(one, refits)).expert_width == width

@@ -10,7 +10,7 @@ from moe_edge.contracts.quantization import CODEBOOK_CLASSES, CODEBOOK_LEVELS, L
 from moe_edge.planning.allocation import header_plan
 from moe_edge.planning.bits import Sensitivity, mix_of, prior_sensitivity, recipe_types
 from moe_edge.planning.estimate import Packing, file_bytes
-from moe_edge.planning.spend import CLEAR_MARGIN, _costs, allocate, cheapest
+from moe_edge.planning.spend import CLEAR_MARGIN, allocate, cell_bytes, cheapest
 from tests.planning.plan_helpers import NO_SHARE, config, headers, with_codebooks
 
 
@@ -75,7 +75,7 @@ def test_decode_speed_bounds_the_bits_that_are_read(teacher):
 def test_the_choice_is_the_best_of_all(teacher):
     """Three cells, every assignment tried, with and without a cap on what a token reads."""
     at = space(teacher)
-    costs, known = _costs(at, 8), with_codebooks(at.model)
+    costs, known = cell_bytes(at, 8), with_codebooks(at.model)
     cells = [("expert_down", 0), ("expert_gate_up", 1), ("attention", 2)]
     file, read = ({cell: table[cell] for cell in cells} for table in (costs.file, costs.read))
     every = [dict(zip(cells, kinds, strict=True)) for kinds in itertools.product(*(known.levels(c) for c in cells))]
@@ -99,7 +99,7 @@ def test_the_choice_is_the_best_of_all(teacher):
 
 def test_more_bytes_never_cost_predicted_kl(teacher):
     at = space(teacher)
-    costs, rng = _costs(at, 8), np.random.default_rng(0)
+    costs, rng = cell_bytes(at, 8), np.random.default_rng(0)
     for _ in range(3):  # what was measured need not fall from level to level
         nats = {cell: dict(zip(LEVELS, rng.random(len(LEVELS)), strict=True)) for cell in costs.file}
         known = Sensitivity(nats, "measured", 8)
@@ -152,7 +152,7 @@ def test_codebooks_fill_the_gap_at_two_bits_and_only_for_experts(teacher):
 
 def test_rows_that_no_codebook_divides_cost_what_they_fall_back_to(tmp_path):
     odd = header_plan(headers(tmp_path, layers=3, width=96), config(NO_SHARE)).space
-    costs = _costs(odd, 8)
+    costs = cell_bytes(odd, 8)
     assert costs.file["expert_down", 0]["IQ2_S"] == costs.file["expert_down", 0]["Q2_K"], "both are stored as IQ4_NL"
     assert costs.file["expert_gate_up", 0]["IQ2_S"] < costs.file["expert_gate_up", 0]["Q2_K"]
     recipe = Packing("gguf", "Q8_0")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_edge.compression import on_disk as streamed
+from moe_edge.compression import student
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.artifacts import StageContext
 from moe_edge.contracts.config import BuildConfig
@@ -180,7 +181,7 @@ def test_a_killed_run_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(compress, "reload_difference", killed)
+        patch.setattr(student, "reload_difference", killed)
         compress.run(context)
     (context.out / "model.tmp" / "leftover").write_text("from the killed run")
     compress.run(context)
@@ -190,7 +191,7 @@ def test_a_killed_run_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_student_that_differs_is_not_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = context_of(tmp_path, tiny_checkpoint(tmp_path, "mixtral"))
-    monkeypatch.setattr(compress, "reload_difference", lambda *_arguments: 1e-3)
+    monkeypatch.setattr(student, "reload_difference", lambda *_arguments: 1e-3)
     with pytest.raises(MoeEdgeError, match="differs from the one in memory"):
         compress.run(context)
     assert not (context.out / "model").exists()
@@ -199,10 +200,10 @@ def test_a_student_that_differs_is_not_delivered(tmp_path: Path, monkeypatch: py
 def test_the_reload_check_notices_a_changed_weight(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "olmoe")
     model = load_model(folder)
-    assert compress.reload_difference(model, folder) == 0.0
+    assert student.reload_difference(model, folder) == 0.0
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight[0] += 0.1
-    assert compress.reload_difference(model, folder) > 0.0
+    assert student.reload_difference(model, folder) > 0.0
 
 
 @pytest.mark.parametrize(

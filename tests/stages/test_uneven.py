@@ -17,7 +17,7 @@ from moe_edge.models.pruning import masked
 from moe_edge.models.views import moe_layers
 from moe_edge.planning.allocation import header_plan
 from moe_edge.planning.estimate import GGUF_HEADER_BYTES
-from moe_edge.planning.masking import masked_kl
+from moe_edge.planning.scoring import WholeScorer
 from moe_edge.stages import compress, distill, export, plan, profile
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
@@ -77,7 +77,7 @@ def test_the_score_decides_over_all_layers_together(built) -> None:
     )
     rows = TokenRows.load(run.top / "profile" / "rows.safetensors").ids_NS[-8:]
     model = load_model(run.teacher)
-    nats = masked_kl(model, {"x": found.kept}, torch.from_numpy(rows))["x"].kl_nats
+    nats = WholeScorer(model).masked_kl({"x": found.kept}, torch.from_numpy(rows))["x"].kl_nats
     assert nats == pytest.approx(found.predicted_kl_nats, rel=1e-4)
     told = " ".join(found.notes)
     assert f"Layers keep 2 to {max(counts)} experts, 4 on average" in told and "plan.uneven=false" in told

@@ -1,75 +1,30 @@
-"""What an action adds to a plan, and what is refused before any weight is read."""
+"""What an action adds to a plan."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
+from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.plan import Plan
-from moe_edge.families import family_of
-from moe_edge.planning.actions import check_action, with_action
+from moe_edge.planning.document import with_action
+from moe_edge.planning.headers import model_headers
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.compression.action_helpers import HALF, material, plan8, planted
 from tests.planning import plan_helpers
 from tests.tiny import tiny_checkpoint
 
 
-def spec_of(folder: Path):
-    headers = inspect_checkpoint(folder)
-    return headers, family_of(headers.config).spec(headers.config)
-
-
-def check(tmp_path: Path, *settings: str, family: str = "qwen3_moe", target: str = "cpu") -> None:
-    headers, spec = spec_of(tiny_checkpoint(tmp_path, family, width=64, layers=3))
-    check_action(plan_helpers.config(*settings, target=target), headers, spec)
-
-
-@pytest.mark.parametrize("settings", [(), ("plan.expert_width=32",), ("plan.expert_width=64", "plan.action=merge")])
-def test_possible_actions_pass(tmp_path, settings):
-    check(tmp_path, *settings)
-
-
-@pytest.mark.parametrize("width", [0, 16, 48, 96])
-def test_an_impossible_width_is_a_usage_error(tmp_path, width):
-    with pytest.raises(ConfigError, match="multiple of 32 up to the teacher's 64"):
-        check(tmp_path, f"plan.expert_width={width}")
-
-
-def test_a_width_that_other_tensors_share_is_refused_from_headers(tmp_path):
-    with pytest.raises(InputRejected, match="shared_experts.* takes its size from"):
-        check(tmp_path, "plan.expert_width=32", family="ernie4_5_moe")
-
-
-@pytest.mark.parametrize("target", ["jetson", "cpu"])
-def test_a_shared_core_is_refused_under_a_byte_budget_unless_forced(tmp_path, target):
-    settings = ["plan.action=shared-core", *(["target.budget.weights=1GiB"] if target == "cpu" else [])]
-    with pytest.raises(InfeasibleError, match="saves no bytes") as caught:
-        check(tmp_path, *settings, target=target)
-    assert caught.value.exit_code == 3
-    check(tmp_path, *settings, "plan.force=true", target=target)
-
-
-def test_a_shared_core_without_a_byte_budget_passes_and_is_not_refitted(tmp_path):
-    settings = [
-        "plan.action=shared-core",
-        "target.hardware.memory_bytes={value: null, source: a test, confidence: assumed}",
-    ]
-    check(tmp_path, *settings)
-    with pytest.raises(ConfigError, match="compensate does not go"):
-        check(tmp_path, *settings, "plan.compensate=true")
-
-
 def completed(
-    tmp_path: Path, *settings: str, cka_tokens: int = 100, plan: Plan | None = None, in_memory: bool = True
+    tmp_path: Path, *settings: str, cka_tokens: int = 100, plan: Plan | None = None, held_whole: bool = True
 ) -> Plan:
     folder = tiny_checkpoint(tmp_path, "qwen3_moe", experts=8, top_k=4, width=64)
     stats = material(planted("permuted")).statistics
     stats.cka_tokens, stats.counts_LE = cka_tokens, stats.imatrix["expert_count"]
     for name in ("gate_sum_LE", "norm_sum_LE", "norm_sq_sum_LE", "gated_norm_sum_LE"):
         setattr(stats, name, stats.counts_LE.double())
-    _, spec = spec_of(folder)
-    return with_action(plan or plan8(), plan_helpers.config(*settings), spec, lambda: stats, in_memory)
+    spec = model_headers(inspect_checkpoint(folder)).spec
+    return with_action(plan or plan8(), plan_helpers.config(*settings), spec, lambda: stats, held_whole)
 
 
 def test_drop_alone_adds_nothing(tmp_path):
@@ -79,7 +34,7 @@ def test_drop_alone_adds_nothing(tmp_path):
 def test_what_is_left_is_refitted_unless_it_cannot_be(tmp_path):
     assert completed(tmp_path).compensate and "refitted" in completed(tmp_path).notes[-1]
     assert not completed(tmp_path, "plan.action=shared-core").compensate
-    assert not completed(tmp_path, in_memory=False).compensate
+    assert not completed(tmp_path, held_whole=False).compensate
 
 
 def test_a_merge_gets_its_pairs_and_says_what_is_predicted(tmp_path):
