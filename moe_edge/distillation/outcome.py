@@ -84,12 +84,27 @@ class Outcome:
             tokens_trained=sum(record.tokens for record in self.records),
             held_out_tokens=held_out_tokens,
             held_out_kl=measure,
-            before=self.before,
-            after=self.after,
+            before=_written(self.before),
+            after=_written(self.after),
             cka=no_cka if self.before.cka_by_layer is None else CKA,
             stages=[_trained_stage(record) for record in self.records],
             seconds_per_stage={record.stage: record.seconds for record in self.records},
         )
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN: what a training that went astray makes of a number is null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _written(held_out: HeldOut) -> HeldOut:
+    cka_mean = _finite(held_out.cka_mean)
+    return HeldOut(
+        kl_nats=_finite(held_out.kl_nats),
+        projected_kl_nats=_finite(held_out.projected_kl_nats),
+        cka_mean=cka_mean,
+        cka_by_layer=None if cka_mean is None else held_out.cka_by_layer,
+    )
 
 
 def _trained_stage(record: StageRecord) -> TrainedStage:
@@ -105,7 +120,7 @@ def _trained_stage(record: StageRecord) -> TrainedStage:
 def _mean(loss: str, steps: list[dict[str, float]]) -> float | None:
     """None where no step has it: rows that the student wrote have no cross-entropy."""
     found = [step[loss] for step in steps if loss in step]
-    return mean(found) if found else None
+    return _finite(mean(found)) if found else None
 
 
 def write_outcome(out: Path, records: list[StageRecord], summary: DistillSummary) -> None:
@@ -121,9 +136,6 @@ def _metrics(summary: DistillSummary) -> dict[str, Any]:
     """The summary without seconds, and without what does not apply."""
     if not summary.trained:
         return summary.model_dump(include={"trained", "reason"})
-    metrics = summary.model_dump(exclude={"seconds_per_stage"})
-    for end in ("before", "after"):
-        for distance in ("kl_nats", "projected_kl_nats"):
-            if metrics[end][distance] is None:
-                del metrics[end][distance]
-    return metrics
+    assert summary.before is not None
+    other = "projected_kl_nats" if summary.before.projected_kl_nats is None else "kl_nats"
+    return summary.model_dump(exclude={"seconds_per_stage": True, "before": {other}, "after": {other}})

@@ -31,7 +31,7 @@ from moe_edge.distillation.data import CAPTURED, term_inputs
 from moe_edge.distillation.memory import MemoryPolicy
 from moe_edge.distillation.outcome import Outcome, held_out_kl, write_outcome
 from moe_edge.distillation.recovery import Recovery
-from moe_edge.distillation.schedule import rows_of_process, schedule_stages
+from moe_edge.distillation.schedule import recipe_of, rows_of_process, schedule_stages
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.stage_parts import losses_on_tokens, require_temperatures
 from moe_edge.distillation.teacher import on_device
@@ -120,15 +120,7 @@ def _trained(
     ranks, out, rows = current_ranks(), work.memory.out, work.rows
     vocab = true_vocabulary(work.tokenizers[0], student.config.vocab_size)
     schedules = schedule_stages(config, split.train(), split.row_tokens)
-    inputs = term_inputs(
-        [schedule.config for schedule in schedules],
-        work.teacher.path,
-        student,
-        rows,
-        work.tokenizers,
-        work.kept,
-        out,
-    )
+    inputs = term_inputs(recipe_of(config), work.teacher.path, student, rows, work.tokenizers, work.kept, out)
     recovery = Recovery(
         config,
         rows.ids_NS,

@@ -35,6 +35,20 @@ def test_units_are_parsed(tmp_path):
     assert (budget.weights, budget.ttft, budget.experts) == (4 << 30, 0.25, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[{stage_name: a, losess: {kl: 1}}]", r"unknown key 'distill\.stages\.0\.losess'; did you mean 'losses'\?"),
+        ("atuo", r"distill\.stages: Input should be 'auto'"),
+        ("3", r"distill\.stages: Input should be a valid list"),
+    ],
+)
+def test_a_keyword_beside_a_list_blurs_no_message(value, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        resolve_config(read_target("cpu"), None, [f"distill.stages={value}"])
+    assert len(str(refusal.value).splitlines()) == 2  # one complaint, whichever of both was meant
+
+
 def test_unknown_key_names_line_and_nearest(tmp_path):
     with pytest.raises(ConfigError) as caught:
         resolve(tmp_path, "calibration:\n  seed: 1\n  tokns: 5\n")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from moe_edge.cli import main as cli
 from moe_edge.distillation import recovery
 from moe_edge.distillation.checkpoints import SaveByTheClock
-from tests.distillation.parallel_run import shard_on_cpu
+from tests.distillation.sharding import shard_on_cpu
 
 
 class Die(TrainerCallback):

@@ -17,8 +17,8 @@ from moe_edge.distillation.rollouts import Rollouts
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.terms import Needs, TermContext, TermInputs
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
-from tests.distillation.parallel_run import shard_on_cpu
 from tests.distillation.parts import rows, tiny_student, tiny_teacher
+from tests.distillation.sharding import shard_on_cpu
 
 TABLE = {"cka": FEATURE_TERMS["cka"], "procrustes": FEATURE_TERMS["procrustes"], **EXPERT_TERMS}
 STEPS = 3
@@ -50,9 +50,11 @@ def main(folder: Path, backend: str) -> None:
     if backend == "fsdp":
         shard_on_cpu(trainer)
     trainer.train()
+    kind = type(next(trainer.model.parameters())).__name__
     trainer.save_model(str(folder / backend / "model"))
     if trainer.is_world_process_zero():
-        (folder / backend / "log.json").write_text(json.dumps(trainer.state.log_history[:STEPS]))
+        log = {"steps": trainer.state.log_history[:STEPS], "parameter": kind}
+        (folder / backend / "log.json").write_text(json.dumps(log))
 
 
 if __name__ == "__main__":

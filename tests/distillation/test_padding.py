@@ -36,7 +36,7 @@ def pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel, dict[int, list[
 
 def work_of(tmp_path: Path, teacher: PreTrainedModel, kept: dict, losses: dict) -> tuple[Recovery, list]:
     teacher.save_pretrained(tmp_path / "teacher")
-    stage = StageConfig(stage_name="all", steps=4, losses=losses, learning_rate=0.02, teacher="live")
+    stage = StageConfig(stage_name="all", steps=2, losses=losses, learning_rate=0.02, teacher="live")
     settings = DistillConfig(batch_rows=4, stages=[stage])
     inputs = TermInputs(kept, torch.from_numpy(rows()[:4]).long())
     work = Recovery(settings, rows(), None, VOCAB, tmp_path / "teacher", tmp_path / "run", 1e9, inputs)

@@ -81,10 +81,13 @@ def test_events_for_tensorboard_do_not_enter_the_digest(tmp_path: Path) -> None:
     assert hash_folder(tmp_path / "out") == hash_folder(tmp_path / "without")
 
 
-def test_a_worse_student_is_not_kept(tmp_path: Path) -> None:
-    ruinous = [StageConfig(stage_name="all", steps=4, learning_rate=1.0, losses={"kl": 1.0})]
+@pytest.mark.parametrize("rate", [1.0, 1e30], ids=["worse", "nan"])
+def test_a_worse_student_is_not_kept(rate: float, tmp_path: Path) -> None:
+    ruinous = [StageConfig(stage_name="all", steps=4, learning_rate=rate, losses={"kl": 1.0})]
     summary = run(tmp_path, inputs(tmp_path), stages=ruinous)
-    assert summary.kept == "untrained" and summary.after.kl_nats > summary.before.kl_nats
+    assert summary.kept == "untrained" and summary.reason.startswith("held-out KL did not fall")
+    after = json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]
+    assert after["kl_nats"] is None if rate > 1 else after["kl_nats"] > summary.before.kl_nats  # JSON has no NaN
     assert digests(tmp_path / "out" / "model") == digests(tmp_path / "compress" / "model")
     assert 0 < summary.before.cka_mean < 1 and "debiased" in summary.cka  # shown whatever a stage trains on
 
