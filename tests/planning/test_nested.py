@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.api import named_files
+from moe_edge.texts.recipes import named_files
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.plan import Plan
 from moe_edge.models.loading import load_model
