@@ -92,7 +92,7 @@ def distilled(work: Distillation) -> DistillSummary | str | None:
         ResourceProblem: no memory for stages of the user's own, or less than when an interrupted run of this began.
     """
     ranks, memory, headers = current_ranks(), work.memory, work.teacher.headers
-    placement = settled(memory.out, lambda: to_run(headers, "float32", "auto"))
+    placement = settled(memory.out, lambda: to_run(headers, "float32", "auto", ranks), ranks)
     stages = ranks.lead(lambda: memory.stages(placement.whole))
     config = memory.config.model_copy(update={"stages": stages})
     split = RowSplit(*work.rows.ids_NS.shape)

@@ -24,6 +24,7 @@ RUN_SHARE = (
 )
 EDIT_FACTOR = 1.3  # x the weights: to hold a model that is changed, with the student beside it and activations
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ALONE = Ranks()  # a stage that one process runs, whatever else the launch has
 Mode = Literal["auto", "whole", "layerwise"]
 
 
@@ -72,14 +73,13 @@ def compute_device(ranks: Ranks | None = None) -> torch.device:
     return torch.device("cuda", (ranks or current_ranks()).local_rank % torch.cuda.device_count())
 
 
-def to_run(headers: CheckpointHeaders, dtype: str, mode: Mode, ranks: Ranks | None = None) -> Placement:
+def to_run(headers: CheckpointHeaders, dtype: str, mode: Mode, ranks: Ranks = ALONE) -> Placement:
     """Where a teacher runs over text.
 
     Args:
         dtype: teacher.dtype; auto is float32 on a CPU and bfloat16 on an accelerator.
         mode: profile.mode; auto streams what does not fit.
     """
-    ranks = ranks or current_ranks()
     device = compute_device(ranks)
     name = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     whole = mode == "whole" or (mode == "auto" and fits_in_memory(headers, DTYPES[name], device, ranks.local_world))
@@ -100,9 +100,13 @@ def to_edit(headers: CheckpointHeaders, *, streamed: bool, accelerate: bool) -> 
     )
 
 
-def settled(out: Path, decide: Callable[[], Placement]) -> Placement:
-    """The stage's placement: what an interrupted run of it decided, or what `decide` says now; the leader's, in every process."""
-    ranks, path = current_ranks(), out / DECIDED
+def settled(out: Path, decide: Callable[[], Placement], ranks: Ranks = ALONE) -> Placement:
+    """The stage's placement: what an interrupted run of it decided, or what `decide` says now.
+
+    Args:
+        ranks: the processes that share the stage, which all call this: the leader's word holds for all of them.
+    """
+    path = out / DECIDED
 
     def leader() -> Placement:
         if path.is_file():

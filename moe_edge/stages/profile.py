@@ -111,7 +111,7 @@ def _job(config: BuildConfig, teacher: Teacher, out: Path, vocab: int, rows: Tok
         "calibration": rows.digest,
         "vocab": str(vocab),
     }
-    placement = settled(out, lambda: to_run(teacher.headers, config.teacher.dtype, config.profile.mode, ranks))
+    placement = settled(out, lambda: to_run(teacher.headers, config.teacher.dtype, config.profile.mode, ranks), ranks)
     return ProfileJob(config, teacher, out, vocab, rows, ranks, placement, identity)
 
 

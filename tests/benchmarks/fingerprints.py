@@ -4,7 +4,7 @@
     python -m tests.benchmarks.fingerprints --work DIR2 --out after.json --compare before.json
 
 The demo teacher is built for `cpu` and planned once more as a streamed teacher (profile.mode=layerwise); one tiny random model of
-each family is exported. Of report.json, seconds, speeds, memory and machine are left out: they differ from run to run.
+each family is exported to each format. Of report.json, seconds, speeds, memory and machine are left out: they differ from run to run.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.exporting.gguf_models import REPRESENTABLE
 from tests.tiny import ALL_FAMILIES, tiny_checkpoint
 
 MEASURED = {"seconds", "peak_rss_mib", "speed", "memory", "machine", "device", "cached", "seconds_per_stage"}
@@ -67,10 +68,14 @@ def streamed_plan() -> dict[str, Any]:
 
 
 def exported(family: str) -> dict[str, Any]:
-    sizes = {"experts": 8, "hidden": 64, "width": 32, "layers": 3}
-    model = tiny_checkpoint(WORK / "models", family, **sizes)
-    code = run("export", model, "--target", "cpu", "--out", WORK / "export" / family)
-    return {"exit code": code, "artifacts": files(WORK / "export" / family / "artifacts")}
+    """One model of the family, in each format by itself, because some families have only one."""
+    sizes = {"experts": 8, "hidden": 64, "width": 32, "layers": 3} | REPRESENTABLE.get(family, {})
+    model, found = tiny_checkpoint(WORK / "models", family, **sizes), {}
+    for name in ("gguf", "onnx"):
+        out = WORK / "export" / f"{family}-{name}"
+        code = run("export", model, "--target", "cpu", "--out", out, "--set", f"export.formats=[{name}]")
+        found[name] = {"exit code": code, "artifacts": files(out / "artifacts")}
+    return found
 
 
 def differences(one: Any, other: Any, at: str = "") -> list[str]:
