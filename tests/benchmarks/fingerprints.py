@@ -4,7 +4,8 @@
     python -m tests.benchmarks.fingerprints --work DIR2 --out after.json --compare before.json
 
 The demo teacher is built for `cpu` and planned once more as a streamed teacher (profile.mode=layerwise); one tiny random model of
-each family is exported to each format. Of report.json, seconds, speeds, memory and machine are left out: they differ from run to run.
+each family is exported to each format. Of report.json, seconds, speeds, memory and machine are left out: they differ from run
+to run.
 """
 
 import argparse
