@@ -27,7 +27,6 @@ from moe_edge.contracts.artifacts import (
     ExportSummary,
     PlanFolder,
     ProfileFolder,
-    StageFolder,
     ValidationFolder,
 )
 from moe_edge.contracts.checkpoint import Checkpoint, Teacher
@@ -36,7 +35,8 @@ from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.plan import Plan
-from moe_edge.contracts.report import Report, StageInfo
+from moe_edge.contracts.preview import PlanPreview
+from moe_edge.contracts.report import Judgement, Report, StageInfo
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.storage.files import sha256_file, write_text_atomic
 from moe_edge.storage.folders import changed_files, deliver, write_run_manifest
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from moe_edge.evaluation.instructions import Evaluation, EvaluationSettings
-    from moe_edge.evaluation.validation import BenchedArtifact, ValidatedArtifact
-    from moe_edge.planning.dry_run import PlanPreview
+    from moe_edge.contracts.evaluation import Evaluation
+    from moe_edge.evaluation.instructions import EvaluationSettings
+    from moe_edge.evaluation.validation import BenchedArtifact
     from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def preview(
     overrides: Overrides | None = None,
     out: str | Path | None = None,
     settings: Sequence[str] = (),
-) -> "PlanPreview":
+) -> PlanPreview:
     """What fits, what it costs and why, from config.json and the safetensors headers (and a profile, if `out` has one)."""
     from moe_edge.planning.dry_run import preview_plan
 
@@ -210,7 +210,6 @@ def plan(
     target: str = "cpu",
     config: str | Path | None = None,
     overrides: Overrides | None = None,
-    out: str | Path | None = None,
 ) -> Plan:
     """The plan as far as headers tell: how many experts, how wide, in which bits, and what that weighs.
 
@@ -219,7 +218,10 @@ def plan(
     Raises:
         ConfigError, InfeasibleError, InputRejected: wrong wishes, nothing that fits, a model that cannot be used.
     """
-    return preview(teacher, target=target, config=config, overrides=overrides, out=out).plan
+    from moe_edge.planning.dry_run import plan_from_headers
+
+    resolved = settle(target, teacher, config, overrides)
+    return plan_from_headers(find_checkpoint(resolved), resolved)
 
 
 def build(
@@ -330,26 +332,31 @@ def _finish(state: pipeline.Build) -> Report:
     kept = read_manifest(state.out)
     unchanged = kept is not None and kept.inputs == inputs and kept.config == _plain(state.config)
     if kept is not None and unchanged and all(state.cached.values()) and not changed_files(state.out, kept.files):
-        return Report.model_validate_json((state.out / "report.json").read_bytes())
+        return Report.read(state.out / "report.json")
     stream = StringIO()
     YAML(typ="safe").dump(_plain(state.config), stream)
     write_text_atomic(state.out / "config.yaml", stream.getvalue())
-    report = _write_report(state.out, state.config, state.teacher.name, state.manifests, state.cached)
+    report = _write_report(state.out, state.config, state.manifests, state.cached)
     write_run_manifest(state.out, _plain(state.config), inputs, pipeline.all_versions())
     return report
 
 
 def _write_report(
-    out: Path, config: BuildConfig, teacher: str, manifests: Mapping[str, Manifest], reused: Mapping[str, bool]
+    out: Path, config: BuildConfig, manifests: Mapping[str, Manifest], reused: Mapping[str, bool]
 ) -> Report:
     from moe_edge.stages import report
 
     rows = [_stage_info(name, manifest, reused[name]) for name, manifest in manifests.items()]
-    folders: dict[str, StageFolder[Any]] = {
-        kind.stage: kind.of(out / kind.stage, manifests[kind.stage])
-        for kind in (ProfileFolder, PlanFolder, CompressFolder, DistillFolder, ExportFolder, ValidationFolder)
-    }
-    return report.run(config, out, rows, teacher=teacher, **folders)
+    return report.run(
+        config,
+        out,
+        rows,
+        plan=PlanFolder.of(out / "plan", manifests["plan"]),
+        compress=CompressFolder.of(out / "compress", manifests["compress"]),
+        distill=DistillFolder.of(out / "distill", manifests["distill"]),
+        export=ExportFolder.of(out / "export", manifests["export"]),
+        validate=ValidationFolder.of(out / "validate", manifests["validate"]),
+    )
 
 
 def _stage_info(name: str, manifest: Manifest, reused: bool) -> StageInfo:
@@ -490,7 +497,7 @@ def validate(
     out: str | Path | None = None,
     device: str | None = None,
     settings: Sequence[str] = (),
-) -> "ValidatedArtifact":
+) -> Judgement:
     """Compare an artifact with its teacher on held-out text, measure its speed, and apply the target's gates.
 
     Args:
@@ -569,8 +576,7 @@ def report(run: str | Path) -> Report:
         why = f"no finished stage: {', '.join(missing)}"
         raise ConfigError("the run is not complete", where=str(out), why=why, next_command="moe-edge build ...")
     config = BuildConfig.model_validate(read_yaml(out / "config.yaml").data)
-    name = Path(config.teacher.path).name if config.teacher.path else DEMO_NAME
-    written = _write_report(out, config, name, manifests, dict.fromkeys(manifests, True))
+    written = _write_report(out, config, manifests, dict.fromkeys(manifests, True))
     if (old := read_manifest(out)) is not None:
         write_run_manifest(out, old.config, old.inputs, old.versions)
     return written

@@ -16,7 +16,7 @@ os.environ["MOE_EDGE_CACHE"] = _CACHE.name
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from moe_edge.cli.main import main as cli  # noqa: E402
+from moe_edge.cli import main as cli  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from moe_edge.contracts.artifacts import (
     ProfileSummary,
     ValidationSummary,
 )
-from moe_edge.contracts.report import Artifact, Memory, ModelInfo, Quality, Speed
+from moe_edge.contracts.measurements import Artifact, Memory, ModelInfo, Quality, Speed
 
 MODEL = ModelInfo(params_total=100, params_active=50, experts=4, top_k=2, bytes=400)
 

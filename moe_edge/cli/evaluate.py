@@ -41,7 +41,7 @@ def evaluate(
 ) -> None:
     """Let an artifact answer instruction sets and score the answers: ROUGE-L, BLEU, chrF, exact match; resumable."""
     from moe_edge.evaluation.answers import Protocol
-    from moe_edge.evaluation.instructions import Settings, run
+    from moe_edge.evaluation.instructions import EvaluationSettings, run
     from moe_edge.pipeline import locked
     from moe_edge.reporting.evaluation_text import evaluation_text
     from moe_edge.runtimes.sampling import GREEDY, Sampling
@@ -49,14 +49,14 @@ def evaluate(
 
     sampling = GREEDY if greedy else Sampling(temperature, top_k, top_p)
     protocol = Protocol(sampling, _seeds(seeds), max_prompt_tokens, max_new_tokens)
-    settings = Settings(protocol, batch_size, max_empty_rate, empty_references, bertscore)
+    settings = EvaluationSettings(protocol, batch_size, max_empty_rate, empty_references, bertscore)
     sets = read_instruction_sets(_paths(data), limit)
     folder = out if out is not None else Path("runs") / f"{artifact.resolve().name}-evaluate"
     with locked(folder):
         result = run(artifact, sets, settings, folder)
-    print(json.dumps(result, indent=1) if as_json else evaluation_text(result))
-    if result["verdict"] != "pass":
-        raise GateFailed("the answers missed their gate", where=str(folder), why="; ".join(result["reasons"]))
+    print(json.dumps(result.to_dict(), indent=1) if as_json else evaluation_text(result))
+    if result.verdict != "pass":
+        raise GateFailed("the answers missed their gate", where=str(folder), why="; ".join(result.reasons))
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -193,7 +193,7 @@ def plan(
     from moe_edge.reporting.options_text import options_text
 
     preview = api.preview(teacher, target=target, config=config, out=out, settings=settings or ())
-    _print(preview.to_dict()) if as_json else print(options_text(preview.to_dict()))
+    _print(preview.to_dict()) if as_json else print(options_text(preview))
 
 
 def _stage_command(name: str, text: str) -> None:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.manifest import Manifest, read_manifest
+from moe_edge.contracts.measurements import Artifact, ModelInfo
 from moe_edge.contracts.plan import Plan
-from moe_edge.contracts.report import Artifact, ModelInfo
 
 _CLOSED = ConfigDict(extra="forbid", frozen=True)
 Interval = tuple[float, float]
@@ -87,7 +87,7 @@ class HeldOut(BaseModel):
     kl_nats: float | None = Field(None, description="mean KL(teacher || student), nats per token")
     projected_kl_nats: float | None = Field(None, description="the same where the tokenizers differ")
     cka_mean: float | None = None
-    cka_by_layer: list[float] | None = Field(None, description="teacher to student; null: not measured")
+    cka_by_layer: list[float | None] | None = Field(None, description="teacher to student; null: not measured")
 
 
 class TrainedStage(BaseModel):

@@ -4,9 +4,9 @@ Precedence: defaults < target file < config file < `--set a.b=c` < command-line 
 turning validation errors into messages with lines and suggestions is in contracts/config_io.py.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, field_validator
 
 from moe_edge.contracts.onnx_bits import bits_key
 from moe_edge.contracts.target import Target
@@ -193,6 +193,13 @@ class StageConfig(BaseModel):
     parameter_lr_multipliers: list[LrMultiplier] = [LrMultiplier(pattern=".*", lr_multiplier=1.0)]
 
 
+LISTED, KEYWORD = "[list]", "[keyword]"  # tags in the place of an error, which are no keys of the user's
+Stages = Annotated[
+    Annotated[list[StageConfig], Tag(LISTED)] | Annotated[Literal["auto"], Tag(KEYWORD)],
+    Discriminator(lambda value: KEYWORD if isinstance(value, str) else LISTED),
+]
+
+
 class DistillConfig(BaseModel):
     model_config = _CLOSED
     data: str = Field(
@@ -215,7 +222,11 @@ class DistillConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory")
     tensorboard: bool = Field(False, description="write TensorBoard events below distill/tensorboard")
-    stages: list[StageConfig] = [StageConfig(stage_name="all", share=1.0, teacher="live")]
+    stages: Stages = Field(
+        "auto",
+        description="auto: one stage that trains everything, and does with less where memory is short | the stages in "
+        "order, which are refused where they do not fit | []: no training",
+    )
     seed: int = 0
 
 

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
-from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.config import KEYWORD, LISTED, BuildConfig
 from moe_edge.contracts.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page; more is a mistake or an attack
@@ -162,7 +162,7 @@ def _explain(
 ) -> tuple[str]:
     messages = []
     for problem in error.errors():
-        path: Path_ = tuple(problem["loc"])
+        path: Path_ = tuple(part for part in problem["loc"] if part not in (LISTED, KEYWORD))
         where = _where(path, target, file)
         if problem["type"] == "extra_forbidden":
             messages.append(f"unknown key '{_dotted(path)}'{_did_you_mean(path, model)}{where}")
@@ -205,8 +205,14 @@ def _known_keys(parents: Path_, model: type[BaseModel]) -> list[str]:
     definitions, node = schema.get("$defs", {}), schema
     for part in parents:
         node = _resolve(node, definitions)
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        node = _items(node) if isinstance(part, int) else node.get("properties", {}).get(part, {})
     return sorted(_resolve(node, definitions).get("properties", {}))
+
+
+def _items(node: dict[str, Any]) -> dict[str, Any]:
+    """The items of a list, also where a keyword may stand in its place."""
+    options = (node, *node.get("oneOf", []))
+    return next((option["items"] for option in options if "items" in option), {})
 
 
 def _resolve(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

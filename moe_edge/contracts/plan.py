@@ -5,7 +5,7 @@ The planner writes it, the compressor and the exporter obey it. Sizes are bytes,
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -197,3 +197,13 @@ class Plan(BaseModel):
     @classmethod
     def read(cls, path: Path) -> "Plan":
         return cls.model_validate_json(path.read_text())
+
+
+def without_expert_lists(plan: Any) -> Any:
+    """A plan that was written without its lists, so that it can be read again: `kept` and `merges` are empty then.
+
+    Merges without the kept experts would contradict themselves. Other values come back as they are.
+    """
+    if isinstance(plan, dict) and "kept" not in plan:
+        return plan | {"kept": {}, "merges": {}}
+    return plan

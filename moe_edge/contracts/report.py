@@ -1,110 +1,20 @@
-"""report.json (schema moe-edge/report@1): what a build measured, closed and checked before it is written.
+"""report.json (schema moe-edge/report@1): what a build measured and how it was judged, closed and checked before it is written.
 
-A number that was not measured is null with a reason beside it, never 0: the models refuse a null without one. Units are
-in the names; KL divergences are nats per token over the full vocabulary.
+Units are in the names; KL divergences are nats per token over the full vocabulary.
 """
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moe_edge.contracts.artifacts import DistillSummary, RoutingHealth
+from moe_edge.contracts.measurements import Artifact, Measured, ModelInfo
+from moe_edge.contracts.plan import Plan, without_expert_lists
 
 REPORT_SCHEMA: Literal["moe-edge/report@1"] = "moe-edge/report@1"
 _CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
-Interval = tuple[float, float]
-
-
-class Measured(BaseModel):
-    """Base of everything that is measured: a null main number needs a reason."""
-
-    model_config = _CLOSED
-    reason: str | None = Field(default=None, description="why a number beside it is null")
-
-    @model_validator(mode="after")
-    def _null_has_a_reason(self) -> Self:
-        missing = [name for name, value in self if value is None and name in self._needs_a_reason()]
-        if missing and not self.reason:
-            raise ValueError(f"{', '.join(missing)}: null without a reason")
-        return self
-
-    @classmethod
-    def _needs_a_reason(cls) -> tuple[str, ...]:
-        return ()
-
-
-class Quality(Measured):
-    """The artifact's own outputs on held-out text; `student_reason` speaks for the numbers to the student."""
-
-    kl_nats: float | None = Field(
-        default=None, description="mean KL(teacher || artifact), nats per token, full vocabulary"
-    )
-    kl_nats_ci95: Interval | None = Field(default=None, description="bootstrap over rows; null with a single row")
-    kl_to_student_nats: float | None = Field(
-        default=None, description="mean KL(HF student || artifact), nats per token"
-    )
-    kl_to_student_nats_ci95: Interval | None = None
-    top1_agreement: float | None = Field(default=None, description="share of positions with the teacher's argmax")
-    top1_agreement_to_student: float | None = None
-    perplexity: float | None = Field(default=None, description="of the artifact on the next-token targets")
-    teacher_perplexity: float | None = Field(default=None, description="of the teacher on the same targets")
-    n_tokens: int = 0
-    student_reason: str | None = None
-
-    @classmethod
-    def _needs_a_reason(cls) -> tuple[str, ...]:
-        return ("kl_nats", "top1_agreement", "perplexity", "teacher_perplexity")
-
-
-class Speed(Measured):
-    """Medians over repeated runs; the definitions are printed in the report."""
-
-    ttft_ms_p50: float | None = None
-    prefill_tokens_per_s: float | None = None
-    decode_tokens_per_s: float | None = None
-    decode_p95_ms: float | None = Field(default=None, description="needs at least 200 intervals")
-    n_runs: int = 0
-    cov: float | None = Field(default=None, description="stdev / mean of the runs' decode tokens per second")
-    n_intervals: int = 0
-
-    @classmethod
-    def _needs_a_reason(cls) -> tuple[str, ...]:
-        return ("ttft_ms_p50", "prefill_tokens_per_s", "decode_tokens_per_s", "decode_p95_ms", "cov")
-
-
-class Memory(Measured):
-    """Of the fresh process that ran the artifact."""
-
-    peak_rss_mib: float | None = Field(default=None, description="whole process: interpreter, runtime, model, KV cache")
-    baseline_rss_mib: float | None = Field(default=None, description="the same process before the model was opened")
-    peak_uss_mib: float | None = Field(
-        default=None, description="pages that no other process or file shares, during warm-up"
-    )
-
-    @classmethod
-    def _needs_a_reason(cls) -> tuple[str, ...]:
-        return ("peak_rss_mib",)
-
-
-class Artifact(BaseModel):
-    """One delivered model, or the teacher or student as transformers runs it."""
-
-    model_config = _CLOSED
-    format: Literal["gguf", "onnx", "hf"]
-    runtime: Literal["llama_cpp", "ort", "hf"]
-    quantization: str | None = Field(default=None, description="recipe or precision; null = as trained")
-    path: str = Field(description="relative to the run's folder")
-    bytes: int
-    bits_per_weight: float | None = None
-    bytes_by_class: dict[str, int] = Field(
-        default={}, description="tensor class -> bytes of its weights; empty = the export did not tell"
-    )
-    bits_per_weight_by_class: dict[str, float] = Field(default={}, description="of the same classes, scales included")
-    fallbacks: dict[str, int] = Field(
-        default={}, description="'Q4_K -> Q5_0' -> tensors whose rows are no multiple of the first type's block"
-    )
-    quality: Quality
-    speed: Speed
-    memory: Memory
-    device: dict[str, Any] = Field(description="where it was measured; label 'host' = speed says nothing of the target")
+Verdict = Literal["pass", "fail"]
 
 
 class GateResult(BaseModel):
@@ -127,6 +37,24 @@ class GateResult(BaseModel):
         return self
 
 
+class Judgement(BaseModel):
+    """What was measured, held against the limits of a target; results.json of a single artifact."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    artifacts: list[Artifact] = Field(description="their device has a label: does its speed speak for the target")
+    baseline: Artifact = Field(description="the teacher itself, measured as the artifacts were")
+    gates: list[GateResult]
+    verdict: Verdict
+    reasons: list[str] = Field(description="why the verdict is 'fail'; empty on pass")
+    notes: list[str] = []
+    machine: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """results.json as plain data."""
+        return self.model_dump(mode="json")
+
+
 class Prediction(Measured):
     """What the plan expected of an artifact before anything was changed, and what was measured on it."""
 
@@ -145,17 +73,6 @@ class Prediction(Measured):
         return ("kl_nats", "achieved_kl_nats")
 
 
-class ModelInfo(BaseModel):
-    """The teacher or the student as a model."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    params_total: int
-    params_active: int
-    experts: int
-    top_k: int
-    bytes: int
-
-
 class StageInfo(BaseModel):
     model_config = _CLOSED
     name: str
@@ -169,7 +86,7 @@ class Report(BaseModel):
 
     model_config = _CLOSED
     schema_: Literal["moe-edge/report@1"] = Field(REPORT_SCHEMA, alias="schema")
-    verdict: Literal["pass", "fail"]
+    verdict: Verdict
     reasons: list[str] = Field(description="why the verdict is 'fail'; empty on pass")
     target: str
     teacher: ModelInfo
@@ -178,19 +95,22 @@ class Report(BaseModel):
     artifacts: list[Artifact]
     baseline: Artifact | None = Field(default=None, description="the teacher itself, measured as the artifacts were")
     gates: list[GateResult]
-    plan: dict[str, Any] | None = None
+    plan: Plan | None = Field(default=None, description="in report.json without the expert lists, which plan.json has")
     predictions: list[Prediction] = []
     curve: dict[str, Any] | None = Field(default=None, description="masked KL against experts kept: plan/curve.json")
-    routing_health: dict[str, Any] | None = Field(
-        default=None, description="load of the experts in teacher and student on the same rows"
-    )
-    distillation: dict[str, Any] | None = None
+    routing_health: RoutingHealth | None = None
+    distillation: DistillSummary | None = None
     parity: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}
     versions: dict[str, str] = {}
     definitions: dict[str, str] = {}
     notes: list[str] = []
     next_commands: list[str] = []
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _a_written_plan_has_no_expert_lists(cls, plan: Any) -> Any:
+        return without_expert_lists(plan)
 
     @model_validator(mode="after")
     def _a_pass_has_gates(self) -> Self:
@@ -199,3 +119,12 @@ class Report(BaseModel):
         if self.verdict == "fail" and not self.reasons:
             raise ValueError("a fail needs a reason")
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """report.json as plain data."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"plan": {"kept"}})
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """A written report, whose plan has no expert lists (`kept`, `merges`): plan.json has them."""
+        return cls.model_validate_json(path.read_bytes())

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_edge.contracts.errors import DeviceProblem, InputRejected, MoeEdgeError, ResourceProblem
-from moe_edge.contracts.report import Memory, Speed
+from moe_edge.contracts.measurements import Memory, Speed
 from moe_edge.devices.transport import Completed, Transport
 from moe_edge.devices.worker import REJECTED, TOO_LARGE
 from moe_edge.metrics.memory import MIB

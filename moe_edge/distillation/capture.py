@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.readers import LogitReader, StreamedReader, WholeReader
 from moe_edge.distillation.signal import CachedSignal
@@ -128,16 +129,27 @@ def encoder_of(config: CaptureConfig, tokens: int, vocab: int) -> RowEncoder:
     return (SampledEncoder if config.draws else TopKEncoder)(config, tokens, vocab)
 
 
-def pins_of(teacher: Path, rows: TokenRows, config: CaptureConfig, device: torch.device) -> dict[str, Any]:
+def teacher_of(folder: Path) -> Teacher:
+    """The teacher of a command that has only its folder.
+
+    Raises:
+        InputRejected: it is corrupt, unsafe or unsupported.
+    """
+    headers = inspect_checkpoint(folder)
+    spec = family_of(headers.config).spec(headers.config)
+    return Teacher(folder, folder.name, headers, spec, checkpoint_digest(folder))
+
+
+def pins_of(teacher: Teacher, rows: TokenRows, config: CaptureConfig, device: torch.device) -> dict[str, Any]:
     """Everything that a capture depends on, as plain data.
 
     `vocab` is the true vocabulary: the ids that the tokenizer can produce, not the head's padded rows.
 
     Raises:
-        ConfigError, InputRejected: the teacher or its tokenizer cannot be read.
+        InputRejected: the teacher's tokenizer cannot be read.
     """
-    headers, tokenizer = inspect_checkpoint(teacher), load_tokenizer(teacher)
-    files = "".join(sha256_file(path) for path in tokenizer_files(teacher))
+    tokenizer = load_tokenizer(teacher.path)
+    files = "".join(sha256_file(path) for path in tokenizer_files(teacher.path))
     template = tokenizer.chat_template or ""
     kept: dict[str, Any] = {"k": config.k, "temperatures": sorted({1.0, *config.temperatures})}
     if config.draws:
@@ -145,10 +157,10 @@ def pins_of(teacher: Path, rows: TokenRows, config: CaptureConfig, device: torch
     return kept | {
         "schema": SHARDS_SCHEMA,
         "coding": "draws, counts u8" if config.draws else "gaps u8, exact tails f16",
-        "teacher": checkpoint_digest(teacher),
+        "teacher": teacher.digest,
         "tokenizer": hashlib.sha256(files.encode()).hexdigest(),
         "chat_template": hashlib.sha256(str(template).encode()).hexdigest(),
-        "vocab": true_vocabulary(tokenizer, family_of(headers.config).spec(headers.config).vocab),
+        "vocab": true_vocabulary(tokenizer, teacher.spec.vocab),
         "rows": rows.digest,
         "row_count": len(rows.ids_NS),
         "sequence_length": int(rows.ids_NS.shape[1]),
@@ -162,7 +174,7 @@ def resolved_dtype(dtype: str, device: torch.device) -> str:
     return dtype if dtype != "auto" else str(own_dtype(device)).removeprefix("torch.")
 
 
-def open_teacher(teacher: Path, pins: Pins, device: torch.device, scratch: Path, sharers: int = 1) -> LogitReader:
+def open_reader(teacher: Teacher, pins: Pins, device: torch.device, scratch: Path, sharers: int = 1) -> LogitReader:
     """The teacher whole where it fits into memory, else layer by layer.
 
     Args:
@@ -170,9 +182,9 @@ def open_teacher(teacher: Path, pins: Pins, device: torch.device, scratch: Path,
         sharers: processes of this machine that do the same.
     """
     dtype = DTYPES[pins["dtype"]]
-    if fits_in_memory(inspect_checkpoint(teacher), dtype, device, sharers):
-        return WholeReader(teacher, dtype, device, pins["vocab"])
-    return StreamedReader(teacher, dtype, device, pins["vocab"], scratch)
+    if fits_in_memory(teacher.headers, dtype, device, sharers):
+        return WholeReader(teacher.path, dtype, device, pins["vocab"])
+    return StreamedReader(teacher.path, dtype, device, pins["vocab"], scratch)
 
 
 def capture_shards(
@@ -190,7 +202,7 @@ def capture_shards(
 
 
 def captured_signal(
-    teacher: Path,
+    teacher: Teacher,
     rows: TokenRows,
     out: Path,
     config: CaptureConfig | None = None,
@@ -213,7 +225,7 @@ def captured_signal(
     missing = begin_capture(out, pins, rows)
     if missing:
         encoder = encoder_of(config, rows.ids_NS.shape[1], pins["vocab"])
-        with open_teacher(teacher, pins, place, out) as reader:
+        with open_reader(teacher, pins, place, out) as reader:
             if on_open is not None:
                 on_open(reader, encoder, pins)
             capture_shards(reader, encoder, out, pins, rows.ids_NS, missing)

@@ -1,4 +1,4 @@
-"""What a capture will cost, told before hours are spent: bytes of the cache, hours of the teacher, and the alternative.
+"""What a capture will cost, known before hours are spent: bytes of the cache, hours of the teacher, and the alternative.
 
 The bytes follow from the format; the time comes from one row that really runs through the teacher. The alternative, a
 live teacher, holds its weights in memory for as long as the student trains, and runs anew in every epoch.
@@ -7,15 +7,13 @@ Shape suffixes: S tokens of a row.
 """
 
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
 
 import numpy as np
 
+from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.units import format_bytes
 from moe_edge.distillation.capture import DTYPES, RowEncoder
 from moe_edge.distillation.readers import LogitReader, StreamedReader
-from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.logit_file import KEY_BYTES
 from moe_edge.storage.logit_shards import Pins, shard_count
 from moe_edge.storage.sampled_codec import SampledCodec
@@ -66,7 +64,12 @@ def _duration(seconds: float) -> str:
 
 
 def capture_cost(
-    reader: LogitReader, encoder: RowEncoder, teacher: Path, pins: Pins, ids_S: np.ndarray, processes: int = 1
+    reader: LogitReader,
+    encoder: RowEncoder,
+    teacher: CheckpointHeaders,
+    pins: Pins,
+    ids_S: np.ndarray,
+    processes: int = 1,
 ) -> CaptureCost:
     """The cost of the capture that `pins` describe, from one forward of the row `ids_S`.
 
@@ -76,14 +79,18 @@ def capture_cost(
     rows, tokens = pins["row_count"], len(ids_S)
     seconds, logits_SV = reader.trial(ids_S, rows)
     itemsize = DTYPES[pins["dtype"]].itemsize
-    weights = sum(prod(info.shape) for info in inspect_checkpoint(teacher).tensors.values())
     record_bytes = len(encoder.record(ids_S, logits_SV)) if logits_SV is not None else _most(encoder, tokens)
     files = shard_count(pins, rows) * FILE_BYTES / (rows * tokens)
-    limit = logits_SV is None and "draws" in pins
     return CaptureCost(
-        rows * tokens, (record_bytes + KEY_BYTES) / tokens + ID_BYTES + files, limit, seconds / processes, processes,
-        isinstance(reader, StreamedReader), itemsize * weights, seconds,
-    )  # fmt: skip
+        tokens=rows * tokens,
+        bytes_per_token=(record_bytes + KEY_BYTES) / tokens + ID_BYTES + files,
+        bytes_are_a_limit=logits_SV is None and "draws" in pins,
+        seconds=seconds / processes,
+        processes=processes,
+        layerwise=isinstance(reader, StreamedReader),
+        live_teacher_bytes=itemsize * teacher.weights,
+        live_teacher_seconds_per_epoch=seconds,
+    )
 
 
 def _most(encoder: RowEncoder, tokens: int) -> int:

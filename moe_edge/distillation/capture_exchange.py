@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.capture import CaptureConfig, pins_of
 from moe_edge.storage.logit_codec import RowCodec, TeacherRow
@@ -58,7 +59,7 @@ def _open(folder: Path) -> tuple[ShardedLogits | LogitCache, np.ndarray]:
 
 
 def import_plain_logits(
-    path: Path, teacher: Path, out: Path, rows_file: Path | None = None, shard_rows: int = CaptureConfig.shard_rows
+    path: Path, teacher: Teacher, out: Path, rows_file: Path | None = None, shard_rows: int = CaptureConfig.shard_rows
 ) -> dict[str, Any]:
     """Make a capture's folder from a plain file; without tail masses the manifest says that the tail is missing.
 
@@ -83,7 +84,7 @@ def import_plain_logits(
     return {"out": str(out), "rows": len(rows.ids_NS), "k": codec.k, "tail": pins["tail"]}
 
 
-def _pins(plain: PlainLogits, teacher: Path, rows: TokenRows, shard_rows: int) -> Pins:
+def _pins(plain: PlainLogits, teacher: Teacher, rows: TokenRows, shard_rows: int) -> Pins:
     config = CaptureConfig(k=plain.shape[2], shard_rows=shard_rows)
     tail = "exact" if plain.temperatures else NO_TAIL
     imported = {

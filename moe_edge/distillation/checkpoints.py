@@ -1,11 +1,10 @@
-"""Trainer checkpoints that survive kill -9: which one is whole, when to write the next, and the progress on the way.
+"""Trainer checkpoints that survive kill -9: which one is whole, what is in it, and when to write the next.
 
 A checkpoint folder counts only with its marker, which is written after everything else; only then are older ones
 deleted. How often one is written depends on the clock, what is in it does not, so that a resumed run ends with the
 same bits.
 """
 
-import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,23 +20,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_edge.contracts.errors import ConfigError, MoeEdgeError
 from moe_edge.distillation.terms import Stateful
-from moe_edge.process.progress import track
 from moe_edge.storage.tensor_files import load_tensors, load_weights_file, save_tensors
 
-log = logging.getLogger(__name__)
 MARKER = "complete"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"  # of training whose weights are not sharded
 EXTRAS = "extras.safetensors"  # the state of whatever else was trained, such as a teacher's routers
 SAVE_INTERVAL_S = 120.0
-HEALTH = (
-    "router_entropy",
-    "router_dead_experts",
-    "router_drift_nats",
-    "ka_sampled",
-    "ka_lambda",
-    "sar_drift_nats",
-)  # shown beside the losses
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -63,7 +52,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
         weights = load_weights_file(checkpoint / WEIGHTS)
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             options = StateDictOptions(full_state_dict=True, strict=False)
-            result = set_model_state_dict(model, weights, options=options)
+            result = set_model_state_dict(model, {**weights}, options=options)
         else:
             result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -80,8 +69,9 @@ def require_same_sharding(checkpoint: Path, sharded: bool) -> None:
     if sharded == (checkpoint / OPTIMIZER).is_file():
         raise ConfigError(
             "training that began with sharded weights cannot go on without, nor the other way round",
-            where=str(checkpoint), next_command="launch it as it began, or begin again with --fresh",
-        )  # fmt: skip
+            where=str(checkpoint),
+            next_command="launch it as it began, or begin again with --fresh",
+        )
 
 
 def save_extras(checkpoint: Path, parts: Mapping[str, Stateful]) -> None:
@@ -147,33 +137,7 @@ class SaveByTheClock(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _wait(args)
         if args.should_save:
+            assert args.output_dir is not None
             _mark(Path(args.output_dir), state.global_step)
         _wait(args)
         self._last_s = time.monotonic()
-
-
-class ShowProgress(TrainerCallback):
-    """The product's own progress bar and one log line per step, in place of the Trainer's."""
-
-    def __init__(self, label: str, steps: int) -> None:
-        self._bar = track(range(steps), label, total=steps)
-        self._shown = 0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        while self._shown < state.global_step:
-            next(self._bar, None)
-            self._shown += 1
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for _ in self._bar:
-            pass
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if "total_loss" in logs:  # not the summary at the end
-            losses = [name for name in logs if name.endswith("_loss") and name != "total_loss"]
-            shown = {name: logs[name] for name in ("total_loss", *losses, *HEALTH) if name in logs}
-            text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
-            log.info("step %d/%d: %s", state.global_step, state.max_steps, text)

@@ -24,14 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.losses import LOSSES
-from moe_edge.distillation.terms import Heard, Needs, Scene, Term, TermContext
+from moe_edge.distillation.teacher import head_weight
+from moe_edge.distillation.terms import MicroBatch, Needs, TeacherActivations, Term, TermContext
 from moe_edge.distillation.tokenizer_pair import AlignedRow, TokenizerPair, require_same_tokenizer
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts
 from moe_edge.formulas.divergence import CHUNK_TOKENS, cross_entropy
 from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.uld import NextSpan, hybrid_distance, projected_kl
 from moe_edge.models.loading import true_vocabulary
-from moe_edge.models.taps import body, head
+from moe_edge.models.taps import body
 from moe_edge.process.progress import track
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,12 @@ class CrossTokenizerTerm:
         name: Literal["uld", "projected_kl"] = "projected_kl",
         temperature: float = 1.0,
     ) -> None:
-        self.name, self._temperature = name, temperature
+        self.name: str = name
+        self._temperature = temperature
         self._student, self._teacher = student, teacher.requires_grad_(False).eval()
         self._pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
         self._widths = [
-            true_vocabulary(tokenizer, head(model).weight.shape[0])
+            true_vocabulary(tokenizer, len(head_weight(model)))
             for model, tokenizer in ((teacher, teacher_tokenizer), (student, student_tokenizer))
         ]
         matched_M2, device = self._pair.matched(*self._widths), next(student.parameters()).device
@@ -80,30 +82,30 @@ class CrossTokenizerTerm:
         self._places, self._tokens = 0, 0
 
     @contextmanager
-    def listening(self, student: nn.Module) -> Iterator[None]:
-        def hear(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+    def recording(self, student: nn.Module) -> Iterator[None]:
+        def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
             self._hidden_BSD = output.last_hidden_state
 
-        handle = body(student).register_forward_hook(hear)
+        handle = body(student).register_forward_hook(keep)
         try:
             yield
         finally:
             handle.remove()
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, batch: MicroBatch) -> Tensor:
         """Mean over the places where both tokenizations meet; zero where there is none.
 
         Raises:
             InputRejected: the teacher's tokenizer changes most of the texts.
         """
         assert self._hidden_BSD is not None
-        rows = [ids_S[valid_S].tolist() for ids_S, valid_S in zip(scene.ids_BS, scene.valid_BS, strict=True)]
+        rows = [ids_S[valid_S].tolist() for ids_S, valid_S in zip(batch.ids_BS, batch.valid_BS, strict=True)]
         aligned = [self._pair.align(row) for row in rows]
         self._count(rows, aligned)
         found = [(place, row) for place, row in enumerate(aligned) if row is not None and len(row.places_P2)]
         if not found:
             return self._hidden_BSD.sum() * 0.0
-        theirs_BRD = self._teacher_hidden([row.teacher_ids for _, row in found], scene.ids_BS.device)
+        theirs_BRD = self._teacher_hidden([row.teacher_ids for _, row in found], batch.ids_BS.device)
         student_PD = torch.cat([self._hidden_BSD[place, row.places_P2[:, 0]] for place, row in found])
         teacher_PD = torch.cat([theirs_BRD[line, row.places_P2[:, 1]] for line, (_, row) in enumerate(found)])
         span = self._next_span([(rows[place], row) for place, row in found], theirs_BRD)
@@ -145,11 +147,11 @@ class CrossTokenizerTerm:
         return torch.cat(parts).cumsum(0)
 
     def _teacher_head(self) -> Tensor:
-        return head(self._teacher).weight[: self._widths[0]]
+        return head_weight(self._teacher, self._widths[0])
 
     def _distance(self, student_PD: Tensor, teacher_PD: Tensor, span: NextSpan | None) -> Tensor:
         """Summed over places; logits of a chunk at a time."""
-        teacher_VD, student_WD = self._teacher_head(), head(self._student).weight[: self._widths[1]]
+        teacher_VD, student_WD = self._teacher_head(), head_weight(self._student, self._widths[1])
 
         def chunk(student_tW: Tensor, part: slice) -> dict[str, tuple[float, Tensor]]:
             with torch.no_grad():
@@ -185,10 +187,10 @@ class CrossTokenizerTerm:
 
 def _term(name: Literal["uld", "projected_kl"], context: TermContext) -> Term:
     """The term of a stage; raises ConfigError where the stage knows no tokenizers."""
-    if context.tokenizers is None or context.teacher is None:
+    if context.inputs.tokenizers is None or context.teacher is None:
         why = "the texts of both sides must be known, and the teacher in memory"
         raise ConfigError(f"the loss '{name}' needs both tokenizers", where="distill.stages: losses", why=why)
-    return CrossTokenizerTerm(context.student, context.teacher, *context.tokenizers, name, context.temperature)
+    return CrossTokenizerTerm(context.student, context.teacher, *context.inputs.tokenizers, name, context.temperature)
 
 
 CROSS_TOKENIZER_TERMS: dict[str, Callable[[TermContext], Term]] = {name: partial(_term, name) for name in ACROSS}
@@ -200,9 +202,9 @@ def held_out_distance(term: CrossTokenizerTerm, student: nn.Module, ids_NS: Tens
     total = 0.0
     for ids_S in track(ids_NS, f"distill: held-out {term.name}"):
         ids_1S = ids_S.long()[None].to(next(student.parameters()).device)
-        with term.listening(student):
+        with term.recording(student):
             body(student)(input_ids=ids_1S, use_cache=False)
-        total += float(term.loss(Scene(ids_1S, torch.ones_like(ids_1S, dtype=torch.bool), Heard())))
+        total += float(term.loss(MicroBatch(ids_1S, torch.ones_like(ids_1S, dtype=torch.bool), TeacherActivations())))
     return total / len(ids_NS)
 
 

@@ -70,10 +70,12 @@ def _row(
     finally:
         for handle in handles:
             handle.remove()
-    heard, layers = Outputs(), decoder_layers(student)
-    with recorded_outputs(layers, heard):
+    recorded, layers = Outputs(), decoder_layers(student)
+    with recorded_outputs(layers, recorded):
         body(student)(input_ids=ids_S[None].to(student.device), use_cache=False)
-    outputs = [heard[index][0] if isinstance(heard[index], tuple) else heard[index] for index in range(len(layers))]
+    outputs = [
+        recorded[index][0] if isinstance(recorded[index], tuple) else recorded[index] for index in range(len(layers))
+    ]
     return hidden, torch.stack([output[0].float() for output in outputs])
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moe_edge.distillation.alignment import aligned_layers
 from moe_edge.distillation.feature_terms import spread
-from moe_edge.distillation.terms import HearsNothing, Needs, Scene, Term, TermContext, student_layers, unfit
+from moe_edge.distillation.terms import MicroBatch, Needs, RecordsNothing, Term, TermContext, student_layers, unfit
 from moe_edge.formulas.cka import cka_across, gram, hsic_across, normalise_rows
 from moe_edge.formulas.cka_loss import MIN_TOKENS, cka_pair, mean_pairwise_cka, usable_tokens
 from moe_edge.formulas.matching import expert_owners, group_outputs, group_usage
@@ -48,7 +48,7 @@ class LayerGroups:
     weight_J: Tensor  # sums to 1
 
 
-class ExpertCka(HearsNothing):
+class ExpertCka(RecordsNothing):
     """Every student expert should see the text as its group of teacher experts does, run on the teacher's inputs.
 
     Raises:
@@ -62,13 +62,13 @@ class ExpertCka(HearsNothing):
         self.layers = measured_groups(context)
         self.needs = Needs(routers=frozenset(layer.teacher.index for layer in self.layers))
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, batch: MicroBatch) -> Tensor:
         """Mean over the layers of the weighted distances."""
-        values = [self._layer(layer, scene) for layer in self.layers]
+        values = [self._layer(layer, batch) for layer in self.layers]
         return torch.stack(values).mean()
 
-    def _layer(self, layer: LayerGroups, scene: Scene) -> Tensor:
-        hidden_TD = sampled_tokens(scene.teacher.expert_inputs[layer.teacher.index], scene.valid_BS)
+    def _layer(self, layer: LayerGroups, batch: MicroBatch) -> Tensor:
+        hidden_TD = sampled_tokens(batch.teacher.expert_inputs[layer.teacher.index], batch.valid_BS)
         ours_JTD = differentiable_outputs(layer.student, hidden_TD)
         used_U = layer.weight_J.nonzero().squeeze(-1)
         if len(hidden_TD) < MIN_TOKENS or not len(used_U):
@@ -100,24 +100,24 @@ class ExpertDiversity:
         self.views = [views[position] for position in aligned_layers(len(views))]
         if self.views[0].count < 2:
             raise unfit(self.name, "several experts to compare", "the student has a single expert per layer")
-        self._heard: dict[int, Tensor] = {}
+        self._activations: dict[int, Tensor] = {}
 
     @contextmanager
-    def listening(self, student: nn.Module) -> Iterator[None]:
+    def recording(self, student: nn.Module) -> Iterator[None]:
         """While open, a forward pass of the student leaves the inputs of its experts here."""
-        with recorded_activations(student, routers=[view.index for view in self.views]) as sounds:
-            self._heard = sounds.expert_inputs
+        with recorded_activations(student, routers=[view.index for view in self.views]) as activations:
+            self._activations = activations.expert_inputs
             yield
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, batch: MicroBatch) -> Tensor:
         """Mean CKA of all pairs of experts, averaged over the layers."""
         values = []
         for view in self.views:
-            hidden_TD = sampled_tokens(self._heard[view.index].detach(), scene.valid_BS)
+            hidden_TD = sampled_tokens(self._activations[view.index].detach(), batch.valid_BS)
             outputs_JTD = differentiable_outputs(view, hidden_TD)
             enough = len(hidden_TD) >= MIN_TOKENS
             values.append(mean_pairwise_cka(outputs_JTD) if enough else 0.0 * outputs_JTD.float().sum())
-        self._heard = {}
+        self._activations = {}
         return torch.stack(values).mean()
 
 
@@ -140,15 +140,15 @@ def measured_groups(context: TermContext) -> list[LayerGroups]:
     """The groups of the aligned layers, measured on the context's rows; raises as `ExpertCka`."""
     student, teacher = context.student, context.teacher
     assert teacher is not None
-    if context.ids_NS is None:
+    if context.inputs.ids_NS is None:
         raise ValueError("expert_cka needs rows of text to measure its groups on")
     pairs = _aligned_pairs(context, _even_layers(ExpertCka.name, student), moe_layers(teacher))
     if width(student) != width(teacher):
         why = f"its experts cannot read the teacher's inputs: {width(student)} wide, not {width(teacher)}"
         raise unfit(ExpertCka.name, "a student as wide as the teacher", why)
-    rows = max(1, GROUP_TOKENS // context.ids_NS.shape[1])
-    heard = _expert_inputs(teacher, [theirs.index for _, theirs in pairs], context.ids_NS[:rows])
-    return [_measure(context, ours, theirs, heard[theirs.index]) for ours, theirs in pairs]
+    rows = max(1, GROUP_TOKENS // context.inputs.ids_NS.shape[1])
+    inputs = _expert_inputs(teacher, [theirs.index for _, theirs in pairs], context.inputs.ids_NS[:rows])
+    return [_measure(context, ours, theirs, inputs[theirs.index]) for ours, theirs in pairs]
 
 
 def _aligned_pairs(
@@ -168,15 +168,15 @@ def _aligned_pairs(
 @torch.no_grad()
 def _expert_inputs(teacher: nn.Module, layers: list[int], ids_NS: Tensor) -> dict[int, list[Tensor]]:
     """{layer: blocks of usable expert inputs [T, D], at most TOKENS each}."""
-    heard: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    inputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for ids_S in ids_NS:
         ids_1S = ids_S.long()[None].to(next(teacher.parameters()).device)
-        with recorded_activations(teacher, routers=layers) as sounds:
+        with recorded_activations(teacher, routers=layers) as activations:
             body(teacher)(input_ids=ids_1S, use_cache=False)
-        for layer, hidden_TD in sounds.expert_inputs.items():
+        for layer, hidden_TD in activations.expert_inputs.items():
             usable_TD = sampled_tokens(hidden_TD, torch.ones_like(ids_1S, dtype=torch.bool), GROUP_TOKENS)
-            heard[layer] += torch.split(usable_TD, TOKENS)
-    return heard
+            inputs[layer] += torch.split(usable_TD, TOKENS)
+    return inputs
 
 
 @torch.no_grad()
@@ -209,9 +209,9 @@ def _chosen_experts(context: TermContext, student: MoELayerView, teacher: MoELay
     count = max(1, round(context.stage.expert_share * teacher.count))
     if count == teacher.count:
         return list(range(count))
-    if context.expert_layer_cka is None:
+    if context.inputs.expert_layer_cka is None:
         raise ValueError("expert_share below 1 needs the table of expert-to-layer CKA")
-    cka_E = context.expert_layer_cka[teacher.position, :, student.index].nan_to_num(nan=-torch.inf)
+    cka_E = context.inputs.expert_layer_cka[teacher.position, :, student.index].nan_to_num(nan=-torch.inf)
     return sorted(cka_E.argsort(descending=True, stable=True)[:count].tolist())
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.alignment import aligned_layers
-from moe_edge.distillation.terms import Needs, Scene, Term, TermContext
+from moe_edge.distillation.terms import MicroBatch, Needs, Term, TermContext
 from moe_edge.formulas.cka_loss import MIN_TOKENS, kept_tokens
 from moe_edge.formulas.feature_loss import cka_distance, cosine_distance, procrustes_distance, relative_mse
 from moe_edge.models.taps import decoder_layers, recorded_activations, width
@@ -48,23 +48,23 @@ class FeatureTerm:
     def __init__(self, name: str, distance: Distance, layers: Mapping[int, int], most: int | None = None) -> None:
         self.name, self._distance, self.layers, self._most = name, distance, dict(layers), most
         self.needs = Needs(layers=frozenset(self.layers.values()))
-        self._heard: dict[int, Tensor] = {}
+        self._activations: dict[int, Tensor] = {}
 
     @contextmanager
-    def listening(self, student: nn.Module) -> Iterator[None]:
+    def recording(self, student: nn.Module) -> Iterator[None]:
         """While open, a forward pass of the student leaves the outputs of its layers here."""
-        with recorded_activations(student, self.layers) as sounds:
-            self._heard = sounds.layers
+        with recorded_activations(student, self.layers) as activations:
+            self._activations = activations.layers
             yield
 
-    def loss(self, scene: Scene) -> Tensor:
-        """Mean distance of the micro-batch that was just heard."""
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """Mean distance of the micro-batch that was just run."""
         values = [
             value
             for ours, theirs in self.layers.items()
-            for value in self._rows(self._heard[ours], scene.teacher.layers[theirs], scene.valid_BS)
+            for value in self._rows(self._activations[ours], batch.teacher.layers[theirs], batch.valid_BS)
         ]
-        first_BSD, self._heard = next(iter(self._heard.values())), {}
+        first_BSD, self._activations = next(iter(self._activations.values())), {}
         return torch.stack(values).mean() if values else 0.0 * first_BSD.float().sum()
 
     def _rows(self, student_BSD: Tensor, teacher_BSD: Tensor, valid_BS: Tensor) -> Iterator[Tensor]:

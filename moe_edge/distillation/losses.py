@@ -124,7 +124,9 @@ class TokenLosses:
 
         ids_TK = _ids_enough(hidden_TD, signals)
         if ids_TK is None:
-            return head_loss(hidden_TD, head_VD, lambda *chunk: self._on_chunk(*chunk, labels_T, signals))
+            return head_loss(
+                hidden_TD, head_VD, lambda logits_tV, span: self._on_chunk(logits_tV, span, labels_T, signals)
+            )
         wanted = labels_T if "ce" in self.weights else None
         temperatures = sorted({self.temperature, *([] if wanted is None else [1.0])})
         student = kept_logits(hidden_TD, head_VD, ids_TK, temperatures, wanted)

@@ -9,24 +9,22 @@ import copy
 import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.advice import BalanceAdvice
+from moe_edge.distillation.callbacks import BalanceAdvice, ShowProgress, require_tensorboard, tensorboard_callback
 from moe_edge.distillation.checkpoints import (
     SAVE_INTERVAL_S,
     SaveByTheClock,
-    ShowProgress,
     history_of,
     latest_checkpoint,
     load_weights,
@@ -43,7 +41,8 @@ from moe_edge.distillation.stage_parts import (
     teacher_source,
     wants_live_logits,
 )
-from moe_edge.distillation.tensorboard import require_tensorboard, tensorboard_callback
+from moe_edge.distillation.teacher import on_device
+from moe_edge.distillation.terms import TermInputs
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
 from moe_edge.models.students import use_fastest_experts
 from moe_edge.models.taps import width
@@ -52,11 +51,23 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class StageRecord:
+    """One stage that was trained."""
+
+    stage: str
+    steps: int
+    tokens: int
+    teacher: Literal["live", "cached", "none"]  # where its logits came from
+    log: list[dict[str, float]]  # a line per step
+    seconds: float = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Recovery:
     """Everything the stages share.
 
     `signal`: the cached teacher; None where every stage asks the live one. `interval_s`: seconds between checkpoints.
-    `material`: see `PartsBuilder`. `processes`: how many train together, this one being number `rank`; they see the same
+    `inputs`: see `TermInputs`. `processes`: how many train together, this one being number `rank`; they see the same
     folder of checkpoints, in which only number 0 writes.
     """
 
@@ -67,11 +78,11 @@ class Recovery:
     teacher: Path
     checkpoints: Path
     interval_s: float = SAVE_INTERVAL_S
-    material: Mapping[str, Any] = field(default_factory=dict)
+    inputs: TermInputs = TermInputs()
     rank: int = 0
     processes: int = 1
 
-    def train(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> list[dict[str, Any]]:
+    def train(self, student: PreTrainedModel, schedules: Sequence[StageSchedule]) -> list[StageRecord]:
         """Train `student` in place through all stages; returns one record per stage with its log."""
         config = copy.deepcopy(student.config)  # the Trainer writes into it; what is saved must not depend on that
         if not torch.cuda.is_available():
@@ -84,14 +95,14 @@ class Recovery:
             tokens = len(schedule.rows) * self.ids_NS.shape[1]
             seconds = round(time.monotonic() - started, 1)
             source = teacher_source(self.config, schedule.config)
-            record = {"stage": schedule.name, "steps": schedule.steps, "tokens": tokens, "teacher": source}
-            records.append(record | {"log": history, "seconds": seconds})
+            records.append(StageRecord(schedule.name, schedule.steps, tokens, source, history, seconds))
             gc.collect()
-        student.requires_grad_(True).eval()
+        student.requires_grad_(True)
+        student.eval()  # type: ignore[no-untyped-call]
         student.config = config
         return records
 
-    def check(self, student: nn.Module, schedules: Sequence[StageSchedule]) -> None:
+    def check(self, student: PreTrainedModel, schedules: Sequence[StageSchedule]) -> None:
         """Refuse what cannot be before anything is trained.
 
         Raises:
@@ -112,7 +123,7 @@ class Recovery:
                     "a stage has no teacher to learn from", where=where, why=why, next_command="teacher: live"
                 )
 
-    def _stage(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> list[dict[str, float]]:
+    def _stage(self, student: PreTrainedModel, schedule: StageSchedule, folder: Path) -> list[dict[str, float]]:
         last = latest_checkpoint(folder)
         if last is not None and step_of(last) >= schedule.steps:
             log.info("distill: the stage '%s' is finished", schedule.name)
@@ -128,12 +139,12 @@ class Recovery:
         return step_lines(trainer.state)
 
     def _sharded_stage(
-        self, student: nn.Module, schedule: StageSchedule, folder: Path, resume: str | None
+        self, student: PreTrainedModel, schedule: StageSchedule, folder: Path, resume: str | None
     ) -> list[dict[str, float]]:
         """FSDP shards what it trains for good: a copy is trained, and `student` takes the whole weights of its last step."""
         device = next(student.parameters()).device
         learner = copy.deepcopy(student)
-        student.to("cpu")
+        on_device(student, torch.device("cpu"))
         trainer = self.trainer(learner, schedule, folder)
         if not trainer.is_fsdp_enabled:
             log.warning("distill: accelerate shards on accelerators only; every process has the whole weights")
@@ -141,12 +152,12 @@ class Recovery:
         last = latest_checkpoint(folder)
         assert last is not None and step_of(last) == schedule.steps
         load_weights(student, last)
-        student.to(device)
+        on_device(student, device)
         return step_lines(trainer.state)
 
-    def trainer(self, student: nn.Module, schedule: StageSchedule, folder: Path) -> DistillationTrainer:
+    def trainer(self, student: PreTrainedModel, schedule: StageSchedule, folder: Path) -> DistillationTrainer:
         """The Trainer of one stage."""
-        builder = PartsBuilder(self.config, self.teacher, schedule.steps, self.vocab, self.material)
+        builder = PartsBuilder(self.config, self.teacher, schedule.steps, self.vocab, self.inputs)
         parts, teacher = builder.build(student, schedule.config)
         return DistillationTrainer(
             model=student,

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from transformers import GenerationConfig
 
 from moe_edge.contracts.config import OnPolicyConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.terms import HearsNothing
+from moe_edge.distillation.terms import RecordsNothing
 from moe_edge.formulas.divergence import IGNORED_LABEL
 from moe_edge.metrics.text_answers import repeated_suffix
 
@@ -43,7 +44,7 @@ class Row:
     labels_S: Tensor  # IGNORED_LABEL where nothing is to be learnt
 
 
-class Rollouts(HearsNothing):
+class Rollouts(RecordsNothing):
     """A BatchHook that replaces micro-batches by what the student writes, and the Observer that counts.
 
     A written micro-batch has input_ids, attention_mask, labels (ignored on prompts and padding, which is on the right) and the
@@ -62,7 +63,8 @@ class Rollouts(HearsNothing):
         if min(config.new_tokens) < 1:
             why = f"new_tokens is {list(config.new_tokens)}"
             raise ConfigError("a rollout needs a token at least", where="distill.stages: on_policy", why=why)
-        self._student, self._config, self._steps, self._seed = student, config, steps, seed
+        self._student: Any = student  # transformers mixes `generate` into some classes, untyped
+        self._config, self._steps, self._seed = config, steps, seed
         self.repeats = repeats
         self._group, self._kept = -1, dict[int, Batch]()  # which repeats these are, and what was written for them
         self._ends = end_tokens(student)
@@ -131,7 +133,7 @@ class Rollouts(HearsNothing):
 
     def _settings(self, step: int) -> GenerationConfig:
         """Plain sampling from the student's distribution, nothing cut off."""
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=True,
             temperature=self._config.temperature,
             top_p=1.0,
@@ -159,7 +161,7 @@ class Rollouts(HearsNothing):
 
 
 @contextmanager
-def _writing(student: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+def _writing(student: Any, settings: GenerationConfig) -> Iterator[None]:
     """The student in eval mode, and with no settings of its own, which would fill what ours leave open."""
     training, own = student.training, student.generation_config
     student.eval()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
-from moe_edge.distillation.terms import Needs, Scene, Term, TermContext, student_layers, unfit
+from moe_edge.distillation.terms import MicroBatch, Needs, Term, TermContext, student_layers, unfit
 from moe_edge.formulas.routers import (
     are_probabilities,
     gate_logprobs,
@@ -45,24 +45,24 @@ class RouterTerm(ABC):
     def __init__(self, name: str, context: TermContext) -> None:
         self.name = name
         self.sigmoid = {view.index: is_sigmoid(view) for view in student_layers(name, context.student)}
-        self.sounds = Activations()
+        self.activations = Activations()
         self._checked = False
 
     @contextmanager
-    def listening(self, student: nn.Module) -> Iterator[None]:
-        with recorded_activations(student, routers=self.sigmoid) as self.sounds:
+    def recording(self, student: nn.Module) -> Iterator[None]:
+        with recorded_activations(student, routers=self.sigmoid) as self.activations:
             yield
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, batch: MicroBatch) -> Tensor:
         """Raises EnvironmentProblem where the routers hand out probabilities instead of logits."""
         if not self._checked:
-            require_logits(self.sounds.router_logits, self.sigmoid)
+            require_logits(self.activations.router_logits, self.sigmoid)
             self._checked = True
-        valid_T = scene.valid_BS.flatten()
-        return torch.stack([self.layer_loss(layer, scene, valid_T) for layer in self.sigmoid]).mean()
+        valid_T = batch.valid_BS.flatten()
+        return torch.stack([self.layer_loss(layer, batch, valid_T) for layer in self.sigmoid]).mean()
 
     @abstractmethod
-    def layer_loss(self, layer: int, scene: Scene, valid_T: Tensor) -> Tensor:
+    def layer_loss(self, layer: int, batch: MicroBatch, valid_T: Tensor) -> Tensor:
         """The loss of one decoder layer over the real tokens: a scalar."""
 
 
@@ -73,9 +73,9 @@ class OwnRouters(RouterTerm):
         super().__init__(name, context)
         self._loss = loss
 
-    def layer_loss(self, layer: int, scene: Scene, valid_T: Tensor) -> Tensor:
-        index_TK, _ = self.sounds.routing[layer]
-        logits_TE = self.sounds.router_logits[layer]
+    def layer_loss(self, layer: int, batch: MicroBatch, valid_T: Tensor) -> Tensor:
+        index_TK, _ = self.activations.routing[layer]
+        logits_TE = self.activations.router_logits[layer]
         return self._loss(logits_TE[valid_T], index_TK[valid_T], self.sigmoid[layer])
 
 
@@ -91,9 +91,9 @@ class RoutingKl(RouterTerm):
         self.needs = Needs(routers=frozenset(self.sigmoid))
         self._kept = _kept_experts(context)
 
-    def layer_loss(self, layer: int, scene: Scene, valid_T: Tensor) -> Tensor:
-        teacher_TE = scene.teacher.router_logits[layer][valid_T]
-        student_TE = self.sounds.router_logits[layer][valid_T]
+    def layer_loss(self, layer: int, batch: MicroBatch, valid_T: Tensor) -> Tensor:
+        teacher_TE = batch.teacher.router_logits[layer][valid_T]
+        student_TE = self.activations.router_logits[layer][valid_T]
         return routing_kl(teacher_TE, student_TE, self._kept[layer], self.sigmoid[layer])
 
 
@@ -102,7 +102,7 @@ def _kept_experts(context: TermContext) -> Mapping[int, list[int]]:
     kept = {}
     for view in student_layers("routing_kl", context.student):
         count = len(view.real)
-        kept[view.index] = list((context.kept or {}).get(view.index, range(count)))
+        kept[view.index] = list((context.inputs.kept or {}).get(view.index, range(count)))
         if len(kept[view.index]) != count:
             why = f"layer {view.index} has {count} experts, the plan kept {len(kept[view.index])}"
             raise _no_match(why)
@@ -124,9 +124,9 @@ def _no_match(why: str) -> ConfigError:
     return unfit("routing_kl", "a student whose experts are some of the teacher's", why)
 
 
-def require_logits(heard: Mapping[int, Tensor], sigmoid: Mapping[int, bool]) -> None:
+def require_logits(router_logits: Mapping[int, Tensor], sigmoid: Mapping[int, bool]) -> None:
     """Raises EnvironmentProblem where what a router handed out has already been through its softmax or sigmoid."""
-    for layer, logits_TE in heard.items():
+    for layer, logits_TE in router_logits.items():
         if are_probabilities(logits_TE, sigmoid[layer]):
             why = f"layer {layer}: rows sum to one, or all values lie between 0 and 1"
             what = "the installed transformers hands out router probabilities where logits are expected"

@@ -1,4 +1,4 @@
-"""What is trained when: the rows held out, the rows of every stage in order, its steps, and each parameter's rate.
+"""What is trained when: the stages, the rows of each in order, its steps, and each parameter's rate.
 
 All of it is decided before the first step and depends on the configuration and the seed alone, so that a resumed run
 sees the rows that the uninterrupted one would have seen. The stages walk on through one endless, seeded order of the
@@ -17,7 +17,6 @@ from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
 from moe_edge.contracts.errors import ConfigError
 
 log = logging.getLogger(__name__)
-HELD_OUT_SHARE = 0.05
 AUTO_RATE, AUTO_WIDTH = 5e-4, 256  # won on the demo teacher, whose width that is
 MICRO_BATCH_TOKENS = 1024  # a micro-batch is two rows where they are short, else one
 
@@ -37,17 +36,14 @@ class StageSchedule:
         return len(self.rows) // self.batch_rows
 
 
-def split_rows(rows: int) -> tuple[list[int], list[int]]:
-    """(training rows, held-out rows): the last 5 %, at least one, are never trained on.
+def recipe_of(config: DistillConfig) -> list[StageConfig]:
+    """The stages of a configuration; `auto` is one that trains everything on `{ce: 1, kl: 1, cka: 0.5}`.
 
-    Raises:
-        ConfigError: a single row cannot be split.
+    Its teacher is live: the CKA term runs it on every row anyway.
     """
-    if rows < 2:
-        why = f"{rows} calibration row; one is held out to measure the recovery"
-        raise ConfigError("too little calibration text to distill", where="calibration.tokens", why=why)
-    held_out = max(1, round(rows * HELD_OUT_SHARE))
-    return list(range(rows - held_out)), list(range(rows - held_out, rows))
+    if isinstance(config.stages, list):
+        return config.stages
+    return [StageConfig(stage_name="all", share=1.0, teacher="live")]
 
 
 def schedule_stages(config: DistillConfig, rows: Sequence[int], row_tokens: int) -> list[StageSchedule]:
@@ -56,12 +52,13 @@ def schedule_stages(config: DistillConfig, rows: Sequence[int], row_tokens: int)
     Raises:
         ConfigError: a stage says in no way, or in two, how long it lasts; two stages share a name.
     """
-    names = [stage.stage_name for stage in config.stages]
+    stages = recipe_of(config)
+    names = [stage.stage_name for stage in stages]
     if len(set(names)) < len(names):
         raise ConfigError("two stages have the same name", where="distill.stages: stage_name", why=", ".join(names))
     order = _endless(rows, config.seed)
     schedules = []
-    for stage in config.stages:
+    for stage in stages:
         steps = _steps(stage, config, len(rows), row_tokens)
         taken = _taken(order, steps, stage, config.batch_rows)
         warmup = math.ceil(stage.warmup_share * steps)

@@ -133,12 +133,13 @@ class SampledSignal(_Columns):
     def joined(cls, signals: Sequence[Self]) -> Self:
         """As every signal; rows with fewer unique draws are filled up."""
         width = max(signal.indices_SU.shape[1] for signal in signals)
-        wide = [
-            cls(*(functional.pad(ids_SU, (0, width - ids_SU.shape[1])) for ids_SU in kept), signal.entropy_S)
-            for signal in signals
-            for kept in [(signal.indices_SU, signal.counts_SU)]
-        ]
-        return super().joined(wide)
+
+        def padded(columns_SU: Tensor) -> Tensor:
+            return functional.pad(columns_SU, (0, width - columns_SU.shape[1]))
+
+        return super().joined(
+            [cls(padded(signal.indices_SU), padded(signal.counts_SU), signal.entropy_S) for signal in signals]
+        )
 
     def pair(self, student: LogitView, temperature: float) -> tuple[Tensor, Tensor]:
         raise ConfigError(

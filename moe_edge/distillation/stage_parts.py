@@ -4,13 +4,12 @@ The teacher is loaded only where something wants it: a loss on its layers or rou
 student writes, or `teacher: live`. Everything else is served by the cache, which needs no teacher in memory.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from moe_edge.contracts.config import DistillConfig, StageConfig
 from moe_edge.contracts.errors import ConfigError
@@ -20,13 +19,13 @@ from moe_edge.distillation.feature_terms import FEATURE_TERMS
 from moe_edge.distillation.losses import LOSSES, active_weights, of_kind
 from moe_edge.distillation.rollouts import Rollouts
 from moe_edge.distillation.router_terms import ROUTER_TERMS
-from moe_edge.distillation.schedule import updates_per_batch
+from moe_edge.distillation.schedule import recipe_of, updates_per_batch
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.student_aware_router import StudentAwareRouter
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
-from moe_edge.distillation.teacher_routing import teacher_routing
+from moe_edge.distillation.teacher_routing import AllExperts, teacher_routing
 from moe_edge.distillation.telemetry import RoutingTelemetry
-from moe_edge.distillation.terms import Needs, Term, TermContext
+from moe_edge.distillation.terms import Needs, Term, TermContext, TermInputs
 from moe_edge.distillation.trainer import Parts
 from moe_edge.models.students import is_mixture
 
@@ -35,7 +34,7 @@ TERMS = {**FEATURE_TERMS, **EXPERT_TERMS, **ROUTER_TERMS, **CROSS_TOKENIZER_TERM
 
 def stage_weights(config: DistillConfig, stage: StageConfig) -> dict[str, float]:
     """The active losses of a stage with their whole factors; raises ConfigError as `active_weights`."""
-    return active_weights(stage.losses, *stage_blend(config, stage))
+    return active_weights({name: float(weight) for name, weight in stage.losses.items()}, *stage_blend(config, stage))
 
 
 def stage_blend(config: DistillConfig, stage: StageConfig) -> tuple[float, float]:
@@ -48,7 +47,7 @@ def wants_live_logits(config: DistillConfig, stage: StageConfig) -> bool:
     """Must the teacher's logits come from the teacher itself?
 
     Raises:
-        ConfigError: the stage says `cached`, and only a live teacher can do what it asks, or nothing listens to that teacher.
+        ConfigError: the stage says `cached`, and only a live teacher can do what it asks, or no loss reads its logits.
     """
     reasons = {
         "on_policy": stage.on_policy is not None,
@@ -81,13 +80,13 @@ def teacher_source(config: DistillConfig, stage: StageConfig) -> Literal["live",
 
 def losses_on_tokens(config: DistillConfig) -> set[str]:
     """The active losses of all stages that hold student and teacher against each other token by token."""
-    return {name for stage in config.stages for name in stage_weights(config, stage) if compares_tokens(name)}
+    return {name for stage in recipe_of(config) for name in stage_weights(config, stage) if compares_tokens(name)}
 
 
 def require_temperatures(config: DistillConfig, signal: CachedSignal) -> None:
     """Refuse a cache that cannot say what the stages ask, or the held-out KL at T = 1; raises ConfigError."""
     signal.require(1.0)
-    for stage in config.stages:
+    for stage in recipe_of(config):
         if not wants_live_logits(config, stage):
             signal.require(stage_blend(config, stage)[1])
 
@@ -96,36 +95,40 @@ def require_temperatures(config: DistillConfig, signal: CachedSignal) -> None:
 class PartsBuilder:
     """Builds the parts of a stage.
 
-    `steps`: of the stage. `vocab`: true vocabulary. `material`: fields of `TermContext` that the run measured or knows,
-    such as the experts that were kept.
+    `steps`: of the stage. `vocab`: true vocabulary. `inputs`: what terms are built from beside the models.
     """
 
     config: DistillConfig
     teacher: Path
     steps: int
     vocab: int
-    material: Mapping[str, Any]
+    inputs: TermInputs
 
-    def build(self, student: nn.Module, stage: StageConfig) -> tuple[Parts, LiveTeacher | None]:
+    def build(self, student: PreTrainedModel, stage: StageConfig) -> tuple[Parts, LiveTeacher | None]:
         """The parts, and the teacher where one is in memory; raises ConfigError where the student cannot have a loss."""
         device, live = next(student.parameters()).device, wants_live_logits(self.config, stage)
         model = teacher_model(self.teacher, device) if wants_teacher(self.config, stage) else None
         temperature = stage_blend(self.config, stage)[1]
-        context = TermContext(student, model, stage, temperature=temperature, **self.material)
+        context = TermContext(student, model, stage, self.inputs, temperature)
         terms = [TERMS[name](context) for name in of_kind(stage_weights(self.config, stage), "term")]
         routing = teacher_routing(stage, self.config.seed) if live else None
         needs = reduce(Needs.__or__, (term.needs for term in terms), Needs())
         teacher = None
         if model is not None:
             teacher = LiveTeacher(model, needs, live, None if routing is None else routing.routing)
-        helpers = [] if routing is None else [routing]
+        helpers: list[AllExperts | Rollouts] = [] if routing is None else [routing]
         if stage.on_policy is not None:
             repeats = updates_per_batch(stage)
             helpers.append(Rollouts(student, stage.on_policy, self.steps, self.config.seed, repeats))
         return self._parts(student, stage, terms, teacher, helpers), teacher
 
     def _parts(
-        self, student: nn.Module, stage: StageConfig, terms: list[Term], teacher: LiveTeacher | None, helpers: list[Any]
+        self,
+        student: PreTrainedModel,
+        stage: StageConfig,
+        terms: list[Term],
+        teacher: LiveTeacher | None,
+        helpers: list[AllExperts | Rollouts],
     ) -> Parts:
         """`helpers` are hooks and observers at once; a router step comes after the rows are settled."""
         kept = [one for one in helpers if isinstance(one, Rollouts) and one.repeats > 1]

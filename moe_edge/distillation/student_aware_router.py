@@ -25,21 +25,21 @@ from torch.nn import functional
 
 from moe_edge.contracts.config import StudentAwareRouterConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.router_drift import RouterSnapshot
-from moe_edge.distillation.teacher import LiveTeacher
-from moe_edge.distillation.terms import HearsNothing
+from moe_edge.distillation.teacher import LiveTeacher, head_weight
+from moe_edge.distillation.telemetry import RouterSnapshot
+from moe_edge.distillation.terms import RecordsNothing
 from moe_edge.formulas.divergence import kl_dense, predicts_label
 from moe_edge.formulas.head_loss import head_loss
 from moe_edge.formulas.routers import every_expert, gate_logprobs, importance_variation
 from moe_edge.models.routing import is_sigmoid, rerouted
 from moe_edge.models.streaming import recomputed
-from moe_edge.models.taps import Activations, body, decoder_layers, head, recorded_activations
+from moe_edge.models.taps import Activations, body, decoder_layers, recorded_activations
 from moe_edge.models.views import moe_layers
 
 log = logging.getLogger(__name__)
 
 
-class StudentAwareRouter(HearsNothing):
+class StudentAwareRouter(RecordsNothing):
     """A BatchHook that trains the teacher's routers, Stateful, and an Observer of their loss and drift.
 
     Args:
@@ -124,30 +124,30 @@ class StudentAwareRouter(HearsNothing):
         with ExitStack() as stack:
             stack.enter_context(rerouted(teacher, _all))
             stack.enter_context(recomputed(teacher) if self._recompute else nullcontext())
-            with recorded_activations(teacher, routers=self._sigmoid) as sounds:
+            with recorded_activations(teacher, routers=self._sigmoid) as activations:
                 teacher_TD = body(teacher)(**given).last_hidden_state[chosen_BS]
             kl = self._divergence(teacher_TD, student_TD) / tokens
-            importance = self._importance(sounds, batch.get("attention_mask"))
+            importance = self._importance(activations, batch.get("attention_mask"))
             share = len(student_TD) / tokens
             slopes = torch.autograd.grad(kl + self._config.beta * share * importance, parameters)
         self._add("sar_kl", float(kl.detach()))
         self._add("sar_importance", share * float(importance.detach()))
-        return slopes, {layer: hidden_TD.detach() for layer, hidden_TD in sounds.expert_inputs.items()}
+        return slopes, {layer: hidden_TD.detach() for layer, hidden_TD in activations.expert_inputs.items()}
 
     def _divergence(self, teacher_TD: Tensor, student_TD: Tensor) -> Tensor:
         """Sum over tokens of KL(teacher || student), differentiable in the teacher; logits in chunks."""
-        student_VD = head(self._student).weight.detach()[: self._vocab]
+        student_VD = head_weight(self._student, self._vocab).detach()
 
         def chunk(teacher_tV: Tensor, span: slice) -> dict[str, tuple[float, Tensor]]:
             student_tV = functional.linear(student_TD[span].to(student_VD.dtype), student_VD).detach()
             return {"kl": (1.0, kl_dense(teacher_tV, student_tV).sum())}
 
-        return head_loss(teacher_TD, head(self._teacher.model).weight[: self._vocab], chunk)[0]
+        return head_loss(teacher_TD, head_weight(self._teacher.model, self._vocab), chunk)[0]
 
-    def _importance(self, sounds: Activations, mask_BS: Tensor | None) -> Tensor:
+    def _importance(self, activations: Activations, mask_BS: Tensor | None) -> Tensor:
         """CV(importance)^2 over real tokens, mean over layers."""
         values = []
-        for layer, logits_TE in sounds.router_logits.items():
+        for layer, logits_TE in activations.router_logits.items():
             real_TE = logits_TE if mask_BS is None else logits_TE[mask_BS.flatten().bool()]
             values.append(importance_variation(gate_logprobs(real_TE, self._sigmoid[layer]).exp()))
         return torch.stack(values).mean()
@@ -164,12 +164,9 @@ class StudentAwareRouter(HearsNothing):
         self._seen["sar_drift_nats"] = float(drift_L.max())
         if self._seen["sar_drift_nats"] <= self._config.max_drift_nats:
             return
-        layer = list(self._sigmoid)[int(drift_L.argmax())]
-        limit = self._config.max_drift_nats
-        log.warning(
-            "the teacher's router in layer %d is %.3g nats from its snapshot (limit %g); all routers are put back",
-            layer, float(drift_L.max()), limit,
-        )  # fmt: skip
+        layer, limit = list(self._sigmoid)[int(drift_L.argmax())], self._config.max_drift_nats
+        message = "the teacher's router in layer %d is %.3g nats from its snapshot (limit %g); all routers are put back"
+        log.warning(message, layer, float(drift_L.max()), limit)
         self.snapshot.put_back()
         for key, master in self._masters.items():
             master.copy_(self.snapshot.tensors[key])

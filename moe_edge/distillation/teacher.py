@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from moe_edge.distillation.terms import Heard, Needs
+from moe_edge.distillation.terms import Needs, TeacherActivations
 from moe_edge.formulas.divergence import dense_pair, forward_kl
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.models.students import load_student, use_fastest_experts
@@ -61,21 +62,27 @@ class LiveTeacher:
     Args:
         model: the teacher; its parameters are frozen here.
         needs: what losses want beside the logits.
-        logits: does anything want its logits? Without, the layers that nobody listens to are deleted from `model`.
+        logits: does anything want its logits? Without, the layers above the deepest one that is needed are deleted from `model`.
         routing: (model, draw) to a context under which it runs, such as knowledge augmentation; None: its own routing.
     """
 
-    def __init__(self, model: nn.Module, needs: Needs, logits: bool = True, routing: Routing | None = None) -> None:
-        self.model = model.requires_grad_(False).eval()
+    def __init__(
+        self, model: PreTrainedModel, needs: Needs, logits: bool = True, routing: Routing | None = None
+    ) -> None:
+        self.model = model
+        model.requires_grad_(False)
+        model.eval()  # type: ignore[no-untyped-call]
         self.needs, self.has_logits, self._routing = needs, logits, routing
         if not logits and needs and not needs.whole:
-            del body(model).layers[max(needs.layers | needs.routers) + 1 :]
+            layers = body(model).get_submodule("layers")
+            assert isinstance(layers, nn.ModuleList)
+            del layers[max(needs.layers | needs.routers) + 1 :]
             gc.collect()
-        self._ids_BS: Tensor | None = None  # of the micro-batch that was heard last
-        self._heard: dict[int, Heard] = {}  # by draw
+        self._ids_BS: Tensor | None = None  # of the last micro-batch
+        self._activations: dict[int, TeacherActivations] = {}  # by draw
 
     @torch.no_grad()
-    def hear(self, ids_BS: Tensor, mask_BS: Tensor | None = None, draw: int = 0) -> Heard:
+    def run(self, ids_BS: Tensor, mask_BS: Tensor | None = None, draw: int = 0) -> TeacherActivations:
         """Everything wanted of one micro-batch; asked again for the same one, it answers from memory.
 
         Args:
@@ -83,26 +90,28 @@ class LiveTeacher:
             draw: which sample of a random routing.
         """
         if self._ids_BS is not ids_BS:
-            self._ids_BS, self._heard = ids_BS, {}
-        if draw in self._heard:
-            return self._heard[draw]
+            self._ids_BS, self._activations = ids_BS, {}
+        if draw in self._activations:
+            return self._activations[draw]
         with ExitStack() as stack:
             if self._routing is not None:
                 stack.enter_context(self._routing(self.model, draw))
-            sounds = stack.enter_context(recorded_activations(self.model, self.needs.layers, self.needs.routers))
+            activations = stack.enter_context(recorded_activations(self.model, self.needs.layers, self.needs.routers))
             output = body(self.model)(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         hidden_BSD = output.last_hidden_state if self.has_logits else None
-        self._heard[draw] = Heard(hidden_BSD, sounds.layers, sounds.router_logits, sounds.expert_inputs)
-        return self._heard[draw]
+        self._activations[draw] = TeacherActivations(
+            hidden_BSD, activations.layers, activations.router_logits, activations.expert_inputs
+        )
+        return self._activations[draw]
 
     def forget(self) -> None:
-        """Its weights have changed: what was heard no longer holds."""
-        self._ids_BS, self._heard = None, {}
+        """Its weights have changed: what it gave no longer holds."""
+        self._ids_BS, self._activations = None, {}
 
-    def signal(self, heard: Heard, chosen_BS: Tensor, vocab: int | None) -> HiddenSignal:
+    def signal(self, activations: TeacherActivations, chosen_BS: Tensor, vocab: int | None) -> HiddenSignal:
         """The distribution at the positions where `chosen_BS` is True, row after row."""
-        assert heard.hidden_BSD is not None
-        return HiddenSignal(heard.hidden_BSD[chosen_BS], head(self.model).weight[:vocab])
+        assert activations.hidden_BSD is not None
+        return HiddenSignal(activations.hidden_BSD[chosen_BS], head_weight(self.model, vocab))
 
     @torch.no_grad()
     def logits(self, ids_BS: Tensor, vocab: int | None = None) -> Iterator[Tensor]:
@@ -111,18 +120,18 @@ class LiveTeacher:
         Args:
             vocab: true vocabulary; the head's rows beyond it are padding. None: all are real.
         """
-        hidden_BSD = self.hear(ids_BS).hidden_BSD
+        hidden_BSD = self.run(ids_BS).hidden_BSD
         assert hidden_BSD is not None
         for hidden_SD in hidden_BSD:
             yield head(self.model)(hidden_SD)[:, :vocab]
 
 
 def own_dtype(device: torch.device) -> torch.dtype:
-    """What a teacher computes in unless it is told otherwise: float32 on a CPU, bfloat16 on an accelerator."""
+    """What a teacher computes in unless a dtype is given: float32 on a CPU, bfloat16 on an accelerator."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def teacher_model(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+def teacher_model(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The teacher of a folder on a device, with the fastest experts there.
 
     Args:
@@ -131,7 +140,24 @@ def teacher_model(path: Path, device: torch.device, dtype: torch.dtype | None = 
     Raises:
         ConfigError, InputRejected: as `load_student`.
     """
-    model = load_student(path, dtype or own_dtype(device)).to(device)  # type: ignore[arg-type]
+    model = on_device(load_student(path, dtype or own_dtype(device)), device)
     if device.type == "cpu":
         use_fastest_experts(model)
     return model
+
+
+def reference_teacher(path: Path, device: torch.device) -> PreTrainedModel:
+    """The teacher for a measurement: float32, with the experts of transformers; raises as `teacher_model`."""
+    return on_device(load_student(path), device)
+
+
+def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model itself, moved, and in another dtype where one is given."""
+    return nn.Module.to(model, device=device, dtype=dtype)  # the method of transformers has lost its types
+
+
+def head_weight(model: nn.Module, vocab: int | None = None) -> Tensor:
+    """The head's weight [V, D], cut to the true vocabulary where that is given: the rows beyond it are padding."""
+    weight = head(model).weight
+    assert isinstance(weight, Tensor)
+    return weight[:vocab]

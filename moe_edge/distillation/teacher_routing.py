@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from moe_edge.contracts.config import StageConfig, TeacherRoutingConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.terms import HearsNothing
+from moe_edge.distillation.terms import RecordsNothing
 from moe_edge.formulas.routers import augmented_experts, every_expert
 from moe_edge.models.routing import rerouted
 from moe_edge.models.views import moe_layers
 
 
-class AllExperts(HearsNothing):
+class AllExperts(RecordsNothing):
     """Every expert is active. `routing` is what LiveTeacher takes; it is a BatchHook and an Observer with nothing to do."""
 
     def __call__(self, batches: list[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:

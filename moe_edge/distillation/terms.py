@@ -1,6 +1,6 @@
 """What a loss beside those on logits looks like to the trainer, and what it may ask of the teacher.
 
-A term listens while the student runs (hooks that it sets and removes itself) and then judges one micro-batch. It does not
+A term records while the student runs (hooks that it sets and removes itself) and then judges one micro-batch. It does not
 run a model: the trainer runs the student once, and `LiveTeacher` the teacher at most once per micro-batch, for all
 terms together (but for cross_tokenizer.py, whose teacher reads other tokens). Nothing is projected and no term leaves a
 parameter in the student.
@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.distillation.layer_map import resolve_layer_map
+from moe_edge.contracts.plan import KeptExperts
+from moe_edge.distillation.alignment import resolve_layer_map
 from moe_edge.models.views import MoELayerView, moe_layers
 
 
@@ -39,7 +40,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Heard:
+class TeacherActivations:
     """The teacher on one micro-batch; only what was asked for is there. No gradients."""
 
     hidden_BSD: Tensor | None = None  # the head's input
@@ -49,19 +50,19 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Scene:
+class MicroBatch:
     """One micro-batch as a term sees it."""
 
     ids_BS: Tensor
     valid_BS: Tensor  # bool; False on padding
-    teacher: Heard
+    teacher: TeacherActivations
 
 
-class HearsNothing:
+class RecordsNothing:
     """What a term or an observer inherits that wants nothing of the student's forward pass."""
 
-    def listening(self, student: nn.Module) -> AbstractContextManager[None]:
-        """Nothing to hear."""
+    def recording(self, student: nn.Module) -> AbstractContextManager[None]:
+        """Nothing to record."""
         return nullcontext()
 
 
@@ -76,35 +77,40 @@ class Term(Protocol):
     sampled: bool
     needs: Needs
 
-    def listening(self, student: nn.Module) -> AbstractContextManager[Any]:
+    def recording(self, student: nn.Module) -> AbstractContextManager[Any]:
         """While open, a forward pass of the student leaves in the term what `loss` wants of it."""
         ...
 
-    def loss(self, scene: Scene) -> Tensor:
-        """The unweighted loss of the micro-batch just heard: a scalar, at least float32, with gradients."""
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """The unweighted loss of the micro-batch that was just run: a scalar, at least float32, with gradients."""
         ...
 
 
 @dataclass(frozen=True)
+class TermInputs:
+    """What terms may be built from beside the models; a term that needs what is missing says so."""
+
+    kept: KeptExperts | None = None  # the teacher's experts that the student kept
+    ids_NS: Tensor | None = None  # a few training rows, on which layer maps and groups of experts are measured
+    expert_layer_cka: Tensor | None = None  # [teacher's MoE layers, its experts, student layers], for `expert_share`
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None  # the student's, the teacher's
+
+
+@dataclass(frozen=True)
 class TermContext:
-    """Everything a term may be built from. Terms are built before `LiveTeacher` drops layers that nobody listens to."""
+    """Everything a term is built from. Terms are built before `LiveTeacher` drops layers that nobody needs."""
 
     student: nn.Module
     teacher: nn.Module | None  # the live teacher's model; None where no term asks for it
     stage: StageConfig
-    kept: Mapping[int, list[int]] | None = None  # decoder layer -> the teacher's experts that the student kept
-    ids_NS: Tensor | None = None  # a few training rows, on which layer maps and groups of experts are measured
-    expert_layer_cka: Tensor | None = (
-        None  # [teacher's MoE layers, its experts, student layers]; where a share is asked
-    )
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None  # the student's, the teacher's
+    inputs: TermInputs = TermInputs()
     temperature: float = 1.0  # of the stage
 
     @cached_property
     def layer_map(self) -> dict[int, int]:
         """{student layer: teacher layer}, as the stage asks for it; measured once. Raises as `resolve_layer_map`."""
         assert self.teacher is not None
-        return resolve_layer_map(self.stage.layer_map, self.student, self.teacher, self.ids_NS)
+        return resolve_layer_map(self.stage.layer_map, self.student, self.teacher, self.inputs.ids_NS)
 
 
 class BatchHook(Protocol):
@@ -124,7 +130,7 @@ class Stateful(Protocol):
 class Observer(Protocol):
     """Watches the student without adding to the loss; its numbers go into the log of the step."""
 
-    def listening(self, student: nn.Module) -> AbstractContextManager[Any]: ...
+    def recording(self, student: nn.Module) -> AbstractContextManager[Any]: ...
 
     def read(self) -> dict[str, float]:
         """{log name: value} since the last call."""

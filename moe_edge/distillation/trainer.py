@@ -1,6 +1,6 @@
 """`DistillationTrainer`: a transformers Trainer whose loss is the blend of losses.py, with rates per parameter.
 
-What differs from the plain Trainer: the loss (on chunks of logits that are never held whole, and terms that listen to
+What differs from the plain Trainer: the loss (on chunks of logits that are never held whole, and terms that read
 layers, experts and routers), the parameter groups (regex multipliers; a frozen parameter is not in the optimizer), the
 order of the rows (as given), hooks that see a step's micro-batches before they are trained on (rows that the student
 writes, a router step of the teacher), checkpoints in the model's own weight names, and the log names total_loss, ce_loss,
@@ -9,7 +9,7 @@ kl_loss (nats at the temperature, without T^2) and so on.
 Shape suffixes: B rows of a micro-batch, S tokens of a row, T tokens, D model, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from moe_edge.contracts.config import LrMultiplier
@@ -31,10 +31,10 @@ from moe_edge.distillation.checkpoints import load_extras, load_weights, require
 from moe_edge.distillation.losses import LOSSES, TokenLosses, active_weights, of_kind
 from moe_edge.distillation.schedule import multipliers_of, rate_factor
 from moe_edge.distillation.signal import SignalSource, joined
-from moe_edge.distillation.teacher import LiveTeacher
-from moe_edge.distillation.terms import BatchHook, Heard, Observer, Scene, Stateful, Term
+from moe_edge.distillation.teacher import LiveTeacher, head_weight
+from moe_edge.distillation.terms import BatchHook, MicroBatch, Observer, Stateful, TeacherActivations, Term
 from moe_edge.formulas.divergence import predicts_label
-from moe_edge.models.taps import head, hidden_states
+from moe_edge.models.taps import hidden_states
 
 Batch = dict[str, Tensor]
 
@@ -54,7 +54,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # rows carry what the losses read, which the student's forward does not know
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
 
 class RowDataset(Dataset[Batch]):
@@ -102,6 +102,8 @@ class DistillationTrainer(Trainer):
         ConfigError: a loss lacks what it needs, a pattern has no effect, or nothing would be trained.
     """
 
+    args: DistillationTrainingArguments
+
     def __init__(
         self,
         model: nn.Module,
@@ -144,6 +146,7 @@ class DistillationTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group per multiplier; frozen parameters are in none."""
         if self.optimizer is None:
+            assert isinstance(self.model, PreTrainedModel)
             by_rate: dict[float, list[nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
@@ -162,11 +165,15 @@ class DistillationTrainer(Trainer):
             factor = partial(
                 rate_factor, steps=num_training_steps, warmup_steps=self.args.get_warmup_steps(num_training_steps)
             )
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        rows = train_dataset or self.train_dataset
+        assert isinstance(rows, Sized)
+        return SequentialSampler(rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -187,9 +194,10 @@ class DistillationTrainer(Trainer):
         """This micro-batch's part of the step's loss: token losses over the step's token count, and the terms."""
         inner, training = self.accelerator.unwrap_model(model), model.training
         terms = self._due(training)
+        recorders: list[Term | Observer] = [*terms, *(self.parts.observers if training else ())]
         with ExitStack() as stack:
-            for listener in (*terms, *(self.parts.observers if training else ())):
-                stack.enter_context(listener.listening(inner))
+            for recorder in recorders:
+                stack.enter_context(recorder.recording(inner))
             hidden_BSD = hidden_states(model, inner, inputs["input_ids"], inputs.get("attention_mask"))
         chosen_BS = predicts_label(inputs["labels"])
         labelled, processes = int(chosen_BS.sum()), self._processes(num_items_in_batch)
@@ -226,10 +234,10 @@ class DistillationTrainer(Trainer):
         ids_BS, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
         wanted = self.teacher is not None and any(term.needs for term in terms)
-        heard = self.teacher.hear(ids_BS, mask_BS) if wanted and self.teacher else Heard()
-        scene = Scene(ids_BS, valid_BS, heard)
+        answer = self.teacher.run(ids_BS, mask_BS) if wanted and self.teacher else TeacherActivations()
+        batch = MicroBatch(ids_BS, valid_BS, answer)
         for term in terms:
-            yield term, term.loss(scene)
+            yield term, term.loss(batch)
 
     def _token_loss(
         self, model: nn.Module, hidden_BSD: Tensor, inputs: Batch, chosen_BS: Tensor
@@ -238,11 +246,11 @@ class DistillationTrainer(Trainer):
         if not of_kind(self.weights, "labels", "divergence"):
             nothing = 0.0 * hidden_BSD.float().sum()  # a micro-batch that no term judges has a gradient, too: zero
             if self.accelerator.num_processes > 1:  # which wait for the gradients of every parameter, the head's too
-                nothing = nothing + 0.0 * head(model).weight.float().sum()
+                nothing = nothing + 0.0 * head_weight(model).float().sum()
             return nothing, {}
         own_words = "rollout" in inputs  # text that the student wrote is no target
         labels_T = None if own_words else inputs["labels"][:, 1:][chosen_BS[:, :-1]]
-        weight_VD = head(model).weight[: self.vocab]
+        weight_VD = head_weight(model, self.vocab)
         return self._token_losses(hidden_BSD[chosen_BS], weight_VD, labels_T, self._signals(inputs, chosen_BS))
 
     def _signals(self, inputs: Batch, chosen_BS: Tensor) -> list[Any]:
@@ -251,8 +259,8 @@ class DistillationTrainer(Trainer):
             return []
         ids_BS = inputs["input_ids"]
         if self.teacher is not None and self.teacher.has_logits:
-            heard = (self.teacher.hear(ids_BS, inputs.get("attention_mask"), draw) for draw in range(self.parts.draws))
-            return [self.teacher.signal(one, chosen_BS, self.vocab) for one in heard]
+            draws = (self.teacher.run(ids_BS, inputs.get("attention_mask"), draw) for draw in range(self.parts.draws))
+            return [self.teacher.signal(one, chosen_BS, self.vocab) for one in draws]
         assert self.signal is not None
         temperature = self.args.distillation_temperature
         pairs = zip(ids_BS, chosen_BS, strict=True)
@@ -282,14 +290,15 @@ class DistillationTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student from the main process, its weights gathered where they are sharded over processes."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=self.accelerator.num_processes > 1)
-        state = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)
+        state: dict[str, Any] = {**get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)}
         if self.args.should_save:
             self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The weights under their names in memory, so that loading them needs no conversion; no pickled arguments."""
-        folder = Path(output_dir or self.args.output_dir)
-        student = self.accelerator.unwrap_model(self.model)
+        name = output_dir or self.args.output_dir
+        assert name is not None
+        folder, student = Path(name), self.accelerator.unwrap_model(self.model)
         if state_dict is not None:  # gathered tensors no longer share memory
             tied = student.all_tied_weights_keys
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
@@ -298,5 +307,7 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         require_same_sharding(Path(resume_from_checkpoint), self.is_fsdp_enabled)
-        load_weights(model or self.model, Path(resume_from_checkpoint))
+        student = model or self.model
+        assert student is not None
+        load_weights(student, Path(resume_from_checkpoint))
         load_extras(Path(resume_from_checkpoint), self.parts.stateful)

@@ -1,4 +1,4 @@
-"""The answers of an evaluation: generated in batches, kept row by row, never generated twice.
+"""Answers to instruction rows: generated in batches, kept row by row, never generated twice.
 
 `answers.jsonl` grows by one line per finished answer, keyed by what the answer depends on: the row's prompt, the run's seed,
 the artifact's content and the protocol. A killed run goes on behind its last whole line. A row whose runtime failed is
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.evaluation import ProtocolFacts
 from moe_edge.contracts.manifest import canonical_sha256
 from moe_edge.metrics.text_answers import Answer, Status, failed, judge_answer
 from moe_edge.process.progress import track
@@ -59,21 +60,20 @@ class Protocol:
         """Of everything but the seeds: what a single answer depends on."""
         return canonical_sha256([ANSWERS_SCHEMA, asdict(self.sampling), self.prompt_tokens, self.max_new_tokens])
 
-    def to_dict(self) -> dict[str, Any]:
+    def facts(self) -> ProtocolFacts:
         """As it is reported."""
-        contract = Protocol()
-        return {
-            "runs": list(self.runs),
+        return ProtocolFacts(
+            runs=list(self.runs),
             **asdict(self.sampling),
-            "max_prompt_tokens": self.prompt_tokens,
-            "max_new_tokens": self.max_new_tokens,
-            "is_minillm_contract": self == contract,
-        }
+            max_prompt_tokens=self.prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            is_minillm_contract=self == Protocol(),
+        )
 
 
 @dataclass(frozen=True)
-class Model:
-    """The artifact that answers."""
+class AnsweringModel:
+    """The artifact that answers, and how it is opened."""
 
     path: Path
     runtime: str
@@ -155,7 +155,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def answer_all(
-    rows: Sequence[InstructionRow], model: Model, protocol: Protocol, journal: Journal, batch_size: int
+    rows: Sequence[InstructionRow], model: AnsweringModel, protocol: Protocol, journal: Journal, batch_size: int
 ) -> None:
     """Generate every answer that the journal lacks; the model is opened only when there is one.
 
@@ -196,7 +196,7 @@ def _encode_all(codec: TextCodec, tasks: Sequence[Task], limit: int) -> dict[str
 
 
 @contextmanager
-def _opened(model: Model, protocol: Protocol) -> Iterator[tuple[Runtime, TextCodec]]:
+def _opened(model: AnsweringModel, protocol: Protocol) -> Iterator[tuple[Runtime, TextCodec]]:
     """The artifact in its runtime, long enough for a prompt and an answer."""
     wanted = protocol.prompt_tokens + protocol.max_new_tokens
     with model.opener(model.runtime, model.path, threads=model.threads, context_length=wanted) as runtime:

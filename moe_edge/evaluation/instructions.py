@@ -1,21 +1,7 @@
-"""evaluate: what an artifact answers to instruction sets, and how near its answers come to the references.
+"""What an artifact answers to instruction sets, and how near its answers come to the references.
 
-Writes answers.jsonl (every answer, see `evaluate_answers`) and evaluate.json, schema moe-edge/evaluate@1:
-
-    schema, verdict "pass" | "fail", reasons [..]
-    artifact   {path, format, runtime, bytes, digest}
-    protocol   {runs, temperature, top_k, top_p, max_prompt_tokens, max_new_tokens, is_minillm_contract}
-    sets       {name: {path, sha256, counts, metrics, categories: {category: {counts, metrics}}}}
-      counts   n (rows judged), n_answers (rows x runs), statuses {status: answers}, n_empty, empty_rate, n_truncated,
-               truncated_rate, repeated_rate, distinct_4, looping_tokens, mean_tokens, reason; of a whole set also n_rows,
-               n_excluded_empty_reference, excluded_rows [ids], n_outside_rouge (references without a letter that ROUGE reads)
-      metrics  {name: {value, ci95 [low, high], by_seed {run: value}, std_over_seeds, mean_nonempty, reason}}, 0 to 100
-    average    {metric: {value, reason}}: plain mean over the sets
-    gates      [contracts.report.GateResult]: empty_rate of every set
-    encoder    {path, digest, layers} of BERTScore; null where it was not asked for
-    definitions {name: text}, notes [..], machine {..}, versions {package: version}
-
-A number that does not exist is null with a reason, never 0.
+Writes answers.jsonl (every answer, see answers.py) and evaluate.json (contracts/evaluation.py). The metrics are tried before the
+first answer is generated, so that a missing library or a broken encoder costs no hours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.contracts.errors import ConfigError, InputRejected, MoeEdgeError
+from moe_edge.contracts.evaluation import EVALUATE_SCHEMA, AnsweredBy, Average, Encoder, Evaluation, SetScores
 from moe_edge.contracts.manifest import FileEntry, content_digest, installed_version
 from moe_edge.contracts.report import GateResult
 from moe_edge.devices.detect import Kind, detect, weight_bytes
-from moe_edge.evaluation.answers import ANSWERS_NAME, Journal, Model, Protocol, answer_all
+from moe_edge.evaluation.answers import ANSWERS_NAME, AnsweringModel, Journal, Protocol, answer_all
 from moe_edge.metrics.text import DEFINITIONS, METRICS, EmptyReferences, judged_rows, score_set
 from moe_edge.metrics.text_answers import Answer, Status
 from moe_edge.metrics.text_modules import compute, local_encoder
@@ -35,18 +22,19 @@ from moe_edge.process import host
 from moe_edge.storage.cache import remembered_sha256
 from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.folders import files_of
-from moe_edge.texts.instruction_rows import InstructionSet
+from moe_edge.texts.instruction_rows import InstructionRow, InstructionSet
 
-SCHEMA = "moe-edge/evaluate@1"
 RESULT_NAME = "evaluate.json"
-ALWAYS = tuple(name for name in METRICS if name != "bertscore")
+WITHOUT_ENCODER = tuple(name for name in METRICS if name != "bertscore")
 MAX_EMPTY_RATE = 0.1
 BATCH_SIZE = 8
 _PACKAGES = ("evaluate", "rouge-score", "sacrebleu", "bert-score")
+MetricOptions = Mapping[str, Mapping[str, Any]]  # metric -> its module's options
+AnswersByRun = Mapping[str, Mapping[str, Answer]]  # run -> row id -> answer
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What a user may choose beside the artifact and the sets."""
 
     protocol: Protocol = field(default_factory=Protocol)
@@ -61,8 +49,8 @@ class Settings:
             raise ConfigError("the batch size is at least 1 and the empty rate a share between 0 and 1")
 
 
-def run(artifact: Path, sets: Sequence[InstructionSet], settings: Settings, out: Path) -> dict[str, Any]:
-    """Answer, score, gate; writes the files of the module's docstring under `out` and returns evaluate.json.
+def run(artifact: Path, sets: Sequence[InstructionSet], settings: EvaluationSettings, out: Path) -> Evaluation:
+    """Answer, score, gate; writes answers.jsonl and evaluate.json under `out`.
 
     Raises:
         ConfigError: no such artifact or encoder, or the context is too short.
@@ -71,22 +59,16 @@ def run(artifact: Path, sets: Sequence[InstructionSet], settings: Settings, out:
     """
     kind, options = detect(artifact), _metric_options(settings)
     _try_metrics(options)
-    model = Model(artifact, kind.runtime, artifact_digest(artifact), host.threads_for(settings.threads))
+    model = AnsweringModel(artifact, kind.runtime, artifact_digest(artifact), host.threads_for(settings.threads))
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / ANSWERS_NAME, model.digest, settings.protocol)
     judged = {one.name: judged_rows(one.rows, settings.empty_references) for one in sets}
-    answer_all(
-        [row for rows in judged.values() for row in rows], model, settings.protocol, journal, settings.batch_size
-    )
+    wanted = [row for rows in judged.values() for row in rows]
+    answer_all(wanted, model, settings.protocol, journal, settings.batch_size)
     answers = {one.name: _collect(journal, judged[one.name], settings.protocol) for one in sets}
-    result = conclude(model, kind, sets, answers, settings, options)
-    write_json_atomic(out / RESULT_NAME, result)
+    result = _conclude(model, kind, sets, answers, settings, options)
+    write_json_atomic(out / RESULT_NAME, result.to_dict())
     return result
-
-
-def _collect(journal: Journal, rows: Sequence[Any], protocol: Protocol) -> dict[str, dict[str, Answer]]:
-    found = {run: {row.row_id: journal.find(row, run) for row in rows} for run in protocol.runs}
-    return {run: {key: one for key, one in by_row.items() if one is not None} for run, by_row in found.items()}
 
 
 def artifact_digest(path: Path) -> str:
@@ -99,9 +81,9 @@ def artifact_digest(path: Path) -> str:
     )
 
 
-def _metric_options(settings: Settings) -> dict[str, dict[str, Any]]:
+def _metric_options(settings: EvaluationSettings) -> MetricOptions:
     """The metrics of this run and their modules' options."""
-    options: dict[str, dict[str, Any]] = {name: {} for name in ALWAYS}
+    options: dict[str, dict[str, Any]] = {name: {} for name in WITHOUT_ENCODER}
     if settings.bertscore is not None:
         encoder = local_encoder(settings.bertscore)
         layers = read_json(encoder / "config.json").get("num_hidden_layers")
@@ -109,8 +91,8 @@ def _metric_options(settings: Settings) -> dict[str, dict[str, Any]]:
     return options
 
 
-def _try_metrics(options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every metric on one pair of texts, so that what is missing or broken is known before hours of answering."""
+def _try_metrics(options: MetricOptions) -> None:
+    """Every metric on one pair of texts."""
     for name, settings in options.items():
         try:
             compute(name, ["a text"], [["a text"]], **settings)
@@ -123,56 +105,70 @@ def _try_metrics(options: Mapping[str, Mapping[str, Any]]) -> None:
             raise InputRejected("the BERTScore encoder cannot be used", where=settings["encoder"], why=why) from error
 
 
-def conclude(
-    model: Model,
+def _collect(journal: Journal, rows: Sequence[InstructionRow], protocol: Protocol) -> AnswersByRun:
+    found = {run: {row.row_id: journal.find(row, run) for row in rows} for run in protocol.runs}
+    return {run: {key: one for key, one in by_row.items() if one is not None} for run, by_row in found.items()}
+
+
+def _conclude(
+    model: AnsweringModel,
     kind: Kind,
     sets: Sequence[InstructionSet],
-    answers: Mapping[str, Mapping[str, Mapping[str, Answer]]],
-    settings: Settings,
-    options: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """evaluate.json from the answers."""
-    scored = {
-        one.name: {"path": str(one.path), "sha256": one.sha256}
-        | score_set(one.rows, answers[one.name], options, settings.empty_references)
-        for one in sets
-    }
-    gates = [_gate(name, result["counts"], settings.max_empty_rate) for name, result in scored.items()]
+    answers: Mapping[str, AnswersByRun],
+    settings: EvaluationSettings,
+    options: MetricOptions,
+) -> Evaluation:
+    """Scores, gates and notes from the answers."""
+    scored = {one.name: _scores(one, answers[one.name], settings, options) for one in sets}
+    gates = [_gate(name, scores, settings.max_empty_rate) for name, scores in scored.items()]
     missed = [f"{gate.artifact}: {_finding(gate)}, limit at most {gate.limit:.4g}" for gate in gates if not gate.passed]
-    return {
-        "schema": SCHEMA,
-        "verdict": "fail" if missed else "pass",
-        "reasons": missed,
-        "artifact": {
-            "path": model.path.name, "format": kind.format, "runtime": kind.runtime, "bytes": weight_bytes(model.path),
-            "digest": model.digest,
-        },
-        "protocol": settings.protocol.to_dict(),
-        "sets": scored,
-        "average": {name: _average(name, scored) for name in options},
-        "gates": [gate.model_dump(mode="json") for gate in gates],
-        "encoder": _encoder_facts(options.get("bertscore")),
-        "definitions": {name: text for name, text in DEFINITIONS.items() if name in options or name not in METRICS},
-        "notes": _notes(scored, answers),
-        "machine": host.machine_facts(),
-        "versions": host.versions() | {name: installed_version(name) for name in _PACKAGES},
-    }  # fmt: skip
+    return Evaluation(
+        schema=EVALUATE_SCHEMA,
+        verdict="fail" if missed else "pass",
+        reasons=missed,
+        artifact=AnsweredBy(
+            path=model.path.name,
+            format=kind.format,
+            runtime=kind.runtime,
+            bytes=weight_bytes(model.path),
+            digest=model.digest,
+        ),
+        protocol=settings.protocol.facts(),
+        sets=scored,
+        average={name: _average(name, scored) for name in options},
+        gates=gates,
+        encoder=_encoder_facts(options["bertscore"]) if "bertscore" in options else None,
+        definitions={name: text for name, text in DEFINITIONS.items() if name in options or name not in METRICS},
+        notes=_notes(scored, answers),
+        machine=host.machine_facts(),
+        versions=host.versions() | {name: installed_version(name) for name in _PACKAGES},
+    )
 
 
-def _encoder_facts(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Which encoder gave the BERTScore: scores compare between runs of the same one only."""
-    if options is None:
-        return None
+def _scores(
+    instructions: InstructionSet, answers: AnswersByRun, settings: EvaluationSettings, options: MetricOptions
+) -> SetScores:
+    scores = score_set(instructions.rows, answers, options, settings.empty_references)
+    return SetScores(path=str(instructions.path), sha256=instructions.sha256, **scores)
+
+
+def _encoder_facts(options: Mapping[str, Any]) -> Encoder:
     folder = Path(options["encoder"])
-    return {"path": str(folder), "digest": artifact_digest(folder), "layers": options["layers"]}
+    return Encoder(path=str(folder), digest=artifact_digest(folder), layers=options["layers"])
 
 
-def _gate(name: str, counts: Mapping[str, Any], limit: float) -> GateResult:
-    rate = counts["empty_rate"]
+def _gate(name: str, scores: SetScores, limit: float) -> GateResult:
+    rate = scores.counts.empty_rate
     return GateResult(
-        name="empty_rate", artifact=name, limit=limit, value=rate, unit="share", direction="at most",
-        passed=rate is not None and rate <= limit, reason=counts["reason"] if rate is None else None,
-    )  # fmt: skip
+        name="empty_rate",
+        artifact=name,
+        limit=limit,
+        value=rate,
+        unit="share",
+        direction="at most",
+        passed=rate is not None and rate <= limit,
+        reason=scores.counts.reason if rate is None else None,
+    )
 
 
 def _finding(gate: GateResult) -> str:
@@ -181,28 +177,26 @@ def _finding(gate: GateResult) -> str:
     return f"the share of empty answers is {gate.value:.4g}"
 
 
-def _average(metric: str, scored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    values = {name: result["metrics"][metric]["value"] for name, result in scored.items()}
-    missing = [name for name, value in values.items() if value is None]
-    if missing:
-        return {"value": None, "reason": f"no value for {', '.join(missing)}"}
-    return {"value": sum(values.values()) / len(values), "reason": None}
+def _average(metric: str, scored: Mapping[str, SetScores]) -> Average:
+    values = {name: scores.metrics[metric].value for name, scores in scored.items()}
+    known = [value for value in values.values() if value is not None]
+    if len(known) < len(values):
+        missing = [name for name, value in values.items() if value is None]
+        return Average(value=None, reason=f"no value for {', '.join(missing)}")
+    return Average(value=sum(known) / len(known), reason=None)
 
 
-def _notes(
-    scored: Mapping[str, Mapping[str, Any]], answers: Mapping[str, Mapping[str, Mapping[str, Answer]]]
-) -> list[str]:
+def _notes(scored: Mapping[str, SetScores], answers: Mapping[str, AnswersByRun]) -> list[str]:
     notes = []
-    for name, result in scored.items():
-        counts = result["counts"]
-        failures = [
-            one for by_row in answers[name].values() for one in by_row.values() if one.status is Status.EXCEPTION
-        ]
-        if counts["n_excluded_empty_reference"]:
-            notes.append(f"{name}: {counts['n_excluded_empty_reference']} rows have no reference and are left out")
-        if counts["n_outside_rouge"]:
+    for name, scores in scored.items():
+        counts = scores.counts
+        every = [one for by_row in answers[name].values() for one in by_row.values()]
+        failures = [one for one in every if one.status is Status.EXCEPTION]
+        if counts.n_excluded_empty_reference:
+            notes.append(f"{name}: {counts.n_excluded_empty_reference} rows have no reference and are left out")
+        if counts.n_outside_rouge:
             notes.append(
-                f"{name}: {counts['n_outside_rouge']} rows have references without a letter a-z or digit: ROUGE-L gives "
+                f"{name}: {counts.n_outside_rouge} rows have references without a letter a-z or digit: ROUGE-L gives "
                 "them 0 whatever the answer, read chrF"
             )
         if failures:

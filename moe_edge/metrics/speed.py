@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moe_edge.contracts.report import Speed
+from moe_edge.contracts.measurements import Speed
 
 MIN_INTERVALS_FOR_P95 = 200
 

@@ -20,6 +20,7 @@ from moe_edge.contracts.onnx_bits import refuse_absent_layers
 from moe_edge.contracts.plan import UNEVEN_ACTIONS, WIDTH_STEP, Plan
 from moe_edge.contracts.quantization import RECIPE_ORDER, RECIPES
 from moe_edge.contracts.spec import ModelSpec, keepable_counts
+from moe_edge.distillation.schedule import recipe_of
 from moe_edge.formulas.selection import CRITERIA
 from moe_edge.models.streaming import meta_model
 from moe_edge.models.weights import check_width
@@ -131,7 +132,7 @@ def _has_byte_budget(config: BuildConfig) -> bool:
 def _check_uneven(spec: ModelSpec, config: BuildConfig) -> None:
     """Refuse what layers with different numbers of experts do not go with; see `demand_of`."""
     require_paddable(spec)
-    plan, losses = config.plan, {name for stage in config.distill.stages for name, w in stage.losses.items() if w}
+    plan, losses = config.plan, {name for stage in recipe_of(config.distill) for name, w in stage.losses.items() if w}
     asked = plan.experts != "auto" or config.target.budget.experts is not None
     compares = f"{', '.join(sorted(COMPARES_EXPERTS))} compare all experts of a layer"
     reasons = {

@@ -6,83 +6,42 @@ Shape suffixes: L MoE layers, E experts.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from moe_edge.contracts.checkpoint import Checkpoint, CheckpointHeaders
+from moe_edge.contracts.checkpoint import Checkpoint
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import value_at
 from moe_edge.contracts.manifest import read_manifest
+from moe_edge.contracts.measurements import ModelInfo
 from moe_edge.contracts.plan import Plan
+from moe_edge.contracts.preview import PlanPreview, PreviewedChoice, PreviewedCriterion, PreviewedOption
 from moe_edge.contracts.spec import keepable_counts
-from moe_edge.contracts.target import Target
 from moe_edge.models.students import describe_model
 from moe_edge.planning.allocation import BudgetAnswer, header_plan
 from moe_edge.planning.candidates import read_statistics
 from moe_edge.planning.decision import decide_by_priors, quantization_of
 from moe_edge.planning.document import make_plan
 from moe_edge.planning.judging import candidates_of, choices_of
-from moe_edge.planning.options import Option, options_grid
+from moe_edge.planning.options import Option, largest_contexts, options_grid
 
 
-@dataclass(frozen=True)
-class CriterionShares:
-    """How much of the teacher's routing the experts carried that a criterion would keep."""
+def plan_from_headers(teacher: Checkpoint, config: BuildConfig) -> Plan:
+    """The plan as far as headers tell. Which experts stay (`kept`) is decided by a profile; expected losses are priors.
 
-    criterion: str
-    routed_share_kept: float
-    gate_share_kept: float
-
-
-@dataclass(frozen=True)
-class PlanPreview:
-    """What fits, what it costs and why, from headers alone, and what a profile or a finished plan tells."""
-
-    plan: Plan  # which experts stay (`kept`) is decided by a profile; expected losses are priors
-    headers: CheckpointHeaders
-    target: Target
-    answer: BudgetAnswer
-    shapes: tuple[Option, ...] = ()  # the choice at every top-k and width, where those are free
-    criteria: tuple[CriterionShares, ...] = ()  # where there is a profile
-    measured: Plan | None = None  # the finished plan of the same wishes
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able {teacher, target, budget, choice, competitor, options, shapes, criteria, notes, measured}; sizes in
-        bytes."""
-        plan, spec = self.plan, self.answer.model.spec
-        packing = self.answer.choice.packing
-        measured = self.measured
-        return {
-            "teacher": describe_model(self.headers),
-            "target": self.target.name,
-            "budget": self.target.budget.model_dump(mode="json", exclude_none=True),
-            "choice": {
-                "experts_kept": plan.experts_kept,
-                "experts_total": plan.experts_total,
-                "top_k": plan.top_k,
-                "expert_width": plan.expert_width,
-                "quantization": packing.label if packing.format == "gguf" else plan.quantization,
-                "onnx_precision": plan.onnx_precision,
-                "estimate": plan.estimate.model_dump(mode="json"),
-                "largest_contexts": plan.largest_contexts,
-                "context_limit": spec.context_length,
-            },
-            "competitor": plan.competitor,
-            "options": [option.row() for option in shown_options(self.answer)],
-            "shapes": [option.row() for option in self.shapes],
-            "criteria": [asdict(one) for one in self.criteria],
-            "notes": plan.notes,
-            "measured": measured and measured.model_dump(mode="json", by_alias=True, exclude={"kept", "merges"}),
-        }
+    Raises:
+        As `header_plan`.
+    """
+    answer = decide_by_priors(header_plan(teacher.headers, config), config)
+    plan = make_plan(answer, config.plan.criterion, {}, {}, [], quantization_of(answer))
+    return plan.model_copy(update={"action": config.plan.action})
 
 
 def preview_plan(
     teacher: Checkpoint, config: BuildConfig, profile: Path | None = None, finished: Path | None = None
 ) -> PlanPreview:
-    """The plan as far as headers tell.
+    """What fits, what it costs and why, from headers alone, and what a profile or a finished plan tells.
 
     Args:
         profile: the folder of a finished profile.
@@ -93,12 +52,33 @@ def preview_plan(
     """
     solved = header_plan(teacher.headers, config)
     answer = decide_by_priors(solved, config)
-    plan = make_plan(answer, config.plan.criterion, {}, {}, [], quantization_of(answer))
-    plan = plan.model_copy(update={"action": config.plan.action})
-    shares = tuple(_shares_by_criterion(answer, config, profile))
-    shapes = tuple(one.choice for one in solved.all_shapes) if solved.others else ()
-    measured = _finished_plan(finished, config)
-    return PlanPreview(plan, teacher.headers, config.target, answer, shapes, shares, measured)
+    choice, space = answer.choice, answer.space
+    return PlanPreview(
+        teacher=ModelInfo.model_validate(describe_model(teacher.headers)),
+        target=config.target.name,
+        budget=config.target.budget.model_dump(mode="json", exclude_none=True),
+        choice=PreviewedChoice(
+            experts_kept=choice.experts,
+            experts_total=teacher.spec.moe.experts,
+            top_k=space.top_k,
+            expert_width=space.width,
+            quantization=choice.packing.label if choice.packing.format == "gguf" else answer.quantization,
+            onnx_precision=answer.onnx_precision,
+            estimate=choice.estimate,
+            largest_contexts=largest_contexts(space, choice),
+            context_limit=teacher.spec.context_length,
+        ),
+        competitor=answer.competitor,
+        options=[_row(option) for option in shown_options(answer)],
+        shapes=[_row(one.choice) for one in solved.all_shapes] if solved.others else [],
+        criteria=list(_shares_by_criterion(answer, config, profile)),
+        notes=list(answer.notes),
+        measured=_finished_plan(finished, config),
+    )
+
+
+def _row(option: Option) -> PreviewedOption:
+    return PreviewedOption.model_validate(option.row())
 
 
 def shown_options(answer: BudgetAnswer) -> list[Option]:
@@ -110,7 +90,9 @@ def shown_options(answer: BudgetAnswer) -> list[Option]:
     return options_grid(answer.space, counts & set(keepable_counts(answer.model.spec, demand.top_k)), shown)
 
 
-def _shares_by_criterion(answer: BudgetAnswer, config: BuildConfig, profile: Path | None) -> Iterator[CriterionShares]:
+def _shares_by_criterion(
+    answer: BudgetAnswer, config: BuildConfig, profile: Path | None
+) -> Iterator[PreviewedCriterion]:
     """Per criterion; needs no model."""
     path = None if profile is None else profile / "statistics.safetensors"
     if path is None or answer.keeps_all or not path.is_file():
@@ -118,8 +100,8 @@ def _shares_by_criterion(answer: BudgetAnswer, config: BuildConfig, profile: Pat
     statistics = read_statistics(path, answer.model.spec)
     candidates = candidates_of(answer, config, statistics)
     for name, kept in choices_of(answer, config, candidates).items():
-        sums = (statistics.counts_LE, statistics.gate_sum_LE)
-        yield CriterionShares(name, *(_share(sums_LE, kept.values()) for sums_LE in sums))
+        routed, gates = (_share(sums_LE, kept.values()) for sums_LE in (statistics.counts_LE, statistics.gate_sum_LE))
+        yield PreviewedCriterion(criterion=name, routed_share_kept=routed, gate_share_kept=gates)
 
 
 def _share(sums_LE: Tensor, kept: Collection[Sequence[int]]) -> float:

@@ -1,68 +1,89 @@
-"""evaluate.json as Markdown: one table of scores per set, one of what became of the answers, one per category."""
+"""An evaluation as Markdown: one table of scores per set, one of what became of the answers, one per category."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
+from moe_edge.contracts.evaluation import AnswerCounts, CategoryScores, Evaluation, MetricScore
 from moe_edge.metrics.text import METRICS
-from moe_edge.reporting.markdown import NOT_MEASURED, inert, number, table
+from moe_edge.reporting.markdown import NOT_MEASURED, bullets, inert, number, paragraphs, table
+
+_COUNTS = (
+    "set",
+    "answers",
+    "empty",
+    "truncated",
+    "repeated",
+    "decode errors",
+    "exceptions",
+    "distinct-4",
+    "tokens",
+)
 
 
-def evaluation_text(result: Mapping[str, Any]) -> str:
+def evaluation_text(result: Evaluation) -> str:
     """The whole text."""
-    protocol, artifact = result["protocol"], result["artifact"]
-    names = [name for name in METRICS if name in result["average"]]
-    how = "greedy" if protocol["temperature"] == 0 else f"sampled, T = {protocol['temperature']:g}"
-    contract = "MiniLLM's contract" if protocol["is_minillm_contract"] else "not MiniLLM's contract"
-    parts = [
-        f"# {inert(artifact['path'])}: {result['verdict']}",
-        f"{artifact['runtime']}, {how}, runs {', '.join(protocol['runs'])}, at most {protocol['max_prompt_tokens']} + "
-        f"{protocol['max_new_tokens']} tokens ({contract}). Scores from 0 to 100, [95 % interval over rows].",
-        table(["set", "rows", *(METRICS[name] for name in names)], _score_rows(result, names)),
+    names = [name for name in METRICS if name in result.average]
+    categories = [
         table(
-            ["set", "answers", "empty", "truncated", "repeated", "decode errors", "exceptions", "distinct-4", "tokens"],
-            [_count_row(name, one["counts"]) for name, one in result["sets"].items()],
-        ),
+            [f"category of {inert(name)}", "rows", "empty", *(METRICS[metric] for metric in names)],
+            [_category_row(category, scores, names) for category, scores in one.categories.items()],
+        )
+        for name, one in result.sets.items()
     ]
-    for name, one in result["sets"].items():
-        if one["categories"]:
-            header = [f"category of {inert(name)}", "rows", "empty", *(METRICS[metric] for metric in names)]
-            parts.append(table(header, [_category_row(*item, names) for item in one["categories"].items()]))
-    parts += ["\n".join(f"- {inert(line)}" for line in [*result["reasons"], *result["notes"]])]
-    return "\n\n".join(part for part in parts if part)
+    return paragraphs(
+        f"# {inert(result.artifact.path)}: {result.verdict}",
+        _how(result),
+        table(["set", "rows", *(METRICS[name] for name in names)], _score_rows(result, names)),
+        table(_COUNTS, [_count_row(name, one.counts) for name, one in result.sets.items()]),
+        *categories,
+        bullets([*result.reasons, *result.notes]),
+    )
 
 
-def _score_rows(result: Mapping[str, Any], names: list[str]) -> list[list[str]]:
+def _how(result: Evaluation) -> str:
+    protocol = result.protocol
+    drawn = "greedy" if protocol.temperature == 0 else f"sampled, T = {protocol.temperature:g}"
+    contract = "MiniLLM's contract" if protocol.is_minillm_contract else "not MiniLLM's contract"
+    return (
+        f"{result.artifact.runtime}, {drawn}, runs {', '.join(protocol.runs)}, at most {protocol.max_prompt_tokens} + "
+        f"{protocol.max_new_tokens} tokens ({contract}). Scores from 0 to 100, [95 % interval over rows]."
+    )
+
+
+def _score_rows(result: Evaluation, names: Sequence[str]) -> list[list[str]]:
     rows = [
-        [name, str(one["counts"]["n"]), *(_score(one["metrics"][metric]) for metric in names)]
-        for name, one in result["sets"].items()
+        [name, str(one.counts.n), *(_score(one.metrics[metric]) for metric in names)]
+        for name, one in result.sets.items()
     ]
     if len(rows) > 1:
-        rows.append(["average", "", *(number(result["average"][metric]["value"]) for metric in names)])
+        rows.append(["average", "", *(number(result.average[metric].value) for metric in names)])
     return rows
 
 
-def _score(metric: Mapping[str, Any]) -> str:
-    if metric["value"] is None:
-        return f"{NOT_MEASURED} ({metric['reason']})"
-    text = f"{metric['value']:.2f}"
-    if metric["ci95"]:
-        text += f" [{metric['ci95'][0]:.2f}, {metric['ci95'][1]:.2f}]"
-    return text
+def _score(metric: MetricScore) -> str:
+    if metric.value is None:
+        return f"{NOT_MEASURED} ({metric.reason})"
+    limits = f" [{metric.ci95[0]:.2f}, {metric.ci95[1]:.2f}]" if metric.ci95 else ""
+    return f"{metric.value:.2f}{limits}"
 
 
 def _share(rate: float | None) -> str:
     return NOT_MEASURED if rate is None else f"{100 * rate:.1f} %"
 
 
-def _count_row(name: str, counts: Mapping[str, Any]) -> list[str]:
-    statuses = counts["statuses"]
+def _count_row(name: str, counts: AnswerCounts) -> list[str]:
     return [
-        name, str(counts["n_answers"]), _share(counts["empty_rate"]), _share(counts["truncated_rate"]),
-        _share(counts["repeated_rate"]), str(statuses["decode_error"]), str(statuses["exception"]),
-        number(counts["distinct_4"]), number(counts["mean_tokens"]),
-    ]  # fmt: skip
+        name,
+        str(counts.n_answers),
+        _share(counts.empty_rate),
+        _share(counts.truncated_rate),
+        _share(counts.repeated_rate),
+        str(counts.statuses["decode_error"]),
+        str(counts.statuses["exception"]),
+        number(counts.distinct_4),
+        number(counts.mean_tokens),
+    ]
 
 
-def _category_row(name: str, part: Mapping[str, Any], names: list[str]) -> list[str]:
-    scores = (_score(part["metrics"][metric]) for metric in names)
-    return [name, str(part["counts"]["n"]), _share(part["counts"]["empty_rate"]), *scores]
+def _category_row(category: str, scores: CategoryScores, names: Sequence[str]) -> list[str]:
+    values = (_score(scores.metrics[metric]) for metric in names)
+    return [category, str(scores.counts.n), _share(scores.counts.empty_rate), *values]

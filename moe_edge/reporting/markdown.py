@@ -1,4 +1,7 @@
-"""Small pieces of Markdown: numbers, inert text, tables."""
+"""Pieces of Markdown that every page is made of: numbers, inert text, tables, lists, sections.
+
+Names from outside (models, messages) are made inert: no table breaks, no HTML. What was not measured is printed as `n/a`.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +20,11 @@ def number(value: float | None, digits: int = 3, unit: str = "") -> str:
     return text + unit
 
 
+def interval(limits: Sequence[float] | None) -> str:
+    """A confidence interval in brackets; null is n/a."""
+    return f"[{number(limits[0])}, {number(limits[1])}]" if limits else NOT_MEASURED
+
+
 def inert(value: Any) -> str:
     """Text for a table cell or a list item: one line, no HTML, no column break."""
     text = str(value).replace("&", "&amp;").replace("<", "&lt;")
@@ -24,7 +32,23 @@ def inert(value: Any) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(inert(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    """A table; the first column is text, the others are numbers. Without a row there is none."""
+    body = ["| " + " | ".join(inert(cell) for cell in row) + " |" for row in rows]
+    head = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*head, *body]) if body else ""
+
+
+def bullets(lines: Iterable[Any], prefix: str = "") -> str:
+    """A list of one-line items; empty without any."""
+    return "\n".join(f"- {prefix}{inert(line)}" for line in lines)
+
+
+def paragraphs(*parts: str) -> str:
+    """The parts that say something, an empty line between them."""
+    return "\n\n".join(part for part in parts if part)
+
+
+def section(heading: str, *parts: str) -> str:
+    """A heading over `paragraphs`; empty where no part says anything."""
+    text = paragraphs(*parts)
+    return f"## {heading}\n\n{text}" if text else ""

@@ -21,8 +21,8 @@ from moe_edge.compression.surgery import apply_plan, check_plan
 from moe_edge.contracts.artifacts import CompressSummary, Placement, PlanFolder, ProfileFolder
 from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
+from moe_edge.contracts.measurements import ModelInfo
 from moe_edge.contracts.plan import Plan
-from moe_edge.contracts.report import ModelInfo
 from moe_edge.contracts.row_split import RowSplit
 from moe_edge.models.loading import load_model, stored_dtype
 from moe_edge.models.students import describe_model, describe_student

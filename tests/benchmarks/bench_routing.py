@@ -50,7 +50,7 @@ def telemetry_runs(ids_BS: torch.Tensor) -> dict[str, Callable[[], object]]:
     telemetry = RoutingTelemetry(student)
 
     def step(watched: bool) -> None:
-        with telemetry.listening(student) if watched else nullcontext():
+        with telemetry.recording(student) if watched else nullcontext():
             loss = student(ids_BS, labels=ids_BS).loss
         loss.backward()
         student.zero_grad()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_edge.distillation.capture import CaptureConfig, captured_signal
+from moe_edge.distillation.capture import CaptureConfig, captured_signal, teacher_of
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
@@ -70,7 +70,7 @@ def prepare(folder: Path, teacher: Path, keep: float, tokens: int) -> None:
     vocab = inspect_checkpoint(teacher).config["vocab_size"]
     ids_NS = np.random.default_rng(0).integers(3, min(vocab, TOKENIZER_SIZE), (ROWS, tokens)).astype(np.int32)
     config = CaptureConfig(k=K, temperatures=(TEMPERATURE,))
-    captured_signal(teacher, TokenRows(ids_NS, ids_NS.size), folder / "cache", config).close()
+    captured_signal(teacher_of(teacher), TokenRows(ids_NS, ids_NS.size), folder / "cache", config).close()
     student = load_model(teacher)
     prune(student, {view.index: list(range(max(view.top_k, int(keep * view.count)))) for view in moe_layers(student)})
     save_student(student, teacher, folder / "student")

@@ -10,7 +10,7 @@ import sys
 
 from transformers import TrainerCallback
 
-from moe_edge.cli.main import main as cli
+from moe_edge.cli import main as cli
 from moe_edge.distillation import recovery
 from moe_edge.distillation.checkpoints import SaveByTheClock
 from tests.distillation.parallel_run import shard_on_cpu

@@ -24,10 +24,17 @@ def main(folder: Path, backend: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     out = folder / f"{backend}-{processes}"
     arguments = DistillationTrainingArguments(
-        output_dir=str(out), per_device_train_batch_size=1, num_train_epochs=1, learning_rate=0.01,
-        gradient_accumulation_steps=BATCH_ROWS // processes, logging_steps=1, save_strategy="no", use_cpu=True,
-        distillation_alpha=0.5, ddp_find_unused_parameters=False,
-    )  # fmt: skip
+        output_dir=str(out),
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        learning_rate=0.01,
+        gradient_accumulation_steps=BATCH_ROWS // processes,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        distillation_alpha=0.5,
+        ddp_find_unused_parameters=False,
+    )
     signal = CachedSignal(folder / "logits.h5", {})
     trainer = DistillationTrainer(tiny_student(), arguments, RowDataset(rows()), signal=signal)
     if backend == "fsdp":
@@ -43,9 +50,12 @@ def main(folder: Path, backend: str) -> None:
 def shard_on_cpu(trainer: DistillationTrainer, layer: str = "Qwen3MoeDecoderLayer") -> None:
     """accelerate shards weights on accelerators only; its sharding itself runs on CPUs as well, once its state says so."""
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[layer],
-        state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False,
-    )  # fmt: skip
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[layer],
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     trainer.is_fsdp_enabled = True
 

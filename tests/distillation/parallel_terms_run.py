@@ -15,7 +15,7 @@ from moe_edge.distillation.expert_terms import EXPERT_TERMS
 from moe_edge.distillation.feature_terms import FEATURE_TERMS
 from moe_edge.distillation.rollouts import Rollouts
 from moe_edge.distillation.teacher import LiveTeacher
-from moe_edge.distillation.terms import Needs, TermContext
+from moe_edge.distillation.terms import Needs, TermContext, TermInputs
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
 from tests.distillation.parallel_run import shard_on_cpu
 from tests.distillation.parts import rows, tiny_student, tiny_teacher
@@ -27,12 +27,21 @@ STEPS = 3
 def main(folder: Path, backend: str) -> None:
     torch.manual_seed(0)
     arguments = DistillationTrainingArguments(
-        output_dir=str(folder / backend), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=STEPS,
-        learning_rate=0.01, logging_steps=1, save_strategy="no", use_cpu=True, ddp_find_unused_parameters=False,
-        distillation_alpha=1.0, loss_weights={"reverse_kl": 1.0} | dict.fromkeys(TABLE, 1.0),
-    )  # fmt: skip
+        output_dir=str(folder / backend),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        learning_rate=0.01,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        ddp_find_unused_parameters=False,
+        distillation_alpha=1.0,
+        loss_weights={"reverse_kl": 1.0} | dict.fromkeys(TABLE, 1.0),
+    )
     student, teacher = tiny_student(), tiny_teacher()
-    context = TermContext(student, teacher, StageConfig(stage_name="s"), ids_NS=torch.from_numpy(rows()[:4]).long())
+    inputs = TermInputs(ids_NS=torch.from_numpy(rows()[:4]).long())
+    context = TermContext(student, teacher, StageConfig(stage_name="s"), inputs)
     terms = [build(context) for build in TABLE.values()]
     live = LiveTeacher(teacher, reduce(Needs.__or__, (term.needs for term in terms), Needs()))
     rollouts = Rollouts(student, OnPolicyConfig(share=0.5, prompt_tokens=4, new_tokens=(4, 12)), STEPS, 0)

@@ -9,7 +9,7 @@ import torch
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation import capture, readers
-from moe_edge.distillation.capture import CaptureConfig, captured_signal, encoder_of, pins_of
+from moe_edge.distillation.capture import CaptureConfig, captured_signal, encoder_of, pins_of, teacher_of
 from moe_edge.distillation.capture_cost import capture_cost
 from moe_edge.distillation.readers import StreamedReader, WholeReader
 from moe_edge.distillation.signal import SampledSignal, TeacherSignal
@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_signal_is_the_teachers_top_k(teacher: Path, tmp_path: Path) -> None:
     rows = token_rows()
-    signal = captured_signal(teacher, rows, tmp_path / "c", CONFIG)
+    signal = captured_signal(teacher_of(teacher), rows, tmp_path / "c", CONFIG)
     assert signal.vocab < TOKENIZER_SIZE + 16  # the head's padding is cut off
     model = load_model(teacher)
     for ids_S in torch.from_numpy(rows.ids_NS).long():
@@ -56,7 +56,7 @@ def test_the_signal_is_the_teachers_top_k(teacher: Path, tmp_path: Path) -> None
 
 
 def test_a_kill_between_shards_costs_one_shard(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured_signal(teacher, token_rows(), tmp_path / "straight", CONFIG).close()
+    captured_signal(teacher_of(teacher), token_rows(), tmp_path / "straight", CONFIG).close()
     written, write = [], capture.write_shard
 
     def killed(folder, pins, number, *rest):
@@ -67,15 +67,15 @@ def test_a_kill_between_shards_costs_one_shard(teacher: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(capture, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
-        captured_signal(teacher, token_rows(), tmp_path / "c", CONFIG)
+        captured_signal(teacher_of(teacher), token_rows(), tmp_path / "c", CONFIG)
     assert not (tmp_path / "c" / "manifest.json").exists()
     again = []
     monkeypatch.setattr(capture, "write_shard", lambda *given: (again.append(given[2]), write(*given)))
-    captured_signal(teacher, token_rows(), tmp_path / "c", CONFIG).close()
+    captured_signal(teacher_of(teacher), token_rows(), tmp_path / "c", CONFIG).close()
     assert (written, again) == ([0, 1], [2])
     assert files(tmp_path / "c") == files(tmp_path / "straight")
-    monkeypatch.setattr(capture, "open_teacher", None)  # a finished cache needs no teacher
-    captured_signal(teacher, token_rows(), tmp_path / "c", CONFIG).close()
+    monkeypatch.setattr(capture, "open_reader", None)  # a finished cache needs no teacher
+    captured_signal(teacher_of(teacher), token_rows(), tmp_path / "c", CONFIG).close()
 
 
 def test_a_streamed_teacher_gives_the_same_logits(
@@ -93,7 +93,7 @@ def test_a_streamed_teacher_gives_the_same_logits(
     assert not list(tmp_path.glob(".spill*"))
     monkeypatch.setattr(capture, "fits_in_memory", lambda *given: False)
     monkeypatch.setattr(readers, "SPILL_BYTES", 2 * 3 * 20 * 64 * 4)  # two shards of three rows in a group
-    signal = captured_signal(teacher, token_rows(), tmp_path / "c", CONFIG)
+    signal = captured_signal(teacher_of(teacher), token_rows(), tmp_path / "c", CONFIG)
     ids_S = torch.from_numpy(token_rows().ids_NS[7]).long()
     top = teacher_topk(next(iter(whole.logits([ids_S[None].numpy()]))), 8, (1.0,), 100)
     assert signal.signal(ids_S, 1.0).indices_SK.shape == top.indices_TK.shape
@@ -102,9 +102,11 @@ def test_a_streamed_teacher_gives_the_same_logits(
 
 def test_draws_are_seeded_by_the_row(teacher: Path, tmp_path: Path) -> None:
     config = CaptureConfig(draws=20, temperatures=(2.0,), shard_rows=3)
-    signal = captured_signal(teacher, token_rows(), tmp_path / "c", config)
+    signal = captured_signal(teacher_of(teacher), token_rows(), tmp_path / "c", config)
     turned = TokenRows(token_rows().ids_NS[::-1].copy(), 160)
-    other = captured_signal(teacher, turned, tmp_path / "turned", CaptureConfig(draws=20, temperatures=(2.0,)))
+    other = captured_signal(
+        teacher_of(teacher), turned, tmp_path / "turned", CaptureConfig(draws=20, temperatures=(2.0,))
+    )
     for ids_S in torch.from_numpy(turned.ids_NS).long():
         one, two = signal.signal(ids_S, 2.0), other.signal(ids_S, 2.0)
         assert isinstance(one, SampledSignal)
@@ -117,7 +119,7 @@ def test_draws_are_seeded_by_the_row(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_every_pin_is_compared(teacher: Path, tmp_path: Path) -> None:
-    captured_signal(teacher, token_rows(), tmp_path / "c", CONFIG).close()
+    captured_signal(teacher_of(teacher), token_rows(), tmp_path / "c", CONFIG).close()
     for config, rows, word in (
         (CaptureConfig(k=9, shard_rows=3), token_rows(), "k: found 8, expected 9"),
         (CaptureConfig(k=8, shard_rows=3, temperatures=(4.0,)), token_rows(), "temperatures"),
@@ -127,16 +129,16 @@ def test_every_pin_is_compared(teacher: Path, tmp_path: Path) -> None:
         (CONFIG, token_rows(7), "rows"),
     ):
         with pytest.raises(InputRejected, match=word):
-            captured_signal(teacher, rows, tmp_path / "c", config)
+            captured_signal(teacher_of(teacher), rows, tmp_path / "c", config)
 
 
 def test_pins_follow_the_teacher_its_tokenizer_and_its_template(teacher: Path, tmp_path: Path) -> None:
-    before = pins_of(teacher, token_rows(), CONFIG, CPU)
+    before = pins_of(teacher_of(teacher), token_rows(), CONFIG, CPU)
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     template = next(path for path in other.iterdir() if path.name == "chat_template.jinja")
     template.write_text(template.read_text() + " ")
-    after = pins_of(other, token_rows(), CONFIG, CPU)
+    after = pins_of(teacher_of(other), token_rows(), CONFIG, CPU)
     assert {name for name in before if before[name] != after[name]} == {"teacher", "tokenizer", "chat_template"}
 
 
@@ -152,11 +154,16 @@ def test_impossible_settings_are_refused() -> None:
 def test_the_forecast_of_the_bytes_is_right(teacher: Path, tmp_path: Path, draws: int) -> None:
     config = CaptureConfig(k=8, draws=draws, temperatures=(1.0,), shard_rows=8)
     rows = token_rows()
-    captured_signal(teacher, rows, tmp_path / "c", config).close()
-    pins = pins_of(teacher, rows, config, CPU)
+    captured_signal(teacher_of(teacher), rows, tmp_path / "c", config).close()
+    pins = pins_of(teacher_of(teacher), rows, config, CPU)
     encoder = encoder_of(config, 20, pins["vocab"])
     cost = capture_cost(
-        WholeReader(teacher, torch.float32, CPU, pins["vocab"]), encoder, teacher, pins, rows.ids_NS[0], 2
+        WholeReader(teacher, torch.float32, CPU, pins["vocab"]),
+        encoder,
+        teacher_of(teacher).headers,
+        pins,
+        rows.ids_NS[0],
+        2,
     )
     written = sum((tmp_path / "c" / name).stat().st_size for name in ("shard-00000.h5", "rows.safetensors"))
     assert abs(written - cost.cache_bytes) < 400 + 0.15 * bool(draws) * written  # headers, and how rows differ
@@ -164,6 +171,6 @@ def test_the_forecast_of_the_bytes_is_right(teacher: Path, tmp_path: Path, draws
     tensors = sum(parameter.numel() for parameter in load_model(teacher).parameters())
     assert cost.live_teacher_bytes == pytest.approx(4 * tensors, rel=0.05)
     streamed = StreamedReader(teacher, torch.float32, CPU, pins["vocab"], tmp_path)
-    most = capture_cost(streamed, encoder, teacher, pins, rows.ids_NS[0])
+    most = capture_cost(streamed, encoder, teacher_of(teacher).headers, pins, rows.ids_NS[0])
     assert most.layerwise and most.cache_bytes >= cost.cache_bytes and most.seconds > 0
     assert ("at most" in most.text()) == bool(draws) and "layer by layer" in most.text()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_edge.cli.main import main as cli
+from moe_edge.cli import main as cli
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.distillation.capture import CaptureConfig
+from moe_edge.distillation.capture import CaptureConfig, teacher_of
 from moe_edge.distillation.capture_exchange import export_plain_logits, import_plain_logits
 from moe_edge.distillation.capture_run import CaptureRequest, capture, estimate
 from moe_edge.distillation.signal import CachedSignal, HeadSignal, TeacherSignal
@@ -41,7 +41,7 @@ def cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(teacher: Path, data: str = "calibration") -> CaptureRequest:
-    return CaptureRequest(teacher, data, 640, CaptureConfig(k=8, shard_rows=2), sequence_length=64)
+    return CaptureRequest(teacher_of(teacher), data, 640, CaptureConfig(k=8, shard_rows=2), sequence_length=64)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -102,7 +102,7 @@ def test_out_and_back_again(teacher: Path, cache: Path, tmp_path: Path) -> None:
         assert file["values"].shape == file["indices"].shape == (10, 64, 8)
         assert (file["values"].dtype, file["indices"].dtype) == (np.float16, np.int32)
         assert file["input_ids"].shape == (10, 64) and file["values"].chunks == (1, 64, 8)
-    assert import_plain_logits(plain, teacher, tmp_path / "back")["tail"] == "exact"
+    assert import_plain_logits(plain, teacher_of(teacher), tmp_path / "back")["tail"] == "exact"
     ours, theirs = CachedSignal(cache, {}), CachedSignal(tmp_path / "back", {})
     ids_S = torch.from_numpy(TokenRows.load(cache / "rows.safetensors").ids_NS[3]).long()
     for temperature in (1.0, 1.5, 2.0):
@@ -137,8 +137,8 @@ def seed_file(cache: Path, path: Path, **changes: np.ndarray) -> Path:
 def test_a_file_without_tokens_and_tail(teacher: Path, cache: Path, tmp_path: Path) -> None:
     path, rows_file = seed_file(cache, tmp_path / "seed.h5"), cache / "rows.safetensors"
     with pytest.raises(ConfigError, match="--rows"):
-        import_plain_logits(path, teacher, tmp_path / "c")
-    summary = import_plain_logits(path, teacher, tmp_path / "c", rows_file)
+        import_plain_logits(path, teacher_of(teacher), tmp_path / "c")
+    summary = import_plain_logits(path, teacher_of(teacher), tmp_path / "c", rows_file)
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     assert summary["tail"].startswith("missing") and manifest["config"]["tail"].startswith("missing")
     ours, whole = CachedSignal(tmp_path / "c", {}), CachedSignal(cache, {})
@@ -164,17 +164,17 @@ def test_files_that_cannot_be_ours_are_refused(teacher: Path, cache: Path, tmp_p
     for number, (words, changes) in enumerate(cases.items()):
         path = seed_file(cache, tmp_path / f"{number}.h5", **changes)
         with pytest.raises(InputRejected, match=words):
-            import_plain_logits(path, teacher, tmp_path / str(number), rows_file)
+            import_plain_logits(path, teacher_of(teacher), tmp_path / str(number), rows_file)
     with h5py.File(tmp_path / "link.h5", "w") as file:
         file["values"] = h5py.ExternalLink(str(tmp_path / "0.h5"), "values")
     with pytest.raises(InputRejected, match="plain data set 'values'"):
-        import_plain_logits(tmp_path / "link.h5", teacher, tmp_path / "link")
+        import_plain_logits(tmp_path / "link.h5", teacher_of(teacher), tmp_path / "link")
     with pytest.raises(InputRejected, match="not a logit cache"):
         export_plain_logits(tmp_path, tmp_path / "x.h5")
 
 
 def test_draws_have_no_plain_layout(teacher: Path, tmp_path: Path) -> None:
     config = CaptureConfig(draws=9, temperatures=(1.0,))
-    capture(CaptureRequest(teacher, "calibration", 128, config, 64), tmp_path / "c")
+    capture(CaptureRequest(teacher_of(teacher), "calibration", 128, config, 64), tmp_path / "c")
     with pytest.raises(InputRejected, match="draws"):
         export_plain_logits(tmp_path / "c", tmp_path / "x.h5")

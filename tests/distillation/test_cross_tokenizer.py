@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.distillation.cross_tokenizer import CrossTokenizerTerm, compares_tokens, cross_tokenizer_trainer
 from moe_edge.distillation.losses import LOSSES
-from moe_edge.distillation.terms import Heard, Scene
+from moe_edge.distillation.terms import MicroBatch, TeacherActivations
 from moe_edge.distillation.tokenizer_pair import TokenizerPair, require_same_tokenizer, tokenizer_differences
 from moe_edge.distillation.trainer import DistillationTrainingArguments, RowDataset
 from moe_edge.formulas.uld import NextSpan, hybrid_distance, projected_kl
@@ -34,22 +34,28 @@ def small() -> PreTrainedTokenizerFast:
 def dense(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer) + 8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=False,
+    )
     return Qwen3ForCausalLM(config)
 
 
-def scene(tokenizer: PreTrainedTokenizerFast, *texts: str) -> Scene:
+def batch(tokenizer: PreTrainedTokenizerFast, *texts: str) -> MicroBatch:
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     longest = max(map(len, rows))
     ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     valid_BS = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
-    return Scene(ids_BS, valid_BS, Heard())
+    return MicroBatch(ids_BS, valid_BS, TeacherActivations())
 
 
-def heard(term: CrossTokenizerTerm, student: nn.Module, at: Scene) -> Tensor:
-    with term.listening(student):
+def heard(term: CrossTokenizerTerm, student: nn.Module, at: MicroBatch) -> Tensor:
+    with term.recording(student):
         student(input_ids=at.ids_BS, attention_mask=at.valid_BS.long())
     return term.loss(at)
 
@@ -199,7 +205,7 @@ def test_the_loss_is_the_mean_distance_at_the_places(name: str) -> None:
     student = dense(student_tokenizer)
     teacher = tiny_model("qwen3_moe", vocab=len(teacher_tokenizer) + 4)
     term = CrossTokenizerTerm(student, teacher, student_tokenizer, teacher_tokenizer, name)
-    at = scene(student_tokenizer, TEXTS[0], HARD)
+    at = batch(student_tokenizer, TEXTS[0], HARD)
     pair = TokenizerPair(student_tokenizer, teacher_tokenizer)
     rows = [ids_S[valid_S].tolist() for ids_S, valid_S in zip(at.ids_BS, at.valid_BS, strict=True)]
     expected = torch.cat([by_hand(name, student, teacher, ids, pair) for ids in rows])
@@ -286,9 +292,17 @@ def packed(tokenizer: PreTrainedTokenizerFast, row_tokens: int = 24) -> RowDatas
 
 def arguments(folder: Path, **losses: float) -> DistillationTrainingArguments:
     return DistillationTrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=6, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", use_cpu=True, distillation_alpha=1.0, distillation_temperature=1.0, loss_weights=losses,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=6,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        distillation_alpha=1.0,
+        distillation_temperature=1.0,
+        loss_weights=losses,
+    )
 
 
 def test_a_loss_that_compares_tokens_is_refused_across_tokenizers(tmp_path: Path) -> None:
@@ -299,8 +313,14 @@ def test_a_loss_that_compares_tokens_is_refused_across_tokenizers(tmp_path: Path
             *models, tokenizers, arguments(tmp_path, ce=1.0, uld=1.0, kl=0.5), packed(tokenizers[0])
         )
     assert [name for name in LOSSES if not compares_tokens(name)] == [
-        "ce", "expert_diversity", "load_balance", "importance", "router_z", "uld", "projected_kl",
-    ]  # fmt: skip
+        "ce",
+        "expert_diversity",
+        "load_balance",
+        "importance",
+        "router_z",
+        "uld",
+        "projected_kl",
+    ]
 
 
 def test_a_teacher_that_changes_texts_is_refused_after_a_while(caplog: pytest.LogCaptureFixture) -> None:
@@ -310,7 +330,7 @@ def test_a_teacher_that_changes_texts_is_refused_after_a_while(caplog: pytest.Lo
     teacher_tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     student, teacher = dense(student_tokenizer), tiny_model("mixtral", vocab=len(teacher_tokenizer))
     term = CrossTokenizerTerm(student, teacher, student_tokenizer, teacher_tokenizer)
-    at = scene(student_tokenizer, *["THE FOX"] * 8)
+    at = batch(student_tokenizer, *["THE FOX"] * 8)
     with caplog.at_level(logging.WARNING):
         assert heard(term, student, at).item() == 0.0
     assert "changes the text of some rows" in caplog.text

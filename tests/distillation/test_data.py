@@ -4,23 +4,21 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 
-from moe_edge.cli.main import main as cli
-from moe_edge.contracts.config import CalibrationConfig, ProfileConfig, StageConfig
+from moe_edge.cli import main as cli
+from moe_edge.contracts.artifacts import DistillSummary
+from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.capture import CaptureConfig, captured_signal
+from moe_edge.distillation.capture import CaptureConfig, captured_signal, teacher_of
 from moe_edge.distillation.recovery import Recovery
-from moe_edge.stages import distill
-from moe_edge.storage.checkpoint import checkpoint_digest
 from moe_edge.storage.rows import TokenRows
-from tests.stages.test_distill import NORMS, TOKENS, VOCAB, context, inputs
-from tests.stages.test_distill_pair import dense
+from tests.distillation.parts import dense_student
+from tests.distillation.stage import NORMS, TOKENS, VOCAB, inputs, run
 from tests.tiny import TEXTS, TOKENIZER_SIZE, tiny_checkpoint, tiny_ids, tiny_tokenizer
 
 KL_ONLY = StageConfig(
@@ -31,7 +29,7 @@ KL_ONLY = StageConfig(
 def captured(tmp_path: Path, teacher: Path, config: CaptureConfig, name: str = "capture") -> Path:
     """A capture of twelve rows that the profile does not know."""
     rows = TokenRows(tiny_ids(TOKENS, 12, VOCAB).numpy().astype("int32")[:, ::-1].copy(), 12 * TOKENS)
-    captured_signal(teacher, rows, tmp_path / name, config).close()
+    captured_signal(teacher_of(teacher), rows, tmp_path / name, config).close()
     return tmp_path / name
 
 
@@ -54,10 +52,9 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def test_a_capture_of_draws_teaches_at_the_temperature_of_its_draws(tmp_path: Path) -> None:
     teacher = inputs(tmp_path)
     capture = captured(tmp_path, teacher, CaptureConfig(draws=50, temperatures=(1.0,)))
-    run = context(tmp_path, teacher, checkpoint_digest(teacher), data=str(capture), stages=[KL_ONLY])
-    summary = distill.run(run)
-    assert summary["kept"] == "trained" and 0 < summary["after"]["kl_nats"] < summary["before"]["kl_nats"]
-    assert summary["held_out_kl"].startswith("50 draws per token")
+    summary = run(tmp_path, teacher, digest=None, data=str(capture), stages=[KL_ONLY])
+    assert summary.kept == "trained" and 0 < summary.after.kl_nats < summary.before.kl_nats
+    assert summary.held_out_kl.startswith("50 draws per token")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +73,7 @@ def test_a_capture_without_the_temperature_says_what_to_do(
     monkeypatch.setattr(Recovery, "train", lambda *_: pytest.fail("trained"))
     values = {"data": str(capture), "stages": [KL_ONLY], "temperature": temperature}
     with pytest.raises(ConfigError, match=f"(?s)is not in the capture.*distill.data: .*{words}"):
-        distill.run(context(tmp_path, teacher, checkpoint_digest(teacher), **values))
+        run(tmp_path, teacher, digest=None, **values)
 
 
 def test_an_import_without_tail_teaches_too(tmp_path: Path, called: Callable[..., Any]) -> None:
@@ -93,9 +90,9 @@ def test_an_import_without_tail_teaches_too(tmp_path: Path, called: Callable[...
     code, out, _ = called("logits", "import", tmp_path / "plain.h5", tmp_path / "back", "--teacher", teacher)
     assert code == 0 and json.loads(out)["tail"].startswith("missing")
     values = {"data": str(tmp_path / "back"), "stages": [KL_ONLY], "temperature": 2.0}  # exact at every temperature
-    summary = distill.run(context(tmp_path, teacher, checkpoint_digest(teacher), **values))
-    assert summary["kept"] == "trained" and 0 < summary["after"]["kl_nats"] < summary["before"]["kl_nats"]
-    assert summary["held_out_kl"].startswith("cached top-16 without its tail")
+    summary = run(tmp_path, teacher, digest=None, **values)
+    assert summary.kept == "trained" and 0 < summary.after.kl_nats < summary.before.kl_nats
+    assert summary.held_out_kl.startswith("cached top-16 without its tail")
 
 
 def test_what_cannot_go_out_or_come_in_has_its_code(tmp_path: Path, called: Callable[..., Any]) -> None:
@@ -116,14 +113,12 @@ def test_a_split_of_a_local_data_set_is_captured_and_learnt_from(tmp_path: Path)
     (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (data / "test.jsonl").write_text(json.dumps({"text": "too little"}) + "\n")
 
-    def learn(split: str) -> Any:
-        run = context(tmp_path, teacher, stages=[KL_ONLY], data=f"datasets:{data}::{split}", tokens=20 * TOKENS)
-        sizes = {"calibration": CalibrationConfig(sequence_length=TOKENS), "profile": ProfileConfig()}
-        return distill.run(replace(run, config=run.config.model_copy(update=sizes)))
+    def learn(split: str) -> DistillSummary:
+        return run(tmp_path, teacher, stages=[KL_ONLY], data=f"datasets:{data}::{split}", tokens=20 * TOKENS)
 
     summary = learn("train")
-    assert summary["kept"] == "trained" and summary["held_out_tokens"] == TOKENS
-    assert 0 < summary["after"]["kl_nats"] < summary["before"]["kl_nats"]
+    assert summary.kept == "trained" and summary.held_out_tokens == TOKENS
+    assert 0 < summary.after.kl_nats < summary.before.kl_nats
     assert not (tmp_path / "out" / "logits").exists()
     with pytest.raises(ConfigError, match="has only 10 tokens"):
         learn("test")
@@ -134,7 +129,7 @@ def test_draws_from_the_command_line_teach_a_student_of_the_users_own(
 ) -> None:
     teacher = tiny_checkpoint(tmp_path, "mixtral", name="teacher")
     (tmp_path / "text.txt").write_text("\n\n".join(TEXTS * 12))
-    student = dense(tmp_path / "student", tiny_tokenizer())
+    student = dense_student(tmp_path / "student", tiny_tokenizer())
     sizes = ["--tokens", 800, "--sequence-length", 32, "--data", tmp_path / "text.txt"]
     code, _, err = called("logits", "capture", teacher, "--out", tmp_path / "draws", "--rs", 50, *sizes)
     assert code == 0, err

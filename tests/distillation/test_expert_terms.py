@@ -9,7 +9,7 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.expert_terms import EXPERT_TERMS, sampled_tokens
 from moe_edge.distillation.teacher import LiveTeacher
-from moe_edge.distillation.terms import Heard, Scene, TermContext
+from moe_edge.distillation.terms import MicroBatch, TeacherActivations, TermContext, TermInputs
 from moe_edge.formulas.cka_loss import cka_pair
 from moe_edge.formulas.ffn import Ffn
 from moe_edge.models.dense import build_dense
@@ -25,7 +25,7 @@ KEPT = [0, 2, 3]  # of parts.tiny_student
 
 def context(student: Any = None, teacher: Any = None, table: Any = None, **stage: Any) -> TermContext:
     student, teacher, ids = student or tiny_student(), teacher or tiny_teacher(), torch.from_numpy(rows())
-    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), None, ids, table)
+    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), TermInputs(None, ids, table))
 
 
 def test_every_kept_expert_finds_itself_and_the_dropped_one_joins_somebody() -> None:
@@ -43,7 +43,7 @@ def test_the_loss_equals_a_slow_loop() -> None:
     teacher = LiveTeacher(given.teacher, term.needs, False)
     loss, expected = judged(term, given.student, teacher, IDS), []
     for layer in term.layers:
-        hidden = sampled_tokens(teacher.hear(IDS).expert_inputs[layer.teacher.index], torch.ones_like(IDS).bool())
+        hidden = sampled_tokens(teacher.run(IDS).expert_inputs[layer.teacher.index], torch.ones_like(IDS).bool())
         theirs, gates = expert_outputs(layer.teacher, hidden), router_scores(layer.teacher, hidden)
         total = 0.0
         for j, own in enumerate(expert_outputs(layer.student, hidden)):
@@ -121,9 +121,9 @@ def _cut(teacher: Any) -> TermContext:
 
 
 def inter_expert_cka(term: Any, student: Any, ids: torch.Tensor) -> torch.Tensor:
-    with term.listening(student):
+    with term.recording(student):
         body(student)(input_ids=ids, use_cache=False)
-    return term.loss(Scene(ids, torch.ones_like(ids, dtype=torch.bool), Heard()))
+    return term.loss(MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool), TeacherActivations()))
 
 
 def test_diversity_lowers_the_cka_between_experts_on_text_not_trained_on() -> None:

@@ -9,7 +9,7 @@ from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.feature_terms import FEATURE_TERMS, FeatureTerm, spread
 from moe_edge.distillation.teacher import LiveTeacher
-from moe_edge.distillation.terms import Scene, Term, TermContext
+from moe_edge.distillation.terms import MicroBatch, Term, TermContext, TermInputs
 from moe_edge.formulas.cka_loss import cka_pair, kept_tokens
 from moe_edge.models.taps import body, recorded_activations
 from tests.distillation.parts import VOCAB, rows, tiny_student, tiny_teacher
@@ -21,15 +21,16 @@ NAMES = sorted(FEATURE_TERMS)
 
 def context(student: Any = None, teacher: Any = None, **stage: Any) -> TermContext:
     student, teacher = student or tiny_student(), teacher or tiny_teacher()
-    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), ids_NS=torch.from_numpy(rows()[:3]))
+    inputs = TermInputs(ids_NS=torch.from_numpy(rows()[:3]))
+    return TermContext(student, teacher, StageConfig(stage_name="s", **stage), inputs)
 
 
 def judged(term: Term, student: Any, teacher: LiveTeacher, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
     """The loss of one micro-batch, as the trainer asks for it."""
-    with term.listening(student):
+    with term.recording(student):
         body(student)(input_ids=ids, attention_mask=mask, use_cache=False)
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    return term.loss(Scene(ids, valid, teacher.hear(ids, mask)))
+    return term.loss(MicroBatch(ids, valid, teacher.run(ids, mask)))
 
 
 def test_cka_is_the_mean_over_aligned_layers_and_rows() -> None:

@@ -5,21 +5,19 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig, Loss, StageConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.cross_tokenizer import ACROSS
 from moe_edge.distillation.losses import LOSSES
 from moe_edge.distillation.recovery import Recovery
-from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.stage_parts import wants_live_logits, wants_teacher
+from moe_edge.distillation.terms import TermInputs
 from moe_edge.formulas.divergence import kl_dense
-from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cache
+from tests.distillation.parts import KEPT, killed_before, rows, schedules, tiny_student, tiny_teacher, write_cache
 
 STEPS = 3
-KEPT = {layer: [0, 2, 3] for layer in range(3)}
 KA = {"policy": "ka", "sample_probability": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
     "cached": {"losses": {"kl": 1.0}},
@@ -36,9 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "sar": {"losses": {"reverse_kl": 1.0}, "student_aware_router": {"every": 2, "learning_rate": 1e-2}},
 }
 ALSO_LOGGED = {
-    "on_policy": "rollout_tokens", "ka, code": "ka_sampled", "ka, paper": "ka_sampled", "sar": "sar_drift_nats",
+    "on_policy": "rollout_tokens",
+    "ka, code": "ka_sampled",
+    "ka, paper": "ka_sampled",
     "ka, paper, on_policy": "rollout_tokens",
-}  # fmt: skip
+    "sar": "sar_drift_nats",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +56,14 @@ def config(**stage: Any) -> DistillConfig:
 
 
 def train(teacher: Path, settings: DistillConfig, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    material = {"kept": KEPT, "ids_NS": torch.from_numpy(rows()[:4]).long()}
+    inputs = TermInputs(KEPT, torch.from_numpy(rows()[:4]).long())
     signal = CachedSignal(teacher.parent / "logits.h5", {})
-    work = Recovery(settings, rows(), signal, 96, teacher, folder, 0.0, material)
+    work = Recovery(settings, rows(), signal, 96, teacher, folder, 0.0, inputs)
     student = tiny_student()
-    schedules = schedule_stages(settings, split_rows(len(rows()))[0], 16)
-    work.check(student, schedules)
-    (record,) = work.train(student, schedules)
-    return student.state_dict(), record["log"]
+    stages = schedules(settings)
+    work.check(student, stages)
+    (record,) = work.train(student, stages)
+    return student.state_dict(), record.log
 
 
 @pytest.mark.parametrize("name", sorted(set(get_args(Loss)) - set(ACROSS)))
@@ -88,22 +89,12 @@ def test_losses_across_tokenizers_say_when_there_are_none(teacher: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_kill_costs_no_bit_of_any_method(
-    teacher: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_costs_no_bit_of_any_method(teacher: Path, tmp_path: Path, method: str) -> None:
     settings = config(**METHODS[method])
     straight, log = train(teacher, settings, tmp_path / "straight")
     assert all(torch.isfinite(torch.tensor(entry["total_loss"])) for entry in log)
     assert ALSO_LOGGED.get(method, "total_loss") in log[0]
-    plain = Recovery.trainer
-
-    def dying(self: Recovery, *args: Any) -> Any:
-        trainer = plain(self, *args)
-        trainer.add_callback(_KillAt(2))
-        return trainer
-
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
-        patch.setattr(Recovery, "trainer", dying)
+    with killed_before(2):
         train(teacher, settings, tmp_path / "killed")
     resumed, again = train(teacher, settings, tmp_path / "killed")
     for key, tensor in straight.items():
@@ -112,23 +103,10 @@ def test_a_kill_costs_no_bit_of_any_method(
     assert timeless == [{k: v for k, v in entry.items() if "seconds" not in k} for entry in log]
 
 
-class _Killed(BaseException):
-    """Stands for kill -9."""
-
-
-class _KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        if state.global_step == self._step:
-            raise _Killed
-
-
 def test_the_cached_teacher_is_a_lower_bound_of_the_live_one_which_is_exact(teacher: Path, tmp_path: Path) -> None:
     _, cached = train(teacher, config(**METHODS["cached"]), tmp_path / "cached")
     _, live = train(teacher, config(**METHODS["live"]), tmp_path / "live")
-    (schedule,) = schedule_stages(config(**METHODS["live"]), split_rows(len(rows()))[0], 16)
+    (schedule,) = schedules(config(**METHODS["live"]))
     ids = torch.from_numpy(rows()[schedule.rows[:4]]).long()
     with torch.no_grad():
         p, q = (model(ids).logits[:, :-1].flatten(0, 1) for model in (tiny_teacher(), tiny_student()))
@@ -138,7 +116,7 @@ def test_the_cached_teacher_is_a_lower_bound_of_the_live_one_which_is_exact(teac
 
 def test_paper_mode_updates_on_every_batch_as_often_as_it_draws() -> None:
     settings = config(losses={"reverse_kl": 1.0}, teacher_routing=KA | {"mode": "paper", "draws": 3})
-    (schedule,) = schedule_stages(settings, range(20), 16)
+    (schedule,) = schedules(settings)
     batches = [schedule.rows[start : start + 4] for start in range(0, 12, 4)]
     assert batches[0] == batches[1] == batches[2] and schedule.steps == STEPS
 

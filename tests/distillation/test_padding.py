@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from moe_edge.contracts.config import DistillConfig, StageConfig
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.recovery import Recovery
-from moe_edge.distillation.schedule import schedule_stages, split_rows
 from moe_edge.distillation.telemetry import RoutingTelemetry
+from moe_edge.distillation.terms import TermInputs
 from moe_edge.models.padding import check_padding
 from moe_edge.models.pruning import prune, without_padding
 from moe_edge.models.routing import router_parameters
 from moe_edge.models.taps import recorded_activations
 from moe_edge.models.views import moe_layers
-from tests.distillation.parts import VOCAB, rows
+from tests.distillation.parts import VOCAB, rows, schedules
 from tests.tiny import tiny_ids, tiny_model
 from tests.uneven_models import PADDABLE, uneven_choice
 
@@ -38,9 +38,9 @@ def work_of(tmp_path: Path, teacher: PreTrainedModel, kept: dict, losses: dict) 
     teacher.save_pretrained(tmp_path / "teacher")
     stage = StageConfig(stage_name="all", steps=4, losses=losses, learning_rate=0.02, teacher="live")
     settings = DistillConfig(batch_rows=4, stages=[stage])
-    material = {"kept": kept, "ids_NS": torch.from_numpy(rows()[:4]).long()}
-    work = Recovery(settings, rows(), None, VOCAB, tmp_path / "teacher", tmp_path / "run", 1e9, material)
-    return work, schedule_stages(settings, split_rows(len(rows()))[0], 16)
+    inputs = TermInputs(kept, torch.from_numpy(rows()[:4]).long())
+    work = Recovery(settings, rows(), None, VOCAB, tmp_path / "teacher", tmp_path / "run", 1e9, inputs)
+    return work, schedules(settings)
 
 
 def padding_of(student: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -59,9 +59,9 @@ def padding_of(student: PreTrainedModel) -> dict[str, torch.Tensor]:
 def test_training_moves_no_bit_of_the_padding(family: str, tmp_path: Path) -> None:
     teacher, student, kept = pair(family)
     before, routers = padding_of(student), {n: p.detach().clone() for n, p in router_parameters(student).items()}
-    work, schedules = work_of(tmp_path, teacher, kept, LOSSES)
-    work.check(student, schedules)
-    work.train(student, schedules)
+    work, stages = work_of(tmp_path, teacher, kept, LOSSES)
+    work.check(student, stages)
+    work.train(student, stages)
     after = padding_of(student)
     assert before.keys() == after.keys() and any(len(values) for values in before.values())
     for name, values in before.items():
@@ -71,21 +71,23 @@ def test_training_moves_no_bit_of_the_padding(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", PADDABLE)
-def test_what_is_heard_and_watched_is_that_of_the_model_without_padding(family: str) -> None:
+def test_what_is_recorded_is_that_of_the_model_without_padding(family: str) -> None:
     _, student, kept = pair(family)
     plain = copy.deepcopy(student)
     without_padding(plain)
-    heard, read = [], []
+    recorded, read = [], []
     for model in (student, plain):
         telemetry = RoutingTelemetry(model)
-        with torch.no_grad(), recorded_activations(model, routers=kept) as sounds, telemetry.listening(model):
+        with torch.no_grad(), recorded_activations(model, routers=kept) as activations, telemetry.recording(model):
             model(IDS)
-        heard.append(sounds)
+        recorded.append(activations)
         read.append(telemetry.read())
     for layer, ids in kept.items():
-        assert heard[0].router_logits[layer].shape[1] == len(ids)
-        torch.testing.assert_close(heard[0].router_logits[layer], heard[1].router_logits[layer], rtol=0, atol=1e-5)
-        chosen, expected = (sounds.routing[layer][0].sort(dim=1).values for sounds in heard)
+        assert recorded[0].router_logits[layer].shape[1] == len(ids)
+        torch.testing.assert_close(
+            recorded[0].router_logits[layer], recorded[1].router_logits[layer], rtol=0, atol=1e-5
+        )
+        chosen, expected = (activations.routing[layer][0].sort(dim=1).values for activations in recorded)
         assert (chosen == expected).float().mean() > 0.99
     assert read[0] == pytest.approx(read[1], rel=1e-3, abs=1e-6)
 
@@ -93,7 +95,7 @@ def test_what_is_heard_and_watched_is_that_of_the_model_without_padding(family: 
 @pytest.mark.parametrize("loss", ["expert_cka", "expert_diversity"])
 def test_losses_that_compare_all_experts_are_refused(loss: str, tmp_path: Path) -> None:
     teacher, student, kept = pair("gpt_oss")
-    work, schedules = work_of(tmp_path, teacher, kept, {loss: 1.0})
+    work, stages = work_of(tmp_path, teacher, kept, {loss: 1.0})
     with pytest.raises(ConfigError, match="padded"):
-        work.check(student, schedules)
-        work.train(student, schedules)
+        work.check(student, stages)
+        work.train(student, stages)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from moe_edge import api as building
-from moe_edge.api import Request
+from moe_edge import api
 from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.tensor_files import load_weights_file
 from tests.distillation import parallel_command
@@ -38,22 +37,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 12))
     tiny_checkpoint(folder, "mixtral", name="teacher")
     tiny_checkpoint(folder, "olmoe", name="student", experts=4, hidden=32, seed=3)
-    _, summary = building.distill_student(request(folder, "alone"), str(folder / "student"))
-    assert summary["kept"] == "trained"
+    taught = api.distill(
+        folder / "teacher", student=folder / "student", out=folder / "alone", settings=settings(folder)
+    )
+    assert taught.summary.kept == "trained"
     return folder
 
 
-def request(folder: Path, out: str, *stages: dict[str, Any]) -> Request:
-    settings = [
-        f"distill.data={folder / 'text.jsonl'}", f"distill.stages={json.dumps(stages or [FIRST, SECOND, ROUTERS])}",
-        "distill.tokens=800", "calibration.sequence_length=32", "distill.batch_rows=4",
-    ]  # fmt: skip
-    return Request("cpu", str(folder / "teacher"), None, folder / out, settings=settings)
+def settings(folder: Path, *stages: dict[str, Any]) -> list[str]:
+    return [
+        f"distill.data={folder / 'text.jsonl'}",
+        f"distill.stages={json.dumps(stages or [FIRST, SECOND, ROUTERS])}",
+        "distill.tokens=800",
+        "calibration.sequence_length=32",
+        "distill.batch_rows=4",
+    ]
 
 
-def command(wanted: Request, *options: str) -> list[str]:
-    settings = [part for setting in wanted.settings for part in ("--set", setting)]
-    return ["distill", str(wanted.teacher), "--out", str(wanted.out), "--json", *options, *settings]
+def command(teacher: Path, out: Path, wanted: list[str], *options: str) -> list[str]:
+    sets = [part for setting in wanted for part in ("--set", setting)]
+    return ["distill", str(teacher), "--out", str(out), "--json", *options, *sets]
 
 
 def launch(
@@ -68,7 +71,8 @@ def launch(
 
 
 def with_student(folder: Path, out: str, *stages: dict[str, Any], **environment: str) -> Any:
-    line = command(request(folder, out, *stages), "--student", str(folder / "student"))
+    wanted = settings(folder, *stages)
+    line = command(folder / "teacher", folder / out, wanted, "--student", str(folder / "student"))
     return launch(line, wrapper=bool(environment), **environment)
 
 
@@ -101,7 +105,7 @@ def test_two_processes_teach_a_student_as_one_does(made: Path, environment: dict
     assert done.stderr.count("step 3/3") == 2
     assert_alike(made / "alone" / "distill", made / out / "distill")
     names = [set(hash_folder(made / folder / "distill")) for folder in ("alone", out)]
-    assert names[0] == names[1] and not list((made / out / "distill").glob(".*"))
+    assert names[0] == names[1] and [path.name for path in (made / out / "distill").glob(".*")] == [".placement.json"]
 
 
 @pytest.mark.slow
@@ -138,16 +142,17 @@ def test_what_only_the_leader_finds_ends_the_others_too(made: Path) -> None:
 def test_a_build_up_to_distill_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
     teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
-    settings = ["calibration.tokens=1280", "calibration.sequence_length=64", "profile.cka_tokens=256"]
-    settings += [
+    wanted = [
+        "calibration.tokens=1280",
+        "calibration.sequence_length=64",
+        "profile.cka_tokens=256",
         "profile.logits.k=8",
         "plan.experts=4",
         "distill.batch_rows=4",
         f"distill.stages={json.dumps([FIRST])}",
     ]
-    alone, together = (Request("cpu", str(teacher), None, tmp_path / out, settings=settings) for out in ("a", "b"))
-    building.build(alone, until="distill")
-    done = launch(command(together, "--fresh"))
+    api.build(teacher, until="distill", out=tmp_path / "a", settings=wanted)
+    done = launch(command(teacher, tmp_path / "b", wanted, "--fresh"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["stages"] == dict.fromkeys(("profile", "plan", "compress", "distill"), False)
     for stage in ("profile", "plan", "compress", "distill"):

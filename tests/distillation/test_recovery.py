@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, MoeEdgeError
-from moe_edge.distillation import tensorboard
+from moe_edge.distillation import callbacks
 from moe_edge.distillation.checkpoints import latest_checkpoint, load_weights, require_same_sharding
-from moe_edge.distillation.recovery import Recovery
-from moe_edge.distillation.schedule import schedule_stages, split_rows
+from moe_edge.distillation.recovery import Recovery, StageRecord
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.models.taps import decoder_layers
-from tests.distillation.parts import rows, tiny_student, tiny_teacher, write_cache
+from tests.distillation.parts import killed_before, rows, schedules, tiny_student, tiny_teacher, write_cache
 
 EXPERTS = [
     LrMultiplier(pattern=r"\.experts\.|mlp\.gate", lr_multiplier=1.0),
     LrMultiplier(pattern=".*", lr_multiplier=0.0),
 ]
+Trained = tuple[dict[str, torch.Tensor], list[StageRecord]]
 CONFIG = DistillConfig(
     batch_rows=2,
     stages=[
@@ -31,19 +31,6 @@ CONFIG = DistillConfig(
         StageConfig(stage_name="all", steps=4, learning_rate=0.003),
     ],
 )
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it and nothing is cleaned up."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, stage_steps: int, step: int) -> None:
-        self.stage_steps, self.step = stage_steps, step
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        if state.max_steps == self.stage_steps and state.global_step == self.step:
-            raise Killed
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +43,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(teacher: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+def straight(teacher: Path) -> Trained:
     """What an uninterrupted run ends with; its checkpoints stay in `straight`."""
     return train(recovery(teacher, "straight", interval_s=1e9))
 
@@ -66,17 +53,17 @@ def recovery(teacher: Path, name: str, interval_s: float = 0.0, config: DistillC
     return Recovery(config, rows(), signal, 96, teacher, teacher.parent / name, interval_s)
 
 
-def train(work: Recovery, student: PreTrainedModel | None = None) -> tuple[dict[str, torch.Tensor], list[dict]]:
+def train(work: Recovery, student: PreTrainedModel | None = None) -> Trained:
     student = tiny_student() if student is None else student
-    records = work.train(student, schedule_stages(work.config, split_rows(len(rows()))[0], 16))
-    return student.state_dict(), [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    records = work.train(student, schedules(work.config))
+    return student.state_dict(), records
 
 
-def test_stages_train_what_they_say(teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]]) -> None:
+def test_stages_train_what_they_say(teacher: Path, straight: Trained) -> None:
     before, (after, records) = tiny_student().state_dict(), straight
-    assert [record["steps"] for record in records] == [3, 4]
-    assert [record["tokens"] for record in records] == [96, 128]
-    assert all({"total_loss", "ce_loss", "kl_loss", "cka_loss"} <= set(entry) for r in records for entry in r["log"])
+    assert [record.steps for record in records] == [3, 4]
+    assert [record.tokens for record in records] == [96, 128]
+    assert all({"total_loss", "ce_loss", "kl_loss", "cka_loss"} <= set(entry) for r in records for entry in r.log)
     assert all(bool((after[name] != before[name]).any()) for name in before)
     finished = tiny_student()
     load_weights(finished, latest_checkpoint(teacher.parent / "straight" / "0-experts"))
@@ -94,20 +81,12 @@ def test_without_the_clock_only_the_last_step_is_saved(teacher: Path, straight: 
 @pytest.mark.parametrize(("stage_steps", "step"), ((3, 2), (4, 0), (4, 3)))
 def test_a_kill_changes_no_bit(
     teacher: Path,
-    straight: tuple[dict[str, torch.Tensor], list[dict]],
-    monkeypatch: pytest.MonkeyPatch,
+    straight: Trained,
     stage_steps: int,
     step: int,
 ) -> None:
-    plain, name = Recovery.trainer, f"killed-{stage_steps}-{step}"
-
-    def with_kill(self: Recovery, *args: object) -> object:
-        trainer = plain(self, *args)
-        trainer.add_callback(KillAt(stage_steps, step))
-        return trainer
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Recovery, "trainer", with_kill)
+    name = f"killed-{stage_steps}-{step}"
+    with killed_before(step, stage_steps):
         train(recovery(teacher, name))
     resumed, records = train(recovery(teacher, name))
     assert records == straight[1]
@@ -123,9 +102,7 @@ def layer_passes(student: PreTrainedModel) -> Counter[int]:
     return passes
 
 
-def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_loss(
-    teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]]
-) -> None:
+def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_loss(teacher: Path, straight: Trained) -> None:
     config = CONFIG.model_copy(update={"gradient_checkpointing": True})
     passes = layer_passes(student := tiny_student())
     state, records = train(recovery(teacher, "recomputed", 1e9, config), student)
@@ -135,7 +112,7 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_loss(
     train(recovery(teacher, "kept", 1e9, CONFIG.model_copy(update={"stages": one_step})), student)
     assert passes == dict.fromkeys(range(3), 2)  # two stages of one step, run once
     for record, plain in zip(records, straight[1], strict=True):
-        losses = [[entry[name] for name in entry if name.endswith("_loss")] for entry in record["log"]]
+        losses = [[entry[name] for name in entry if name.endswith("_loss")] for entry in record.log]
         expected = [[entry[name] for name in entry if name.endswith("_loss")] for entry in plain["log"]]
         assert losses == [pytest.approx(values, rel=1e-5) for values in expected]
     for name, tensor in straight[0].items():
@@ -145,19 +122,17 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_loss(
 def test_parts_of_the_blend_that_are_far_apart_are_mentioned_once_per_stage(
     teacher: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="moe_edge.distillation.advice"):
+    with caplog.at_level(logging.INFO, logger="moe_edge.distillation.callbacks"):
         train(recovery(teacher, "near", 1e9), tiny_teacher())  # nothing to learn: its KL is next to nothing
-        said = [record.message for record in caplog.records if record.name == "moe_edge.distillation.advice"]
+        said = [record.message for record in caplog.records if record.name == "moe_edge.distillation.callbacks"]
         assert len(said) == 2 and all("far above kl_loss" in line and "a larger distill.alpha" in line for line in said)
         caplog.clear()
         alone = [stage.model_copy(update={"losses": {"kl": 1.0}}) for stage in CONFIG.stages]
         train(recovery(teacher, "alone", 1e9, CONFIG.model_copy(update={"stages": alone})))
-        assert not [record for record in caplog.records if record.name == "moe_edge.distillation.advice"]
+        assert not [record for record in caplog.records if record.name == "moe_edge.distillation.callbacks"]
 
 
-def test_a_checkpoint_without_its_marker_does_not_count(
-    teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]], tmp_path: Path
-) -> None:
+def test_a_checkpoint_without_its_marker_does_not_count(teacher: Path, straight: Trained, tmp_path: Path) -> None:
     shutil.copytree(teacher.parent / "straight", teacher.parent / "torn")
     (latest_checkpoint(teacher.parent / "torn" / "1-all") / "complete").unlink()
     resumed, _ = train(recovery(teacher, "torn"))
@@ -180,24 +155,22 @@ def test_sharded_training_does_not_go_on_unsharded(teacher: Path, straight: obje
 def test_tensorboard_events_or_a_clear_word(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = recovery(teacher, "events/checkpoints")
     work = replace(work, config=CONFIG.model_copy(update={"tensorboard": True}))
-    schedules = schedule_stages(CONFIG, split_rows(len(rows()))[0], 16)
-    monkeypatch.setattr(tensorboard, "find_spec", lambda _: None)
+    stages = schedules(CONFIG)
+    monkeypatch.setattr(callbacks, "find_spec", lambda _: None)
     with pytest.raises(
         EnvironmentProblem, match=r"(?s)tensorboard is not installed.*pip install 'moe-edge\[tensorboard\]'"
     ):
-        work.check(tiny_student(), schedules)
+        work.check(tiny_student(), stages)
     monkeypatch.undo()
     pytest.importorskip("tensorboard", reason="tensorboard is optional")
-    work.check(tiny_student(), schedules)
-    work.train(tiny_student(), schedules)
+    work.check(tiny_student(), stages)
+    work.train(tiny_student(), stages)
     assert list((teacher.parent / "events" / "tensorboard").glob("all/events.*"))
 
 
-def test_bfloat16_products_give_about_the_same_losses(
-    teacher: Path, straight: tuple[dict[str, torch.Tensor], list[dict]]
-) -> None:
+def test_bfloat16_products_give_about_the_same_losses(teacher: Path, straight: Trained) -> None:
     config = CONFIG.model_copy(update={"precision": "bfloat16"})
     _, records = train(replace(recovery(teacher, "bfloat16", interval_s=1e9), config=config))
-    exact = [entry["kl_loss"] for record in straight[1] for entry in record["log"]]
-    rough = [entry["kl_loss"] for record in records for entry in record["log"]]
+    exact = [entry["kl_loss"] for record in straight[1] for entry in record.log]
+    rough = [entry["kl_loss"] for record in records for entry in record.log]
     assert rough != exact and rough == pytest.approx(exact, rel=0.1)

@@ -7,17 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from moe_edge.contracts.config import DistillConfig, LrMultiplier, StageConfig
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.router_terms import ROUTER_TERMS
-from moe_edge.distillation.schedule import schedule_stages, split_rows
-from moe_edge.distillation.terms import Heard, Scene, TermContext
+from moe_edge.distillation.terms import MicroBatch, TeacherActivations, TermContext, TermInputs
 from moe_edge.models.routing import ROUTER_PATTERN, router_parameters
-from tests.distillation.parts import rows, tiny_student, tiny_teacher
+from tests.distillation.parts import KEPT, killed_before, rows, schedules, tiny_student, tiny_teacher
 
-KEPT = {layer: [0, 2, 3] for layer in range(3)}
 BLEND = {"reverse_kl": 1.0, "load_balance": 0.01, "importance": 0.01, "router_z": 1e-3, "routing_kl": 0.1}
 STEPS = 5
 
@@ -36,9 +33,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(teacher: Path, name: str, settings: DistillConfig) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     student = tiny_student()
-    work = Recovery(settings, rows(), None, 96, teacher, teacher.parent / name, interval_s=0.0, material={"kept": KEPT})
-    (record,) = work.train(student, schedule_stages(settings, split_rows(len(rows()))[0], 16))
-    return student.state_dict(), record["log"]
+    work = Recovery(settings, rows(), None, 96, teacher, teacher.parent / name, interval_s=0.0, inputs=TermInputs(KEPT))
+    (record,) = work.train(student, schedules(settings))
+    return student.state_dict(), record.log
 
 
 AUGMENTED = config(teacher_routing={"policy": "ka", "sample_probability": 0.5}, student_aware_router={"every": 2})
@@ -61,28 +58,8 @@ def test_everything_on_routers_is_in_the_log(straight: tuple[dict[str, Tensor], 
     assert log[-1]["sar_drift_nats"] > 0 and log[-1]["router_drift_nats"] > log[0]["router_drift_nats"]
 
 
-class Killed(BaseException):
-    """Stands for kill -9."""
-
-
-class KillAt(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        if state.global_step == 3:
-            raise Killed
-
-
-def test_a_kill_changes_no_bit(
-    teacher: Path, straight: tuple[dict[str, Tensor], list[dict[str, float]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = Recovery.trainer
-
-    def with_kill(self: Recovery, *args: object) -> object:
-        trainer = plain(self, *args)
-        trainer.add_callback(KillAt())
-        return trainer
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Recovery, "trainer", with_kill)
+def test_a_kill_changes_no_bit(teacher: Path, straight: tuple[dict[str, Tensor], list[dict[str, float]]]) -> None:
+    with killed_before(3):
         train(teacher, "killed", AUGMENTED)
     resumed, again = train(teacher, "killed", AUGMENTED)
     assert again == straight[1]
@@ -91,8 +68,9 @@ def test_a_kill_changes_no_bit(
 
 def test_a_stage_for_the_routers_alone(teacher: Path) -> None:
     multipliers = [
-        LrMultiplier(pattern=ROUTER_PATTERN, lr_multiplier=1.0), LrMultiplier(pattern=".*", lr_multiplier=0.0),
-    ]  # fmt: skip
+        LrMultiplier(pattern=ROUTER_PATTERN, lr_multiplier=1.0),
+        LrMultiplier(pattern=".*", lr_multiplier=0.0),
+    ]
     student, before = tiny_student(), tiny_student().state_dict()
     settings = config(parameter_lr_multipliers=multipliers, losses={"kl": 1.0, "routing_kl": 1.0}, learning_rate=0.02)
     after, log = train(teacher, "alone", settings)
@@ -109,11 +87,13 @@ def test_recomputed_activations_give_the_same_gradient(name: str) -> None:
         student = tiny_student().train()
         if recompute:
             student.gradient_checkpointing_enable()
-        term = ROUTER_TERMS[name](TermContext(student, None, StageConfig(stage_name="s"), KEPT))
+        term = ROUTER_TERMS[name](TermContext(student, None, StageConfig(stage_name="s"), TermInputs(KEPT)))
         logits = {layer: torch.randn(ids_BS.numel(), 4, generator=torch.manual_seed(layer)) for layer in KEPT}
-        with term.listening(student):
+        with term.recording(student):
             student(ids_BS)
-        loss = term.loss(Scene(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), Heard(router_logits=logits)))
+        loss = term.loss(
+            MicroBatch(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), TeacherActivations(router_logits=logits))
+        )
         loss.backward()
         slopes.append([parameter.grad for parameter in router_parameters(student).values()])
     assert all(torch.equal(one, other) and one.abs().max() > 0 for one, other in zip(*slopes, strict=True))

@@ -13,7 +13,6 @@ from moe_edge.distillation.schedule import (
     rate_factor,
     rows_of_process,
     schedule_stages,
-    split_rows,
 )
 
 NAMES = ["embed.weight", "layers.0.mlp.experts.down_proj", "layers.0.mlp.gate.weight", "norm.weight"]
@@ -21,14 +20,6 @@ NAMES = ["embed.weight", "layers.0.mlp.experts.down_proj", "layers.0.mlp.gate.we
 
 def config(*stages: StageConfig, **values: object) -> DistillConfig:
     return DistillConfig(stages=list(stages), **values)
-
-
-def test_the_last_rows_are_held_out() -> None:
-    train, held_out = split_rows(128)
-    assert held_out == list(range(122, 128)) and train == list(range(122))
-    assert split_rows(2) == ([0], [1])
-    with pytest.raises(ConfigError, match="too little"):
-        split_rows(1)
 
 
 def test_shares_of_the_token_budget() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.capture import CaptureConfig, captured_signal
+from moe_edge.distillation.capture import CaptureConfig, captured_signal, teacher_of
 from moe_edge.distillation.signal import CachedSignal, SampledSignal, TeacherSignal, joined
 from moe_edge.distillation.teacher import HiddenSignal, LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
@@ -68,7 +68,7 @@ def test_cached_and_live_pairs_give_their_kls(tmp_path: Path) -> None:
 
 def live_signal(teacher, ids_S: torch.Tensor, vocab: int | None = None) -> HiddenSignal:
     live = LiveTeacher(teacher, Needs())
-    return live.signal(live.hear(ids_S[None]), torch.ones(1, len(ids_S), dtype=torch.bool), vocab)
+    return live.signal(live.run(ids_S[None]), torch.ones(1, len(ids_S), dtype=torch.bool), vocab)
 
 
 def forms(tokens: int = 6) -> list:
@@ -104,7 +104,10 @@ def test_the_trainer_takes_every_source(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "qwen3_moe", experts=4, layers=3, hidden=32, width=16)
     ids_NS = rows()[:4]
     drawn = captured_signal(
-        folder, TokenRows(ids_NS, ids_NS.size), tmp_path / "rs", CaptureConfig(draws=200, temperatures=(2.0,))
+        teacher_of(folder),
+        TokenRows(ids_NS, ids_NS.size),
+        tmp_path / "rs",
+        CaptureConfig(draws=200, temperatures=(2.0,)),
     )
     first = {}
     for name, source in (

@@ -49,11 +49,11 @@ def reference_loss(teacher: nn.Module, student: nn.Module, rows: list[dict[str, 
         with torch.no_grad():
             q_BSV = student(row["input_ids"]).logits[:, :-1].double().log_softmax(dim=-1)
         everything = lambda _layer, gate_TE, _: torch.arange(gate_TE.shape[1]).expand_as(gate_TE)  # noqa: E731
-        with rerouted(teacher, everything), recorded_activations(teacher, routers=layers) as sounds:
+        with rerouted(teacher, everything), recorded_activations(teacher, routers=layers) as activations:
             p_BSV = teacher(row["input_ids"]).logits[:, :-1].double().log_softmax(dim=-1)
         kl = (p_BSV.exp() * (p_BSV - q_BSV)).sum() / tokens
         variation = torch.zeros((), dtype=torch.float64)
-        for logits_TE in sounds.router_logits.values():
+        for logits_TE in activations.router_logits.values():
             load_E = logits_TE.double().softmax(dim=1).sum(dim=0)
             variation = variation + load_E.var(correction=0) / load_E.mean() ** 2 / len(layers)
         total = total + kl + beta * variation * row["labels"][:, 1:].numel() / tokens
@@ -194,9 +194,9 @@ def test_a_live_teacher_forgets_what_it_said_before_the_step() -> None:
     teacher = LiveTeacher(tiny_teacher(), Needs(), True)
     sar = StudentAwareRouter(tiny_student(), teacher, StudentAwareRouterConfig(learning_rate=RATE))
     rows = batches(count=1)
-    before = teacher.hear(rows[0]["input_ids"])
+    before = teacher.run(rows[0]["input_ids"])
     sar(rows, 0)
-    after = teacher.hear(rows[0]["input_ids"])
+    after = teacher.run(rows[0]["input_ids"])
     assert not torch.equal(before.hidden_BSD, after.hidden_BSD)
 
 

@@ -96,9 +96,9 @@ def test_draws_depend_on_seed_step_draw_and_place_and_on_nothing_else() -> None:
 def test_two_draws_of_a_live_teacher_differ_and_one_is_remembered() -> None:
     policy = augmentation(sample_probability=1.0)
     teacher = LiveTeacher(tiny_model("qwen3_moe", experts=EXPERTS), Needs(), True, policy.routing)
-    first, second = teacher.hear(IDS, draw=0), teacher.hear(IDS, draw=1)
+    first, second = teacher.run(IDS, draw=0), teacher.run(IDS, draw=1)
     assert not torch.equal(first.hidden_BSD, second.hidden_BSD)
-    assert teacher.hear(IDS, draw=1) is second
+    assert teacher.run(IDS, draw=1) is second
 
 
 def test_a_number_of_experts_may_be_given() -> None:

@@ -22,19 +22,19 @@ IDS = tiny_ids(tokens=32, rows=4, vocab=VOCAB)
 
 def watch(telemetry: RoutingTelemetry, student: nn.Module, passes: int = 1) -> dict[str, float]:
     for _ in range(passes):
-        with telemetry.listening(student):
+        with telemetry.recording(student):
             student(IDS)
     return telemetry.read()
 
 
 def test_the_numbers_are_those_of_the_routing() -> None:
     student = tiny_student("olmoe")
-    with torch.no_grad(), recorded_activations(student, routers=range(3)) as sounds:
+    with torch.no_grad(), recorded_activations(student, routers=range(3)) as activations:
         student(IDS)
     entropy, variation, dead = [], [], []
     for layer in range(3):
-        gate_TE = sounds.router_logits[layer].double().softmax(dim=1)
-        counts = [int((sounds.routing[layer][0] == expert).sum()) for expert in range(3)]
+        gate_TE = activations.router_logits[layer].double().softmax(dim=1)
+        counts = [int((activations.routing[layer][0] == expert).sum()) for expert in range(3)]
         mean = sum(counts) / 3
         entropy.append(float(-(gate_TE * gate_TE.log()).sum(dim=1).mean()) / log(3))
         variation.append((sum((count - mean) ** 2 for count in counts) / 3) ** 0.5 / mean)
@@ -59,7 +59,7 @@ def test_every_family_can_be_watched_while_it_trains(family: str) -> None:
     }
     student.zero_grad()
     torch.manual_seed(0)
-    with telemetry.listening(student):
+    with telemetry.recording(student):
         student(IDS).logits.mean().backward()
     assert all(torch.equal(student.get_parameter(name).grad, slope) for name, slope in plain.items())
     read = telemetry.read()
@@ -107,6 +107,6 @@ def test_a_collapse_rings_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_pass_that_fails_is_not_counted() -> None:
     student = tiny_student()
     telemetry = RoutingTelemetry(student)
-    with pytest.raises(KeyError), telemetry.listening(student):
+    with pytest.raises(KeyError), telemetry.recording(student):
         raise KeyError
     assert telemetry.read() == {}

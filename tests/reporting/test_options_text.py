@@ -5,11 +5,12 @@ import json
 import pytest
 
 from moe_edge.contracts.manifest import Manifest
+from moe_edge.contracts.preview import PlanPreview
 from moe_edge.planning.allocation import Packing, header_plan
+from moe_edge.planning.dry_run import dry_run
 from moe_edge.planning.estimate import file_bytes
 from moe_edge.planning.headers import model_headers
 from moe_edge.reporting.options_text import options_text
-from moe_edge.stages.plan import dry_run
 from tests.planning.plan_helpers import NO_SHARE, config, headers
 from tests.stages import test_plan as plans
 from tests.tiny import tiny_checkpoint
@@ -22,8 +23,9 @@ def teacher(tmp_path_factory):
 
 def page(teacher, *settings, target="cpu"):
     report = dry_run(teacher, config(*settings, target=target))
-    json.dumps(report)
-    return report, options_text(report)
+    preview = PlanPreview.model_validate(report)
+    assert json.loads(json.dumps(preview.to_dict())) == json.loads(json.dumps(report))
+    return report, options_text(preview)
 
 
 def weights(teacher, experts, recipe, more=0):
@@ -94,8 +96,9 @@ def test_a_finished_plan_is_shown_with_its_measured_numbers_if_it_answers_the_sa
     (out / "manifest.json").write_text(Manifest(stage="plan", key="k", digest="d", config=sections).to_json())
     found = headers(tmp_path / "again", experts=plans.EXPERTS)
     report = dry_run(found, wishes, finished=out)
-    measured = line(options_text(report), "measured")
+    text = options_text(PlanPreview.model_validate(report))
+    measured = line(text, "measured")
     assert f"masked KL {plan.predicted_kl_nats:.3f} nats" in measured and "bits 0.021 nats (prior)" in measured
-    assert f"  rival  {plan.competitor}" in options_text(report)
+    assert f"  rival  {plan.competitor}" in text
     assert dry_run(found, config("plan.tokens=65"), finished=out)["measured"] is None, "other wishes"
     assert dry_run(found, wishes, finished=tmp_path / "none")["measured"] is None

@@ -1,11 +1,11 @@
-"""Advice on the blend: only where one part is far above the other, judged on the end of the stage."""
+"""What a stage tells at its end: advice only where one part of the blend is far above the other."""
 
 from pathlib import Path
 
 import pytest
 
 import moe_edge.distillation as public
-from moe_edge.distillation.advice import balance_advice
+from moe_edge.distillation.callbacks import balance_advice
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.teacher import LiveTeacher
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, Parts, RowDataset
