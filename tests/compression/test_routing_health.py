@@ -1,16 +1,13 @@
 """Routing health in the compress stage: counts are the router's own; the same rows, the teacher's experts against the kept
 ones, alarms by layer."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 
-from moe_edge.compression.routing_health import HEALTH_TOKENS, Routing, compare, health_rows, observe, routing_counts
+from moe_edge.compression.routing_health import Routing, compare, observe, routing_counts
+from moe_edge.contracts.artifacts import RoutingHealth
 from moe_edge.models.pruning import masked, prune
 from moe_edge.models.views import moe_layers, route
-from moe_edge.storage.rows import TokenRows
 from tests.tiny import tiny_ids, tiny_model
 
 KEPT = {0: [0, 1, 2, 3], 1: [0, 2, 4, 5]}
@@ -20,35 +17,29 @@ def test_teacher_and_student_are_counted_on_the_same_rows():
     ids, model = tiny_ids(rows=4), tiny_model("qwen3_moe")
     before = observe(model, ids)
     prune(model, KEPT)
-    found = compare(before, observe(model, ids), KEPT, [0, 1])["routing_health"]
-    assert found["tokens"] == ids.numel() and json.dumps(found)
-    assert set(found["teacher"]) | {"teachers_gate_mass_kept"} == set(found["student"])
-    assert 0 < found["student"]["teachers_gate_mass_kept"] < 1
-    assert found["student"]["gate_mass"] == pytest.approx(1.0), "this family renormalises"
-    assert [row["layer"] for row in found["layers"]] == [0, 1]
+    found = compare(before, observe(model, ids), KEPT, [0, 1])
+    assert found.tokens == ids.numel()
+    assert RoutingHealth.model_validate_json(found.model_dump_json()) == found
+    assert set(found.teacher) | {"teachers_gate_mass_kept"} == set(found.student)
+    assert 0 < found.student["teachers_gate_mass_kept"] < 1
+    assert found.student["gate_mass"] == pytest.approx(1.0), "this family renormalises"
+    assert [row["layer"] for row in found.layers] == [0, 1]
     own = torch.stack([before.gate_sum_LE[layer, KEPT[layer]].sum() for layer in (0, 1)]) / before.gate_sum_LE.sum(1)
-    assert found["student"]["teachers_gate_mass_kept"] == pytest.approx(float(own.mean()))
+    assert found.student["teachers_gate_mass_kept"] == pytest.approx(float(own.mean()))
 
 
 def test_a_collapsed_layer_rings_with_its_decoder_layer():
     even, one = torch.full((1, 8), 10), torch.tensor([[73, 1, 1, 1, 1, 1, 1, 1]])
     healthy, collapsed = (Routing(counts, counts.double(), 40) for counts in (even, one))
-    (alarm,) = compare(healthy, collapsed, {}, [7])["routing_health"]["alarms"]
+    (alarm,) = compare(healthy, collapsed, {}, [7]).alarms
     assert alarm.startswith("layer 7: one expert carries") and "so does" not in alarm
-    (alarm,) = compare(collapsed, collapsed, {}, [7])["routing_health"]["alarms"]
+    (alarm,) = compare(collapsed, collapsed, {}, [7]).alarms
     assert "so does the teacher" in alarm
-    assert compare(healthy, healthy, {}, [7])["routing_health"]["alarms"] == []
+    assert compare(healthy, healthy, {}, [7]).alarms == []
 
 
-def test_without_rows_nothing_is_said(tmp_path):
-    assert health_rows(None) is None and health_rows(tmp_path) is None
-    assert observe(tiny_model("qwen3_moe"), None) is None and compare(None, None, {}, []) == {}
-
-
-def test_the_last_rows_are_taken(tmp_path):
-    ids = np.arange(4 * 256, dtype=np.int32).reshape(4, 256)
-    TokenRows(ids, ids.size).save(tmp_path / "rows.safetensors")
-    assert health_rows(tmp_path).tolist() == ids[-HEALTH_TOKENS // 256 :].tolist()
+def test_without_rows_nothing_is_said():
+    assert observe(tiny_model("qwen3_moe"), None) is None and compare(None, None, {}, []) is None
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])

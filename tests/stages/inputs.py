@@ -3,6 +3,7 @@
 Shape suffixes: L MoE layers, E experts, D model width, G groups of blocks, N rows, S tokens of a row.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config_io import resolve_config
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.targets_io import read_target
+from moe_edge.models.loading import load_model
+from moe_edge.models.views import moe_layers
 from moe_edge.planning.allocation import header_plan
 from moe_edge.stages import plan as plan_stage
 from moe_edge.storage.rows import TokenRows
 from moe_edge.storage.statistics import Statistics
+from tests.compression.action_helpers import statistics_of
 from tests.planning.plan_helpers import config
 from tests.summaries import summary_of
 
@@ -60,6 +64,14 @@ def plain_statistics(experts: int = EXPERTS, layers: int = LAYERS, cka_tokens: i
         cka_tokens=cka_tokens,
         tokens=360,
     )
+
+
+def measured_statistics(teacher: Path, ids_NS: np.ndarray) -> Statistics:
+    """The plain ones, with what all experts of a teacher really put out on some rows: CKA, and sums of activations."""
+    model = load_model(teacher)
+    views = moe_layers(model)
+    found = statistics_of(model, torch.from_numpy(ids_NS).long())
+    return replace(plain_statistics(views[0].count, len(views)), **vars(found))
 
 
 def random_rows(rows: int = ROWS, row_tokens: int = LENGTH) -> np.ndarray:
