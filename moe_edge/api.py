@@ -11,11 +11,10 @@ as a `MoeEdgeError`, which says what, where, why and what to do next.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
@@ -24,7 +23,6 @@ from moe_edge.contracts.artifacts import (
     CompressFolder,
     DistillFolder,
     ExportFolder,
-    ExportSummary,
     PlanFolder,
     ProfileFolder,
     ValidationFolder,
@@ -37,8 +35,11 @@ from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.preview import PlanPreview
 from moe_edge.contracts.report import Judgement, Report, StageInfo
+from moe_edge.contracts.run import Artifacts as Artifacts
+from moe_edge.contracts.run import DeliveredModel as DeliveredModel
+from moe_edge.contracts.run import Run
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.storage.files import sha256_file, write_text_atomic
+from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.folders import changed_files, deliver, write_run_manifest
 
 if TYPE_CHECKING:
@@ -54,63 +55,6 @@ log = logging.getLogger(__name__)
 DEMO_NAME = "demo-teacher"
 Source = str | Path | None  # a checkpoint folder or hub id; None: the demo teacher
 Overrides = Mapping[str, Any]  # dotted key -> value
-
-
-@dataclass(frozen=True)
-class DeliveredModel:
-    """One file, or folder, that a user ships."""
-
-    path: Path
-    format: Literal["gguf", "onnx"]
-    quantization: str
-    bytes: int
-    bits_per_weight: float
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """What lies in artifacts/, the main file of each format first."""
-
-    gguf: tuple[DeliveredModel, ...]
-    onnx: tuple[DeliveredModel, ...]
-    hf: Path  # the student as a plain transformers checkpoint
-
-
-@dataclass(frozen=True)
-class Run:
-    """A build's folder after `build`, `export` or another command that fills it."""
-
-    out: Path
-    config: BuildConfig
-    report: Report | None = None  # None where the build was stopped before its end
-    reused: Mapping[str, bool] = field(default_factory=dict)  # stage -> was it up to date
-    exported: ExportSummary | None = None  # of an export without a build
-
-    @property
-    def profile(self) -> ProfileFolder:
-        return ProfileFolder.open(self.out / "profile")
-
-    @property
-    def plan(self) -> Plan:
-        return PlanFolder.open(self.out / "plan").plan
-
-    @property
-    def compressed(self) -> CompressFolder:
-        return CompressFolder.open(self.out / "compress")
-
-    @property
-    def student(self) -> DistillFolder:
-        return DistillFolder.open(self.out / "distill")
-
-    @property
-    def artifacts(self) -> Artifacts:
-        """The delivered files. Raises ConfigError where nothing was exported."""
-        found: dict[str, list[DeliveredModel]] = {"gguf": [], "onnx": []}
-        exported = self.exported or ExportFolder.open(self.out / "export").summary
-        for row in exported.artifacts:
-            model = DeliveredModel(self.out / row.path, row.format, row.quantization, row.bytes, row.bits_per_weight)
-            found[row.format].append(model)
-        return Artifacts(tuple(found["gguf"]), tuple(found["onnx"]), self.out / "artifacts" / "hf")
 
 
 def settle(
@@ -250,6 +194,7 @@ def build(
     """
     from moe_edge.planning.allocation import header_plan
     from moe_edge.planning.disk import room_for_build
+    from moe_edge.texts.recipes import named_files
 
     for option, stage in (("start", start), ("until", until)):
         if stage is not None and stage not in pipeline.STAGE_NAMES:
@@ -259,10 +204,7 @@ def build(
     found = find_checkpoint(resolved)
     budget = header_plan(found.headers, resolved)  # refuses what cannot be before anything is read or locked
     folder = output_folder(resolved, out)
-    last = pipeline.STAGE_NAMES.index(until) if until else len(pipeline.STAGES) - 1
     with pipeline.locked(folder):
-        room = room_for_build(folder, budget, resolved, pipeline.STAGE_NAMES[: last + 1])
-        log.info("disk: %s", room)
         state = pipeline.Build(
             resolved,
             _hashed(found),
@@ -271,40 +213,13 @@ def build(
             fresh=fresh,
             given={"plan": {"budget": budget}},
         )
+        if waiting := pipeline.stages_to_run(state, start, until):
+            log.info("disk: %s", room_for_build(folder, budget, resolved, waiting))
         pipeline.run_stages(state, start, until)
         if "export" in state.manifests:
             _deliver(state)
         report = _finish(state) if "validate" in state.manifests else None
     return Run(folder, resolved, report, state.cached)
-
-
-def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
-    """Per stage the digests of the texts that its settings name, so that editing one is noticed."""
-    from moe_edge.texts.recipes import heldout_file, load_recipe
-
-    recipe = load_recipe(config.calibration.recipe)
-    calibration = {source.path: sha256_file(recipe.folder / source.path) for source in recipe.recipe.sources}
-    heldout = heldout_file(config.validate_.text)
-    if not heldout.is_file():
-        raise ConfigError("no such text file", where=f"validate.text: {heldout}")
-    earlier = Path(config.plan.within) if config.plan.within else None
-    return {
-        "profile": calibration,
-        "plan": {earlier.name: sha256_file(earlier)} if earlier else {},
-        "distill": _data_digests(config.distill.data),
-        "validate": {heldout.name: sha256_file(heldout)},
-    }
-
-
-def _data_digests(data: str) -> dict[str, str]:
-    """Of the files that `distill.data` names: a text, a recipe and its texts, or the manifest of a capture."""
-    path = Path(data).expanduser()
-    if path.is_file():
-        from moe_edge.texts.recipes import load_recipe
-
-        return {str(file): sha256_file(file) for file in (path, *load_recipe(data).files())}
-    manifest = path / MANIFEST_NAME
-    return {"capture": sha256_file(manifest)} if manifest.is_file() else {}
 
 
 def _deliver(state: pipeline.Build) -> None:
@@ -429,6 +344,7 @@ def distill(
     from moe_edge.planning.disk import CHECKPOINT_BYTES, refuse_full_disk
     from moe_edge.stages import distill_pair
     from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
+    from moe_edge.texts.recipes import data_digests
 
     resolved = settle(target, teacher, config, overrides, settings=settings)
     opened = open_teacher(resolved)
@@ -437,7 +353,7 @@ def distill(
     if (folder / "compress").exists():
         raise ConfigError("the folder holds a build", where=str(folder), next_command="--out with another folder")
     headers = inspect_checkpoint(learner)
-    texts = {"student": checkpoint_digest(learner)} | _data_digests(resolved.distill.data)
+    texts = {"student": checkpoint_digest(learner)} | data_digests(resolved.distill.data)
     with pipeline.locked(folder):
         refuse_full_disk(folder, {"distill": headers.total_bytes + CHECKPOINT_BYTES * headers.weights})
         state = pipeline.Build(

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -239,6 +239,22 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
         else:
             run_stage(build, stage, force=build.fresh or start is not None)
     dismiss_helpers()
+
+
+def stages_to_run(build: Build, start: str | None = None, until: str | None = None) -> tuple[str, ...]:
+    """Which stages `run_stages` would run, as far as manifests tell: all behind the first whose key does not match."""
+    first = STAGE_NAMES.index(start) if start else 0
+    last = STAGE_NAMES.index(until) if until else len(STAGES) - 1
+    probe, names = replace(build, manifests={}), list[str]()
+    for position, stage in enumerate(STAGES[: last + 1]):
+        manifest = read_manifest(build.folder(stage.name))
+        adopted = start is not None and position < first
+        forced = build.fresh or (start is not None and not adopted)
+        if names or forced or manifest is None or not (adopted or manifest.key == probe.key(stage)):
+            names.append(stage.name)
+        else:
+            probe.manifests[stage.name] = manifest
+    return tuple(names)
 
 
 def dismiss_helpers() -> None:

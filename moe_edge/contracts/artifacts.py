@@ -65,8 +65,8 @@ class RoutingHealth(BaseModel):
 
     model_config = _CLOSED
     tokens: int
-    teacher: dict[str, float | None] = Field(description="means over layers, and all dead experts")
-    student: dict[str, float | None]
+    teacher: dict[str, int | float | None] = Field(description="means over layers, and all dead experts")
+    student: dict[str, int | float | None]
     layers: list[dict[str, Any]] = Field(description="the same of every layer")
     alarms: list[str]
 

@@ -8,7 +8,7 @@ router_entropy: of the gates, 1 = undecided, 0 = certain. router_load_variation:
 over their mean. router_dead_experts: share of experts with less than a hundredth of an even load. router_drift_nats: how
 far the gates are from those at the start of the stage, on a sample of tokens. All are means over the MoE layers.
 
-Padding tokens are counted like text; training rows have none. Padding experts (families/padding.py) do not count. Several
+Padding tokens are counted like text; training rows have none. Padding experts (models/padding.py) do not count. Several
 processes add up what they counted; the drift is that of each one's own sample.
 
 Shape suffixes: L MoE layers, E experts (which layers may have different numbers of), K top-k, T tokens, D model.

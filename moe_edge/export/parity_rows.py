@@ -20,7 +20,7 @@ import numpy as np
 from moe_edge.models.chat_template import render_chat
 from moe_edge.runtimes.base import LogitModel
 
-NEAR_TIE_GAP = 1e-3  # router gap (families/routing_gap.py) below which a runtime may choose another expert
+NEAR_TIE_GAP = 1e-3  # router gap (models/routing.py) below which a runtime may choose another expert
 FIRM_GAP = 5e-3  # the same for float16 products
 GREEDY_TOKENS = 16
 ROW_TOKENS = 8  # of a short row

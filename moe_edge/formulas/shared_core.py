@@ -2,7 +2,7 @@
 
 One gated FFN (`shared_core`) does the work of all experts; a low-rank `input_wrapper` I + U_e V_e and a low-rank
 `output_wrapper` s_e I + P_e Q_e per expert bend it towards each of them. Both wrappers are linear, so an expert can be
-folded into ordinary weights exactly (families/shared_core.py).
+folded into ordinary weights exactly (models/shared_core.py).
 
 Fitted by alternating least squares on calibration tokens, each part with the others fixed:
 - output wrapper: reduced-rank regression of what the scaled core misses (closed form);

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from moe_edge.contracts.evaluation import AnswerCounts, CategoryScores, Evaluation, MetricScore
 from moe_edge.metrics.text import METRICS
-from moe_edge.reporting.markdown import NOT_MEASURED, bullets, inert, number, paragraphs, table
+from moe_edge.reporting.markdown import NOT_MEASURED, bullets, inert, number, paragraphs, percent, table
 
 _COUNTS = (
     "set",
@@ -66,17 +66,13 @@ def _score(metric: MetricScore) -> str:
     return f"{metric.value:.2f}{limits}"
 
 
-def _share(rate: float | None) -> str:
-    return NOT_MEASURED if rate is None else f"{100 * rate:.1f} %"
-
-
 def _count_row(name: str, counts: AnswerCounts) -> list[str]:
     return [
         name,
         str(counts.n_answers),
-        _share(counts.empty_rate),
-        _share(counts.truncated_rate),
-        _share(counts.repeated_rate),
+        percent(counts.empty_rate),
+        percent(counts.truncated_rate),
+        percent(counts.repeated_rate),
         str(counts.statuses["decode_error"]),
         str(counts.statuses["exception"]),
         number(counts.distinct_4),
@@ -86,4 +82,4 @@ def _count_row(name: str, counts: AnswerCounts) -> list[str]:
 
 def _category_row(category: str, scores: CategoryScores, names: Sequence[str]) -> list[str]:
     values = (_score(scores.metrics[metric]) for metric in names)
-    return [category, str(scores.counts.n), _share(scores.counts.empty_rate), *values]
+    return [category, str(scores.counts.n), percent(scores.counts.empty_rate), *values]

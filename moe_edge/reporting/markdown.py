@@ -3,7 +3,7 @@
 Names from outside (models, messages) are made inert: no table breaks, no HTML. What was not measured is printed as `n/a`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NOT_MEASURED = "n/a"
@@ -25,6 +25,11 @@ def interval(limits: Sequence[float] | None) -> str:
     return f"[{number(limits[0])}, {number(limits[1])}]" if limits else NOT_MEASURED
 
 
+def percent(share: float | None) -> str:
+    """A share as per cent; null is n/a."""
+    return NOT_MEASURED if share is None else f"{100 * share:.1f} %"
+
+
 def inert(value: Any) -> str:
     """Text for a table cell or a list item: one line, no HTML, no column break."""
     text = str(value).replace("&", "&amp;").replace("<", "&lt;")
@@ -41,6 +46,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def bullets(lines: Iterable[Any], prefix: str = "") -> str:
     """A list of one-line items; empty without any."""
     return "\n".join(f"- {prefix}{inert(line)}" for line in lines)
+
+
+def facts(known: Mapping[str, Any]) -> str:
+    """Names and values in one line, without the unknown ones."""
+    return "; ".join(f"{name} {inert(value)}" for name, value in known.items() if value is not None)
 
 
 def paragraphs(*parts: str) -> str:

@@ -10,7 +10,7 @@ from moe_edge.contracts.artifacts import DistillSummary
 from moe_edge.contracts.measurements import Artifact
 from moe_edge.contracts.report import Report
 from moe_edge.contracts.units import format_bytes
-from moe_edge.reporting.markdown import bullets, inert, interval, number, paragraphs, section, table
+from moe_edge.reporting.markdown import bullets, facts, inert, interval, number, paragraphs, section, table
 from moe_edge.reporting.plan_sections import plan_section, routing_section
 
 _RESULTS = (
@@ -57,7 +57,7 @@ def render(report: Report) -> str:
             _distillation(report),
             _parity(report),
             _stages(report),
-            section("Machine and versions", _facts(report.machine), _facts(report.versions)),
+            section("Machine and versions", facts(report.machine), facts(report.versions)),
             _definitions(report),
             section("Notes", bullets(report.notes)),
             section("Next", "```\n" + "\n".join(report.next_commands) + "\n```" if report.next_commands else ""),
@@ -226,10 +226,6 @@ def _pair_row(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _stages(report: Report) -> str:
     rows = [(s.name, number(s.seconds), number(s.peak_rss_mib), "yes" if s.cached else "no") for s in report.stages]
     return section("Stages", table(_STAGES, rows))
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name} {inert(value)}" for name, value in facts.items() if value is not None)
 
 
 def _definitions(report: Report) -> str:

@@ -13,10 +13,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
+from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import read_yaml, validate_document
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.contracts.manifest import MANIFEST_NAME
 from moe_edge.models.chat_template import render_chat
+from moe_edge.storage.files import sha256_file
 from moe_edge.texts.instruction_rows import alpaca_prompt
 
 DEFAULT = "default"
@@ -183,3 +186,28 @@ def _alpaca(messages: Messages) -> str:
     answered = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     instruction, _, context = "\n\n".join(asked).partition("\n\n")
     return alpaca_prompt(instruction, context) + "\n\n".join(answered)
+
+
+def named_files(config: BuildConfig) -> dict[str, dict[str, str]]:
+    """Per stage the digests of the texts that its settings name, so that editing one is noticed."""
+    recipe = load_recipe(config.calibration.recipe)
+    calibration = {source.path: sha256_file(recipe.folder / source.path) for source in recipe.recipe.sources}
+    heldout = heldout_file(config.validate_.text)
+    if not heldout.is_file():
+        raise ConfigError("no such text file", where=f"validate.text: {heldout}")
+    earlier = Path(config.plan.within) if config.plan.within else None
+    return {
+        "profile": calibration,
+        "plan": {earlier.name: sha256_file(earlier)} if earlier else {},
+        "distill": data_digests(config.distill.data),
+        "validate": {heldout.name: sha256_file(heldout)},
+    }
+
+
+def data_digests(data: str) -> dict[str, str]:
+    """Of the files that `distill.data` names: a text, a recipe and its texts, or the manifest of a capture."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return {str(file): sha256_file(file) for file in (path, *load_recipe(data).files())}
+    manifest = path / MANIFEST_NAME
+    return {"capture": sha256_file(manifest)} if manifest.is_file() else {}

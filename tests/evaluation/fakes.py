@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.targets_io import load_target
@@ -14,8 +13,6 @@ from moe_edge.devices.detect import GGUF
 from moe_edge.devices.transport import Completed
 from moe_edge.evaluation.cells import ModelToMeasure, Session
 from moe_edge.evaluation.validation import transformers_model
-from moe_edge.families import family_of
-from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 
 SAMPLES = {
     "schema": "moe-edge/samples@1",
@@ -116,9 +113,3 @@ def new_session(folder: Path, opener: Opener, config: BuildConfig | None = None,
     rows_NS = np.random.default_rng(2).integers(VOCAB, size=(3, 20))
     folder.mkdir(parents=True, exist_ok=True)
     return Session(config or build_config(), rows_NS, folder, InstantTransport(), opener, **more)
-
-
-def teacher_at(path: Path) -> Teacher:
-    """A checkpoint folder as a command opens it."""
-    headers = inspect_checkpoint(path)
-    return Teacher(path, path.name, headers, family_of(headers.config).spec(headers.config), checkpoint_digest(path))

@@ -18,7 +18,8 @@ from moe_edge.evaluation.validation import bench_artifact, held_out_rows, lone_m
 from moe_edge.export.gguf import write_gguf
 from moe_edge.export.gguf_split import split_gguf
 from moe_edge.runtimes import hf
-from tests.evaluation.fakes import InstantTransport, Opener, build_config, new_session, some_models, teacher_at
+from tests.evaluation.fakes import InstantTransport, Opener, build_config, new_session, some_models
+from tests.stages.inputs import opened
 from tests.tiny import tiny_checkpoint
 
 
@@ -69,7 +70,7 @@ def _real_text(tmp_path: Path) -> BuildConfig:
 def test_a_real_checkpoint_is_its_own_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     checkpoint = tiny_checkpoint(tmp_path, "qwen3_moe", name="teacher")
-    result = validate_artifact(checkpoint, teacher_at(checkpoint), _real_text(tmp_path), tmp_path / "out")
+    result = validate_artifact(checkpoint, opened(checkpoint), _real_text(tmp_path), tmp_path / "out")
     (artifact,) = result.artifacts
     assert artifact.quality.kl_nats == pytest.approx(0, abs=1e-9)
     assert artifact.quality.n_tokens == 62
@@ -82,7 +83,7 @@ def test_a_real_checkpoint_is_its_own_teacher(tmp_path: Path, monkeypatch: pytes
 def test_real_checkpoints_that_differ_fail_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, other = (tiny_checkpoint(tmp_path, "qwen3_moe", name=f"m{seed}", seed=seed) for seed in (0, 1))
     monkeypatch.setattr(validation, "open_transport", lambda address: InstantTransport())
-    result = validate_artifact(other, teacher_at(teacher), _real_text(tmp_path))
+    result = validate_artifact(other, opened(teacher), _real_text(tmp_path))
     assert result.artifacts[0].quality.kl_nats > 0.01
     assert result.verdict == "fail" and "kl_to_teacher_nats" in result.reasons[0]
 
@@ -92,7 +93,7 @@ def test_a_teacher_that_does_not_fit_is_judged_layer_by_layer_and_its_speed_is_n
 ) -> None:
     first, other = (tiny_checkpoint(tmp_path, "qwen3_moe", name=f"m{seed}", seed=seed) for seed in (0, 1))
     write_gguf(other, tmp_path / "m.gguf", name="m")
-    config, teacher = _real_text(tmp_path), teacher_at(first)
+    config, teacher = _real_text(tmp_path), opened(first)
 
     class TooLarge(InstantTransport):
         def run(self, argv: object, stdin: bytes, timeout_s: float) -> Completed:
@@ -118,7 +119,7 @@ def test_a_split_file_is_judged_and_hashed_as_one(tmp_path: Path, monkeypatch: p
     checkpoint = tiny_checkpoint(tmp_path, "qwen3_moe")
     write_gguf(checkpoint, tmp_path / "m.gguf", name="m")
     size = (tmp_path / "m.gguf").stat().st_size
-    parts, teacher = split_gguf(tmp_path / "m.gguf", 200_000), teacher_at(checkpoint)
+    parts, teacher = split_gguf(tmp_path / "m.gguf", 200_000), opened(checkpoint)
     monkeypatch.setattr(validation, "open_transport", lambda address: InstantTransport())
     (artifact,) = validate_artifact(parts[0], teacher, _real_text(tmp_path)).artifacts
     assert len(parts) > 1 and artifact.quality.kl_nats < 1e-4 and artifact.path == parts[0].name
@@ -135,12 +136,12 @@ def test_a_file_that_does_not_open_is_an_error_and_not_a_failed_cell(tmp_path: P
     checkpoint = tiny_checkpoint(tmp_path, "qwen3_moe")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(8))
     with pytest.raises(InputRejected):
-        validate_artifact(tmp_path / "x.gguf", teacher_at(checkpoint), _real_text(tmp_path), tmp_path / "out")
+        validate_artifact(tmp_path / "x.gguf", opened(checkpoint), _real_text(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_a_remote_device_is_refused_before_any_work(tmp_path: Path) -> None:
-    teacher, config = teacher_at(tiny_checkpoint(tmp_path, "qwen3_moe")), build_config(device="ssh://me@board")
+    teacher, config = opened(tiny_checkpoint(tmp_path, "qwen3_moe")), build_config(device="ssh://me@board")
     for command in (bench_artifact, partial(validate_artifact, teacher=teacher)):
         with pytest.raises(DeviceProblem):
             command(tmp_path / "none.gguf", config=config, out=tmp_path / "out")

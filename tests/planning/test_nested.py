@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_edge.api import named_files
 from moe_edge.contracts.artifacts import ProfileFolder
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.contracts.plan import Plan
 from moe_edge.models.loading import load_model
 from moe_edge.planning.candidates import Candidates
 from moe_edge.planning.search import SwapRules, search
+from moe_edge.texts.recipes import named_files
 from tests.planning.plan_helpers import config
 from tests.stages.inputs import EXPERTS, LAYERS, plain_statistics, run_plan, write_profile
 from tests.tiny import tiny_checkpoint, tiny_ids

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_edge.reporting.markdown import bullets, inert, interval, number, paragraphs, section, table
+from moe_edge.reporting.markdown import bullets, facts, inert, interval, number, paragraphs, percent, section, table
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,11 @@ def test_numbers_are_readable(value: float | None, text: str) -> None:
 
 def test_intervals_are_two_numbers_or_nothing() -> None:
     assert interval((0.04, 12.0)) == "[0.0400, 12.0]" and interval(None) == "n/a"
+
+
+def test_shares_and_facts_say_what_is_unknown() -> None:
+    assert percent(0.125) == "12.5 %" and percent(None) == "n/a"
+    assert facts({"cpu": "a|b", "governor": None, "cores": 2}) == "cpu a\\|b; cores 2" and facts({}) == ""
 
 
 def test_names_stay_inert() -> None:

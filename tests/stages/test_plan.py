@@ -21,7 +21,7 @@ from moe_edge.planning.scoring import WholeScorer
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
 from tests.planning.plan_helpers import NO_SHARE, config
-from tests.stages.inputs import EXPERTS, LAYERS, plain_statistics, random_rows, run_plan, write_profile
+from tests.stages.inputs import EXPERTS, LAYERS, ROWS, plain_statistics, random_rows, run_plan, write_profile
 from tests.summaries import summary_of
 from tests.tiny import tiny_checkpoint
 
@@ -141,11 +141,12 @@ def test_the_search_reads_other_rows_than_those_that_judge(teacher, tmp_path, mo
     assert "of 3000 tokens" in note and "the first 2 calibration rows" in note
 
 
-@pytest.mark.parametrize(("rows", "setting"), [(6, "plan.search_tokens=0"), (1, "plan.search_tokens=3000")])
-def test_without_rows_or_budget_there_is_no_search(teacher, tmp_path, rows, setting):
-    _, plan = run_plan(teacher, tmp_path, setting, profile=write_profile(tmp_path / "profile", None, random_rows(rows)))
+@pytest.mark.parametrize(("rows", "tokens", "why"), [(ROWS, 0, "search_tokens is 0"), (1, 3000, "no calibration row")])
+def test_without_rows_or_budget_there_is_no_search(teacher, tmp_path, rows, tokens, why):
+    profile = write_profile(tmp_path / "profile", ids_NS=random_rows(rows))
+    _, plan = run_plan(teacher, tmp_path, f"plan.search_tokens={tokens}", profile=profile)
     assert "search" not in {c.criterion for c in plan.candidates}
-    assert any(note.startswith("No search:") for note in plan.notes)
+    assert any(note.startswith("No search:") and why in note for note in plan.notes)
 
 
 def test_a_named_criterion_is_taken_without_a_search(teacher, tmp_path, monkeypatch):

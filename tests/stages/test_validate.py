@@ -26,7 +26,8 @@ from moe_edge.stages import validate
 from moe_edge.storage.rows import TokenRows
 from moe_edge.texts.rows import heldout_rows
 from tests.compression.action_helpers import HALF, plan8
-from tests.evaluation.fakes import InstantTransport, build_config, teacher_at
+from tests.evaluation.fakes import InstantTransport, build_config
+from tests.stages.inputs import opened
 from tests.tiny import tiny_checkpoint, tiny_ids
 
 
@@ -72,7 +73,7 @@ def run(folder: Path, gates: dict[str, Any] | None = None, kv_cache: str = "f16"
     }
     config = build_config(gates, text=str(folder / "text.txt"), tokens=64, **settings)
     config = config.model_copy(update={"calibration": CalibrationConfig(sequence_length=32)})
-    return validate.run(config, teacher_at(folder / "elsewhere" / "teacher"), folder / "validate", **folders)
+    return validate.run(config, opened(folder / "elsewhere" / "teacher"), folder / "validate", **folders)
 
 
 @pytest.fixture
