@@ -36,13 +36,11 @@ def only_drops(plan: Plan) -> bool:
     return plan.action == "drop" and not plan.fits and plan.expert_width is None
 
 
-def drop_on_disk(headers: CheckpointHeaders, plan: Plan, folder: Path) -> int:
-    """Write the student of `plan` into `folder` tensor by tensor and check it; returns how many parts were compared.
+def require_only_drops(headers: CheckpointHeaders, plan: Plan) -> None:
+    """Refuse what cannot be done tensor by tensor.
 
     Raises:
         ResourceProblem: the plan needs the whole model in memory.
-        ConfigError: see `pruning.check_kept`.
-        MoeEdgeError: a part differs, so that writing or the disk is broken.
     """
     if not only_drops(plan):
         free = format_bytes(free_bytes())
@@ -52,6 +50,17 @@ def drop_on_disk(headers: CheckpointHeaders, plan: Plan, folder: Path) -> int:
             why=f"its weights take {format_bytes(headers.total_bytes)}, {free} are free; only plain dropping works on disk",
             next_command="--set plan.action=drop with plan.compensate=false and plan.expert_width=keep, or more memory",
         )
+
+
+def drop_on_disk(headers: CheckpointHeaders, plan: Plan, folder: Path) -> int:
+    """Write the student of `plan` into `folder` tensor by tensor and check it; returns how many parts were compared.
+
+    Raises:
+        ResourceProblem: see `require_only_drops`.
+        ConfigError: see `pruning.check_kept`.
+        MoeEdgeError: a part differs, so that writing or the disk is broken.
+    """
+    require_only_drops(headers, plan)
     kept = plan.kept if plan.prunes else {}
     stream_pruned_checkpoint(headers.folder, kept, plan.top_k, folder, uneven=plan.uneven)
     return compare_parts(headers, inspect_checkpoint(folder), kept)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_edge.compression.layers import Applied, Material
-from moe_edge.compression.on_disk import drop_on_disk, only_drops
+from moe_edge.compression.on_disk import drop_on_disk, only_drops, require_only_drops
 from moe_edge.compression.routing_health import compare, observe
 from moe_edge.compression.student import remove_others, write_student
 from moe_edge.compression.surgery import apply_plan, check_plan
@@ -48,14 +48,22 @@ def run(
     """
     wanted = plan.plan
     check_plan(wanted, teacher.spec.moe.experts, teacher.spec.moe_layers)
-    streamed = config.profile.mode == "layerwise" and only_drops(wanted)  # as asked, whatever would fit
-    placement = settled(out, lambda: to_edit(teacher.headers, streamed=streamed, accelerate=wanted.fits))
+    placement = settled(out, lambda: _place(config, teacher, wanted))
     if placement.whole:
         summary = _in_memory(config, teacher, out, wanted, profile, placement)
     else:
         summary = _on_disk(teacher, out, wanted)
     log.info("compress: %s, %d of %d experts per layer kept", wanted.action, wanted.experts_kept, wanted.experts_total)
     return summary
+
+
+def _place(config: BuildConfig, teacher: Teacher, plan: Plan) -> Placement:
+    """Raises ResourceProblem before anything is kept, so that the same command works once there is memory."""
+    streamed = config.profile.mode == "layerwise" and only_drops(plan)  # as asked, whatever would fit
+    placement = to_edit(teacher.headers, streamed=streamed, accelerate=plan.fits)
+    if not placement.whole:
+        require_only_drops(teacher.headers, plan)
+    return placement
 
 
 def _in_memory(

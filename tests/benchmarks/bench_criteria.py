@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from moe_edge.api import build
 from moe_edge.contracts.plan import KeptExperts
+from moe_edge.contracts.row_split import RowSplit
 from moe_edge.contracts.spec import ModelSpec
 from moe_edge.families import family_of
 from moe_edge.formulas.divergence import cross_entropy, kl_dense
@@ -31,8 +32,7 @@ from moe_edge.metrics.quality import bootstrap_ci95
 from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.models.pruning import masked
 from moe_edge.planning.candidates import AUTO, Candidates, criteria_to_compare
-from moe_edge.planning.judging import JudgingRows, judging_rows
-from moe_edge.planning.scoring import WholeScorer, distinct_choices
+from moe_edge.planning.scoring import JudgingRows, WholeScorer, distinct_choices, judging_rows
 from moe_edge.planning.search import SwapRules, search
 from moe_edge.process.progress import track
 from moe_edge.storage.checkpoint import inspect_checkpoint
@@ -100,7 +100,7 @@ def _profile(options: argparse.Namespace, work: Path) -> tuple[Statistics, Judgi
     settings = [f"calibration.sequence_length={options.sequence_length}", *options.set]
     out = build(options.model, out=work, settings=settings, until="profile").out
     ids_NS = torch.from_numpy(TokenRows.load(out / "profile" / "rows.safetensors").ids_NS)
-    rows = judging_rows(ids_NS, PLAN_TOKENS)
+    rows = judging_rows(ids_NS, RowSplit(*ids_NS.shape), PLAN_TOKENS)
     return Statistics.load(out / "profile" / "statistics.safetensors"), rows
 
 

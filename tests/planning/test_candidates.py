@@ -8,17 +8,15 @@ import torch
 from moe_edge.contracts.errors import ConfigError
 from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS
 from moe_edge.planning.candidates import Candidates, criteria_to_compare
-from moe_edge.storage.statistics import Statistics
-from tests.stages.test_plan import EXPERTS, write_profile
+from tests.stages.inputs import EXPERTS, plain_statistics
 
 
 @pytest.fixture
-def stats(tmp_path):
+def stats():
     """Two MoE layers of eight experts; expert 0 is used most and expert 7 least; 7 of the first layer is super."""
-    found = Statistics.load(write_profile(tmp_path) / "statistics.safetensors")
     largest = torch.ones(2, EXPERTS, dtype=torch.float64)
     largest[0, 7] = 100.0
-    return replace(found, norm_max_LE=largest)
+    return replace(plain_statistics(), norm_max_LE=largest)
 
 
 def test_positions_become_decoder_layers(stats):

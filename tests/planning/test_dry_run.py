@@ -12,8 +12,7 @@ from moe_edge.planning.allocation import header_plan
 from moe_edge.planning.dry_run import preview_plan, shown_options
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.planning.plan_helpers import config
-from tests.stages.inputs import opened
-from tests.stages.test_plan import EXPERTS, LAYERS, write_profile
+from tests.stages.inputs import EXPERTS, LAYERS, opened, write_profile
 from tests.tiny import tiny_checkpoint
 
 
@@ -29,7 +28,7 @@ def test_a_dry_run_reads_headers_only(teacher, tmp_path, monkeypatch):
     assert any(row["experts_kept"] == 8 and row["fits"] for row in report["options"])
     assert report["teacher"]["experts"] == EXPERTS
     json.dumps(report)
-    with_profile = preview_plan(opened(teacher), config(), write_profile(tmp_path / "profile")).to_dict()
+    with_profile = preview_plan(opened(teacher), config(), write_profile(tmp_path / "profile").path).to_dict()
     shares = {row["criterion"]: row["routed_share_kept"] for row in with_profile["criteria"]}
     assert shares["frequency"] == pytest.approx(30 / 36) and set(shares) == set(CRITERIA)
     with pytest.raises(InfeasibleError):

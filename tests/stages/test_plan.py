@@ -4,13 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from moe_edge.contracts.artifacts import PlanSummary, ProfileFolder
+from moe_edge.contracts.artifacts import ProfileFolder
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
-from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.quantization import LEVELS
 from moe_edge.formulas.selection import CRITERIA, NEEDS_EVIDENCE_BLOCKS
 from moe_edge.models.loading import load_model
@@ -20,15 +18,12 @@ from moe_edge.planning.bits import Sensitivity, recipe_types
 from moe_edge.planning.document import KEEP_ALL
 from moe_edge.planning.estimate import Packing
 from moe_edge.planning.scoring import WholeScorer
-from moe_edge.stages import plan as stage
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.rows import TokenRows
-from moe_edge.storage.statistics import Statistics
 from tests.planning.plan_helpers import NO_SHARE, config
-from tests.stages.inputs import opened
+from tests.stages.inputs import EXPERTS, LAYERS, ROWS, plain_statistics, random_rows, run_plan, write_profile
+from tests.summaries import summary_of
 from tests.tiny import tiny_checkpoint
-
-EXPERTS, LAYERS, ROWS, LENGTH = 8, 2, 6, 16
 
 
 @pytest.fixture(scope="module")
@@ -36,53 +31,8 @@ def teacher(tmp_path_factory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "qwen3_moe", experts=EXPERTS, layers=LAYERS)
 
 
-def write_profile(folder: Path, experts: int = EXPERTS, cka_tokens: int = 64) -> Path:
-    """Statistics with a plain order (expert 0 is used most) and random rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ramp = torch.arange(experts, 0, -1, dtype=torch.float64).expand(LAYERS, experts)
-    square = torch.eye(experts, dtype=torch.float64).expand(LAYERS, experts, experts)
-    features, layers = torch.zeros(LAYERS, experts, 4, dtype=torch.float64), torch.ones(LAYERS, dtype=torch.float64)
-    tensors = {
-        "counts_LE": ramp.long() * 10,
-        "gate_sum_LE": ramp,
-        "norm_sum_LE": ramp * 20,
-        "norm_sq_sum_LE": ramp.flip(1) * 30,
-        "gated_norm_sum_LE": ramp.sqrt(),
-        "norm_max_LE": ramp,
-        "out_sum_LED": features,
-        "out_sq_sum_LED": features,
-        "router_entropy_L": layers,
-        "coroute_LEE": square.long(),
-        "gate_mass_L": layers,
-        "hsic_LEE": square,
-        "gated_hsic_LEE": square,
-        "layer_hsic_LL": torch.eye(LAYERS, dtype=torch.float64),
-        "sink_share_L": layers * 0,
-        "hsic_groups_GLEE": square[None].float(),
-        "null_hsic_LEE": square * 0,
-        "loo_sq_sum_LE": ramp * 5,
-        "loo_counts_LE": ramp.long(),
-        "out_energy_L": layers,
-        "weight_mean_abs_LE": ramp * 0 + 0.8,
-        "weight_rms_LE": ramp * 0 + 1.0,
-    }
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    Statistics(**copies, cka_tokens=cka_tokens, tokens=360).save(folder / "statistics.safetensors")
-    ids = np.random.default_rng(0).integers(3, 300, size=(ROWS, LENGTH)).astype(np.int32)
-    TokenRows(ids, ids.size).save(folder / "rows.safetensors")
-    return folder
-
-
-def run(teacher: Path, out: Path, *settings: str, profile: Path | None = None) -> tuple[PlanSummary, Plan]:
-    out.mkdir(parents=True, exist_ok=True)
-    folder = ProfileFolder(profile or write_profile(out / "profile"), "digest", None)
-    wishes, model = config("plan.tokens=64", *settings), opened(teacher)
-    summary = stage.run(wishes, model, out, profile=folder, budget=header_plan(model.headers, wishes))
-    return summary, Plan.read(out / "plan.json")
-
-
 def test_auto_takes_the_least_masked_kl_of_all_criteria(teacher, tmp_path):
-    summary, plan = run(teacher, tmp_path)
+    summary, plan = run_plan(teacher, tmp_path)
     assert {c.criterion for c in plan.candidates} == {*CRITERIA, "search"}
     kls = [c.kl_nats for c in plan.candidates]
     assert kls == sorted(kls) and plan.predicted_kl_nats == kls[0] == min(kls) > 0
@@ -92,7 +42,7 @@ def test_auto_takes_the_least_masked_kl_of_all_criteria(teacher, tmp_path):
 
 
 def test_the_prediction_is_the_masked_kl_of_the_plan_on_the_last_rows(teacher, tmp_path):
-    _, plan = run(teacher, tmp_path, "plan.criterion=frequency")
+    _, plan = run_plan(teacher, tmp_path, "plan.criterion=frequency")
     assert plan.kept == dict.fromkeys(range(LAYERS), [0, 1, 2, 3, 4])
     assert {c.criterion for c in plan.candidates} == {"frequency", "random"}
     ids = torch.from_numpy(TokenRows.load(tmp_path / "profile" / "rows.safetensors").ids_NS).long()[-4:]
@@ -102,34 +52,36 @@ def test_the_prediction_is_the_masked_kl_of_the_plan_on_the_last_rows(teacher, t
 
 
 def test_the_same_inputs_give_the_same_bytes(teacher, tmp_path):
-    run(teacher, tmp_path / "a")
-    run(teacher, tmp_path / "b")
+    run_plan(teacher, tmp_path / "a")
+    run_plan(teacher, tmp_path / "b")
     assert (tmp_path / "a/plan.json").read_bytes() == (tmp_path / "b/plan.json").read_bytes()
 
 
 def test_the_seed_reaches_the_random_choice(teacher, tmp_path):
-    kept = [run(teacher, tmp_path / s, "plan.criterion=random", f"plan.seed={s}")[1].kept for s in ("1", "2")]
+    kept = [run_plan(teacher, tmp_path / s, "plan.criterion=random", f"plan.seed={s}")[1].kept for s in ("1", "2")]
     assert kept[0] != kept[1]
 
 
 def test_keeping_all_needs_no_profile_and_says_why(teacher, tmp_path):
-    _, plan = run(teacher, tmp_path, "plan.experts=1.0", profile=tmp_path / "none")
+    _, plan = run_plan(
+        teacher, tmp_path, "plan.experts=1.0", profile=ProfileFolder(tmp_path / "none", "", summary_of("profile"))
+    )
     assert not plan.prunes and plan.candidates == [] and plan.predicted_kl_nats is None
     assert plan.kept[1] == list(range(EXPERTS)) and any("no masked KL" in note for note in plan.notes)
 
 
 def test_a_smaller_top_k_alone_is_measured(teacher, tmp_path):
-    _, plan = run(teacher, tmp_path, "plan.experts=1.0", "plan.top_k=1")
+    _, plan = run_plan(teacher, tmp_path, "plan.experts=1.0", "plan.top_k=1")
     assert not plan.prunes and plan.top_k == 1 and plan.predicted_kl_nats > 0.001
     assert plan.criterion == KEEP_ALL
 
 
 def test_a_kl_beyond_the_limit_is_refused_unless_forced(teacher, tmp_path):
     with pytest.raises(InfeasibleError, match="the limit is 1e-06") as caught:
-        run(teacher, tmp_path / "a", "plan.max_kl_nats=1e-6")
+        run_plan(teacher, tmp_path / "a", "plan.max_kl_nats=1e-6")
     assert caught.value.exit_code == 3 and "frequency" in str(caught.value)
     assert not (tmp_path / "a/plan.json").exists()
-    assert run(teacher, tmp_path / "b", "plan.max_kl_nats=1e-6", "plan.force=true")[1].predicted_kl_nats > 1e-6
+    assert run_plan(teacher, tmp_path / "b", "plan.max_kl_nats=1e-6", "plan.force=true")[1].predicted_kl_nats > 1e-6
 
 
 def test_quantizing_harder_replaces_pruning_where_it_loses_less(teacher, tmp_path, monkeypatch):
@@ -142,7 +94,7 @@ def test_quantizing_harder_replaces_pruning_where_it_loses_less(teacher, tmp_pat
         table = {kind: nats / 4**place for place, kind in enumerate(LEVELS)}
         known = Sensitivity(dict.fromkeys(cells, table), "measured", 32)
         monkeypatch.setattr(sensitivity, "measure_sensitivity", lambda *_args, known=known, **_options: known)
-        _, plan = run(teacher, tmp_path / name, *settings)
+        _, plan = run_plan(teacher, tmp_path / name, *settings)
         assert plan.estimate.file_bytes <= limit and plan.candidates and "before recovery" in plan.competitor
         assert plan.quantization_kl_source == "measured" and bool(plan.quantization_by_class) == (name == "a")
         assert plan.prunes == (name == "b") and (plan.predicted_kl_nats is None) == (name == "a")
@@ -153,7 +105,7 @@ def test_quantizing_harder_replaces_pruning_where_it_loses_less(teacher, tmp_pat
 
 
 def test_the_safe_ratio_curve_lies_beside_the_plan(teacher, tmp_path):
-    _, plan = run(teacher, tmp_path, "plan.criterion=frequency", "plan.curve_tokens=32")
+    _, plan = run_plan(teacher, tmp_path, "plan.criterion=frequency", "plan.curve_tokens=32")
     data = json.loads((tmp_path / "curve.json").read_text())
     assert data["criterion"] == "frequency" and data["n_tokens"] == 32
     assert [point["experts"] for point in data["points"]] == [8, 7, 6, 5, 4, 3]
@@ -163,17 +115,17 @@ def test_the_safe_ratio_curve_lies_beside_the_plan(teacher, tmp_path):
 def test_an_unsafe_ratio_stops_unless_forced(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(curve, "UNSAFE_KL_NATS", 1e-6)
     with pytest.raises(InfeasibleError, match="the safe limit"):
-        run(teacher, tmp_path / "a", "plan.criterion=frequency")
+        run_plan(teacher, tmp_path / "a", "plan.criterion=frequency")
     assert (tmp_path / "a/curve.json").exists() and not (tmp_path / "a/plan.json").exists()
-    _, plan = run(teacher, tmp_path / "b", "plan.criterion=frequency", "plan.force=true")
+    _, plan = run_plan(teacher, tmp_path / "b", "plan.criterion=frequency", "plan.force=true")
     assert any(note.startswith("Forced") for note in plan.notes)
 
 
 def test_cka_diverse_needs_cka(teacher, tmp_path):
-    without = write_profile(tmp_path / "profile", cka_tokens=0)
+    without = write_profile(tmp_path / "profile", plain_statistics(cka_tokens=0))
     with pytest.raises(ConfigError, match="cka-diverse needs a profile with CKA"):
-        run(teacher, tmp_path / "a", "plan.criterion=cka-diverse", profile=without)
-    _, plan = run(teacher, tmp_path / "b", profile=without)
+        run_plan(teacher, tmp_path / "a", "plan.criterion=cka-diverse", profile=without)
+    _, plan = run_plan(teacher, tmp_path / "b", profile=without)
     assert {c.criterion for c in plan.candidates} == {*CRITERIA, "search"} - set(NEEDS_EVIDENCE_BLOCKS)
 
 
@@ -181,7 +133,7 @@ def test_the_search_reads_other_rows_than_those_that_judge(teacher, tmp_path, mo
     read = {}
     real = judging.search
     monkeypatch.setattr(judging, "search", lambda *args, **kw: read.update(rows=args[2], kw=kw) or real(*args, **kw))
-    _, plan = run(teacher, tmp_path, "plan.search_tokens=3000", "plan.seed=5")
+    _, plan = run_plan(teacher, tmp_path, "plan.search_tokens=3000", "plan.seed=5")
     rows = torch.from_numpy(TokenRows.load(tmp_path / "profile" / "rows.safetensors").ids_NS).long()
     assert torch.equal(read["rows"], rows[:2]), "the last four judge"
     assert read["kw"]["budget_tokens"] == 3000 and read["kw"]["seed"] == 5
@@ -191,35 +143,31 @@ def test_the_search_reads_other_rows_than_those_that_judge(teacher, tmp_path, mo
 
 @pytest.mark.parametrize(("rows", "tokens", "why"), [(ROWS, 0, "search_tokens is 0"), (1, 3000, "no calibration row")])
 def test_without_rows_or_budget_there_is_no_search(teacher, tmp_path, rows, tokens, why):
-    profile = write_profile(tmp_path / "profile")
-    ids_NS = TokenRows.load(profile / "rows.safetensors").ids_NS[:rows]
-    TokenRows(ids_NS, ids_NS.size).save(profile / "rows.safetensors")
-    _, plan = run(teacher, tmp_path, f"plan.search_tokens={tokens}", profile=profile)
+    profile = write_profile(tmp_path / "profile", ids_NS=random_rows(rows))
+    _, plan = run_plan(teacher, tmp_path, f"plan.search_tokens={tokens}", profile=profile)
     assert "search" not in {c.criterion for c in plan.candidates}
     assert any(note.startswith("No search:") and why in note for note in plan.notes)
 
 
 def test_a_named_criterion_is_taken_without_a_search(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "search", lambda *_args, **_kw: pytest.fail("nobody asked for a search"))
-    assert run(teacher, tmp_path, "plan.criterion=loo-mse")[1].criterion == "loo-mse"
+    assert run_plan(teacher, tmp_path, "plan.criterion=loo-mse")[1].criterion == "loo-mse"
 
 
 def test_super_experts_stay_and_the_plan_says_so(teacher, tmp_path):
     """The last expert of the first layer has by far the largest output and the least of everything else."""
-    folder = write_profile(tmp_path / "profile")
-    stats = Statistics.load(folder / "statistics.safetensors")
     largest = torch.ones(LAYERS, EXPERTS, dtype=torch.float64)
     largest[0, EXPERTS - 1] = 100.0
-    replace(stats, norm_max_LE=largest).save(folder / "statistics.safetensors")
-    _, plan = run(teacher, tmp_path / "a", "plan.search_tokens=3000", profile=folder)
+    profile = write_profile(tmp_path / "profile", replace(plain_statistics(), norm_max_LE=largest))
+    _, plan = run_plan(teacher, tmp_path / "a", "plan.search_tokens=3000", profile=profile)
     assert plan.kept[0][-1] == EXPERTS - 1 and any("super experts" in note for note in plan.notes)
-    _, plan = run(teacher, tmp_path / "b", "plan.criterion=ean", "plan.super_expert_guard=false", profile=folder)
+    _, plan = run_plan(teacher, tmp_path / "b", "plan.criterion=ean", "plan.super_expert_guard=false", profile=profile)
     assert plan.kept[0] == [0, 1, 2, 3, 4] and not any("super experts" in note for note in plan.notes)
 
 
 def test_a_streamed_teacher_is_judged_and_not_searched(teacher, tmp_path):
-    _, whole = run(teacher, tmp_path / "a", "plan.search_tokens=0")
-    _, streamed = run(teacher, tmp_path / "b", "profile.mode=layerwise")
+    _, whole = run_plan(teacher, tmp_path / "a", "plan.search_tokens=0")
+    _, streamed = run_plan(teacher, tmp_path / "b", "profile.mode=layerwise")
     assert any("does not fit in memory" in note for note in streamed.notes)
     assert streamed.kept == whole.kept
     assert streamed.predicted_kl_nats == pytest.approx(whole.predicted_kl_nats, rel=1e-4)
@@ -228,7 +176,7 @@ def test_a_streamed_teacher_is_judged_and_not_searched(teacher, tmp_path):
 
 def test_a_profile_of_another_teacher_is_rejected(teacher, tmp_path):
     with pytest.raises(InputRejected, match="belongs to another teacher"):
-        run(teacher, tmp_path, profile=write_profile(tmp_path / "profile", experts=6))
+        run_plan(teacher, tmp_path, profile=write_profile(tmp_path / "profile", plain_statistics(experts=6)))
 
 
 def test_where_only_a_mix_of_types_is_fast_enough_it_is_measured_and_no_expert_need_go(teacher, tmp_path):
@@ -247,7 +195,7 @@ def test_where_only_a_mix_of_types_is_fast_enough_it_is_measured_and_no_expert_n
     )
     answer = header_plan(inspect_checkpoint(teacher), config(*wishes))
     assert answer.keeps_all and answer.choice.packing.mix and answer.needs_measuring
-    _, plan = run(teacher, tmp_path, *wishes, "plan.sensitivity_tokens=32")
+    _, plan = run_plan(teacher, tmp_path, *wishes, "plan.sensitivity_tokens=32")
     assert plan.estimate.decode_tokens_per_s > best and plan.quantization_kl_source == "measured"
     assert plan.quantization_by_class and (tmp_path / "curve.json").exists()
     assert any(note == "The candidates' masked KL is that of keeping 6 experts." for note in plan.notes) != plan.prunes
@@ -256,17 +204,17 @@ def test_where_only_a_mix_of_types_is_fast_enough_it_is_measured_and_no_expert_n
 @pytest.mark.parametrize("streamed", [True, False], ids=["asked to be streamed", "larger than memory"])
 def test_a_teacher_that_is_not_held_whole_is_not_refitted_nor_narrowed(teacher, tmp_path, monkeypatch, streamed):
     """What compress could not do later, a plan does not promise."""
-    _, plan = run(teacher, tmp_path / "a", "plan.criterion=frequency")
+    _, plan = run_plan(teacher, tmp_path / "a", "plan.criterion=frequency")
     assert plan.compensate
     wishes = ["plan.criterion=frequency", "plan.expert_width=auto", "plan.top_k=auto"]
     if streamed:
         wishes.append("profile.mode=layerwise")
     else:
         monkeypatch.setattr("moe_edge.compression.on_disk.can_be_edited", lambda _headers: False)
-    _, plan = run(teacher, tmp_path / "b", *wishes)
+    _, plan = run_plan(teacher, tmp_path / "b", *wishes)
     assert not plan.compensate and plan.expert_width is None and {shape.expert_width for shape in plan.shapes} == {None}
 
 
 def test_a_lower_top_k_alone_is_something_to_recover(teacher, tmp_path):
-    assert run(teacher, tmp_path / "a", "plan.experts=1.0", "plan.top_k=1")[1].alters
-    assert not run(teacher, tmp_path / "b", "plan.experts=1.0")[1].alters
+    assert run_plan(teacher, tmp_path / "a", "plan.experts=1.0", "plan.top_k=1")[1].alters
+    assert not run_plan(teacher, tmp_path / "b", "plan.experts=1.0")[1].alters
