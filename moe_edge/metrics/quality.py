@@ -7,12 +7,12 @@ Legend: N rows, S sequence, T positions of a chunk, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
@@ -174,9 +174,27 @@ def bootstrap_ci95(sums_N: list[float], tokens_N: list[int], seed: int = 0) -> t
 
     Rows, not tokens, are drawn, because tokens of one text are not independent (Efron & Tibshirani 1993, chapter 8).
     """
-    if len(sums_N) < 2:
+    sums, tokens = np.asarray(sums_N), np.asarray(tokens_N)
+
+    def means(draws_BN: NDArray[np.int64]) -> NDArray[np.float64]:
+        means_B: NDArray[np.float64] = sums[draws_BN].sum(1) / tokens[draws_BN].sum(1)
+        return means_B
+
+    interval = resampled_ci95(len(sums_N), means, BOOTSTRAP_SAMPLES, seed)
+    return None if interval is None else (max(interval[0], 0.0), max(interval[1], 0.0))
+
+
+def resampled_ci95(
+    rows: int, values_of: Callable[[NDArray[np.int64]], ArrayLike], samples: int, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % percentile interval of a statistic when rows are drawn with replacement; None with a single row.
+
+    Args:
+        values_of: row numbers of every draw [B, N] -> the statistic of each, [B].
+        samples: B.
+    """
+    if rows < 2:
         return None
-    draws_BN = np.random.default_rng(seed).integers(len(sums_N), size=(BOOTSTRAP_SAMPLES, len(sums_N)))
-    means_B = np.asarray(sums_N)[draws_BN].sum(1) / np.asarray(tokens_N)[draws_BN].sum(1)
-    low, high = np.percentile(means_B, [2.5, 97.5])
-    return max(float(low), 0.0), max(float(high), 0.0)
+    draws_BN = np.random.default_rng(seed).integers(rows, size=(samples, rows))
+    low, high = np.percentile(np.asarray(values_of(draws_BN)), [2.5, 97.5])
+    return float(low), float(high)

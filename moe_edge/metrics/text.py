@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_edge.contracts.errors import InputRejected
+from moe_edge.metrics.quality import resampled_ci95
 from moe_edge.metrics.text_answers import Answer, Status
 from moe_edge.metrics.text_modules import compute, load_module
 from moe_edge.texts.instruction_rows import InstructionRow
@@ -162,24 +163,19 @@ def summarise(scores: Scores, rows: np.ndarray, filled_RN: np.ndarray, runs: Seq
         }
     values = scores.by_run(rows)
     filled = scores.rows_RN[:, rows][filled_RN]
+
+    def means(draws_BN: np.ndarray) -> list[float]:
+        return [float(np.mean(scores.by_run(rows[drawn_N]))) for drawn_N in draws_BN]
+
+    interval = resampled_ci95(len(rows), means, BOOTSTRAP_SAMPLES)
     return {
         "value": float(np.mean(values)),
-        "ci95": bootstrap_ci95(len(rows), lambda drawn: float(np.mean(scores.by_run(rows[drawn])))),
+        "ci95": None if interval is None else list(interval),
         "by_seed": dict(zip(runs, values, strict=True)),
         "std_over_seeds": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "mean_nonempty": float(filled.mean()) if filled.size else None,
         "reason": None,
     }
-
-
-def bootstrap_ci95(n: int, value: Callable[[np.ndarray], float], seed: int = 0) -> list[float] | None:
-    """95% percentile interval of `value(indices)` when n rows are drawn with replacement; None with a single row
-    (Efron & Tibshirani 1993, chapter 13)."""
-    if n < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    drawn = [value(generator.integers(n, size=n)) for _ in range(BOOTSTRAP_SAMPLES)]
-    return [float(limit) for limit in np.percentile(drawn, [2.5, 97.5])]
 
 
 def count(answers: Sequence[Answer], n_rows: int) -> dict[str, Any]:

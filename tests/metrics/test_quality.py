@@ -8,7 +8,7 @@ import torch
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.metrics import quality
-from moe_edge.metrics.quality import QualityJudge, bootstrap_ci95
+from moe_edge.metrics.quality import QualityJudge, bootstrap_ci95, resampled_ci95
 
 
 def _rows(rows: int, length: int, vocab: int, noise: float, seed: int = 0) -> list[tuple[np.ndarray, ...]]:
@@ -120,3 +120,11 @@ def test_interval_is_over_rows_seeded_and_holds_the_mean() -> None:
     assert bootstrap_ci95([1.0, 1.0, 1.0], [4, 4, 4]) == (0.25, 0.25)
     assert bootstrap_ci95([1.0], [4]) is None
     json.dumps(score.kl_nats_ci95)
+
+
+def test_a_resampled_interval_is_that_of_the_normal_approximation() -> None:
+    values = np.random.default_rng(0).normal(50, 10, 400)
+    low, high = resampled_ci95(400, lambda draws_BN: values[draws_BN].mean(1), 1000) or (0, 0)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.3) and high == pytest.approx(values.mean() + half, abs=0.3)
+    assert resampled_ci95(1, lambda draws_BN: draws_BN[:, 0], 1000) is None

@@ -8,8 +8,8 @@ import pytest
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.metrics import text
-from moe_edge.metrics.text import METRICS, bootstrap_ci95, judged_rows, score_set
-from moe_edge.metrics.text_answers import Answer, Status, failed, judge_answer
+from moe_edge.metrics.text import METRICS, judged_rows, score_set
+from moe_edge.metrics.text_answers import Answer, failed, judge_answer
 from moe_edge.metrics.text_modules import compute
 from moe_edge.texts.instruction_rows import InstructionRow
 
@@ -155,16 +155,3 @@ def test_references_that_rouge_cannot_read_are_counted() -> None:
     result = score_set(rows([("你好",), ("hello",)]), {"10": answered(["你好", "hello"])}, OPTIONS)
     assert result["counts"]["n_outside_rouge"] == 1
     assert result["metrics"]["rouge_l"]["value"] == 50 and result["metrics"]["chrf"]["value"] == pytest.approx(100)
-
-
-def test_the_interval_is_the_bootstraps() -> None:
-    """Against the normal approximation of a mean."""
-    values = np.random.default_rng(0).normal(50, 10, 400)
-    low, high = bootstrap_ci95(400, lambda drawn: float(values[drawn].mean())) or (0, 0)
-    half = 1.96 * values.std(ddof=1) / 20
-    assert low == pytest.approx(values.mean() - half, abs=0.3) and high == pytest.approx(values.mean() + half, abs=0.3)
-    assert bootstrap_ci95(1, lambda drawn: 0.0) is None
-
-
-def test_statuses_are_all_counted() -> None:
-    assert set(text.count([], 0)["statuses"]) == {status.value for status in Status}

@@ -161,4 +161,4 @@ def test_no_module_opens_a_gguf_past_the_check():
         and (node.id if isinstance(node, ast.Name) else node.attr)
         in ("GGUFReader", "Llama", "llama_model_load_from_file", "llama_load_model_from_file")
     }
-    assert callers == {"runtimes/llama_cpp.py", "export/device_runner.py"}
+    assert callers == {"runtimes/llama_cpp.py", "exporting/device_runner.py"}
