@@ -39,6 +39,7 @@ from moe_edge.contracts.run import Artifacts as Artifacts
 from moe_edge.contracts.run import DeliveredModel as DeliveredModel
 from moe_edge.contracts.run import Run
 from moe_edge.contracts.targets_io import read_target
+from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.files import write_text_atomic
 from moe_edge.storage.folders import changed_files, deliver, write_run_manifest
 
@@ -213,24 +214,19 @@ def build(
             fresh=fresh,
             given={"plan": {"budget": budget}},
         )
+        ranks = current_ranks()
         if waiting := pipeline.stages_to_run(state, start, until):
-            log.info("disk: %s", room_for_build(folder, budget, resolved, waiting))
+            room = ranks.lead(partial(room_for_build, folder, budget, resolved, waiting))
+            log.log(logging.INFO if ranks.leads else logging.DEBUG, "disk: %s", room)
         pipeline.run_stages(state, start, until)
         if "export" in state.manifests:
-            _deliver(state)
+            deliver(folder, state.folder("distill") / "model", state.folder("export"))
         report = _finish(state) if "validate" in state.manifests else None
     return Run(folder, resolved, report, state.cached)
 
 
-def _deliver(state: pipeline.Build) -> None:
-    """artifacts/: the student, the exported files, and their device bundles."""
-    student, exported = state.finished("distill"), state.finished("export")
-    assert isinstance(student, DistillFolder) and isinstance(exported, ExportFolder)
-    deliver(state.out, student.model, exported.path)
-    _bundle(state.out, exported, state.config, state.teacher.digest)
-
-
 def _bundle(out: Path, exported: ExportFolder, config: BuildConfig, teacher_digest: str) -> None:
+    """The device bundles of what was delivered."""
     from moe_edge.exporting.bundles import write_bundles
 
     for folder in write_bundles(out, exported, config, {"teacher": teacher_digest}, pipeline.all_versions()):
@@ -242,7 +238,7 @@ def _plain(config: BuildConfig) -> dict[str, Any]:
 
 
 def _finish(state: pipeline.Build) -> Report:
-    """Report and manifest of a complete build; untouched when every stage was reused and all is still there."""
+    """Report, device bundles and manifest of a complete build; untouched when every stage was reused and all is still there."""
     inputs = {"teacher": state.teacher.digest} | {name: manifest.digest for name, manifest in state.manifests.items()}
     kept = read_manifest(state.out)
     unchanged = kept is not None and kept.inputs == inputs and kept.config == _plain(state.config)
@@ -252,6 +248,8 @@ def _finish(state: pipeline.Build) -> Report:
     YAML(typ="safe").dump(_plain(state.config), stream)
     write_text_atomic(state.out / "config.yaml", stream.getvalue())
     report = _write_report(state.out, state.config, state.manifests, state.cached)
+    exported = ExportFolder.of(state.folder("export"), state.manifests["export"])
+    _bundle(state.out, exported, state.config, state.teacher.digest)
     write_run_manifest(state.out, _plain(state.config), inputs, pipeline.all_versions())
     return report
 
@@ -280,9 +278,19 @@ def _stage_info(name: str, manifest: Manifest, reused: bool) -> StageInfo:
     return StageInfo(name=name, seconds=seconds, peak_rss_mib=peak, cached=reused)
 
 
-def profile(teacher: Source = None, *, target: str = "cpu", **settings: Any) -> ProfileFolder:
-    """Measure a teacher over the calibration set, once for every target; settings as those of `build`."""
-    return build(teacher, target=target, until="profile", **settings).profile
+def profile(
+    teacher: Source = None,
+    *,
+    target: str = "cpu",
+    config: str | Path | None = None,
+    overrides: Overrides | None = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+) -> ProfileFolder:
+    """Measure a teacher over the calibration set, once for every target; arguments as those of `build`."""
+    return build(
+        teacher, target=target, config=config, overrides=overrides, out=out, until="profile", fresh=fresh
+    ).profile
 
 
 def compress(
