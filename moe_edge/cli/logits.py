@@ -17,7 +17,7 @@ Data = Annotated[
     typer.Option("--data", help="calibration | a path (.yaml recipe, .jsonl, text) | datasets:ID[:CONFIG[:SPLIT]]."),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of it.")]
-Kept = Annotated[int, typer.Option("--k", min=1, help="Ids kept per token.")]
+KeptIds = Annotated[int, typer.Option("--k", min=1, help="Ids kept per token.")]
 Temperatures = Annotated[
     str | None,
     typer.Option("--temperatures", help="Those with an exact tail mass, default 1,1.5,2; with --rs one, default 1."),
@@ -66,7 +66,7 @@ def capture(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache.")],
     data: Data = "calibration",
     tokens: Tokens = 65536,
-    k: Kept = 32,
+    k: KeptIds = 32,
     temperatures: Temperatures = None,
     rs: RandomDraws = 0,
     sequence_length: RowTokens = 512,
@@ -98,7 +98,7 @@ def estimate(
     teacher: Teacher,
     data: Data = "calibration",
     tokens: Tokens = 65536,
-    k: Kept = 32,
+    k: KeptIds = 32,
     temperatures: Temperatures = None,
     rs: RandomDraws = 0,
     sequence_length: RowTokens = 512,

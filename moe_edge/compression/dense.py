@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from moe_edge.compression.layers import Applied, Layer, Material, kept_in, student_routing, work_on_layers
+from moe_edge.compression.layers import Applied, Material, StudentLayer, kept_in, student_routing, work_on_layers
 from moe_edge.compression.refit import LayerFit
 from moe_edge.contracts.plan import Plan
 from moe_edge.formulas.ffn import Ffn, concatenate, mean_gates
@@ -55,7 +55,7 @@ def make_dense(applied: Applied, plan: Plan, material: Material) -> None:
     )
 
 
-def fix_gates(layer: Layer, with_shared: bool) -> None:
+def fix_gates(layer: StudentLayer, with_shared: bool) -> None:
     """Replace the layer's routing by constants, as `layer.fit`; the shared expert's varying gate joins the target."""
     tokens = layer.tokens
     gates_E = mean_gates(layer.index_TK, layer.weight_TK, layer.view.count).float()
@@ -70,7 +70,7 @@ def fix_gates(layer: Layer, with_shared: bool) -> None:
         layer.fit.rescale()
 
 
-def joined(layer: Layer, with_shared: bool) -> Ffn:
+def joined(layer: StudentLayer, with_shared: bool) -> Ffn:
     """The layer's network: every kept expert at its constant, and the shared expert at its mean gate."""
     parts = [read_expert(layer.view, expert) for expert in layer.kept]
     scales = [float(layer.fit.slots[expert][1][0]) for expert in layer.kept]

@@ -61,7 +61,7 @@ class LayerTokens:
 
 
 @dataclass
-class Layer:
+class StudentLayer:
     """One layer while it is worked on; its weights are narrowed already, no expert has been removed yet."""
 
     view: MoELayerView
@@ -74,7 +74,7 @@ class Layer:
 
 
 Visitor = Callable[[MoELayerView, LayerTokens], Tensor | None]
-Act = Callable[[Layer], None]
+Act = Callable[[StudentLayer], None]
 
 
 def work_on_layers(
@@ -133,7 +133,7 @@ def _visitor(plan: Plan, material: Material, applied: Applied, act: Act | None, 
             _narrow(view, plan, material, record)
         index_TK, weight_TK = student_routing(model, view, tokens.hidden_TD, kept, plan.top_k)
         fit = LayerFit(view, tokens.hidden_TD, tokens.output_TD, index_TK, weight_TK)
-        layer = Layer(view, kept, tokens, index_TK, weight_TK, fit, record)
+        layer = StudentLayer(view, kept, tokens, index_TK, weight_TK, fit, record)
         record["missed_after_dropping"] = fit.missed
         if act is not None:
             act(layer)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_edge.compression.layers import Applied, Layer
+from moe_edge.compression.layers import Applied, StudentLayer
 from moe_edge.compression.refit import EQUAL
 from moe_edge.contracts.plan import Plan
 from moe_edge.formulas.cka import cka_from_hsic
@@ -28,7 +28,7 @@ from moe_edge.storage.statistics import Statistics
 MATCHING_TOKENS = 1024  # on which the neurons of two experts are compared
 
 
-def merge_layer(layer: Layer, plan: Plan, statistics: Statistics | None, applied: Applied) -> None:
+def merge_layer(layer: StudentLayer, plan: Plan, statistics: Statistics | None, applied: Applied) -> None:
     """Merge what the plan proposes for this layer and passes the gate; one record per proposed pair."""
     pairs = plan.merges.get(layer.view.index, {})
     tests = {one: test_pair(layer, kept=other, dropped=one) for one, other in pairs.items()}
@@ -48,7 +48,7 @@ def merge_layer(layer: Layer, plan: Plan, statistics: Statistics | None, applied
     applied.pairs += [records[one] for one in sorted(records)]
 
 
-def test_pair(layer: Layer, kept: int, dropped: int) -> PairTest:
+def test_pair(layer: StudentLayer, kept: int, dropped: int) -> PairTest:
     """The gate's numbers, on the tokens that the teacher routed to either of the two."""
     gate_kept_T, gate_dropped_T = (_gate(layer, expert) for expert in (kept, dropped))
     either_T = (gate_kept_T != 0) | (gate_dropped_T != 0)
@@ -60,13 +60,13 @@ def test_pair(layer: Layer, kept: int, dropped: int) -> PairTest:
     return PairTest(missed, alpha, lost, int(own_T.sum()))
 
 
-def _gate(layer: Layer, expert: int) -> Tensor:
+def _gate(layer: StudentLayer, expert: int) -> Tensor:
     """The teacher's weight of an expert for every token, 0 where it is not chosen: [T] float32."""
     tokens = layer.tokens
     return (tokens.weight_TK.float() * (tokens.index_TK == expert)).sum(dim=1)
 
 
-def _record(layer: Layer, dropped: int, kept: int, test: PairTest) -> dict[str, Any]:
+def _record(layer: StudentLayer, dropped: int, kept: int, test: PairTest) -> dict[str, Any]:
     record = {"layer": layer.view.index, "dropped": dropped, "kept": kept, "accepted": False, "reason": test.refusal}
     return record | asdict(test)
 
@@ -75,7 +75,7 @@ def _number(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
-def _merge_group(layer: Layer, kept: int, candidates: list[int], records: dict[int, dict[str, Any]]) -> None:
+def _merge_group(layer: StudentLayer, kept: int, candidates: list[int], records: dict[int, dict[str, Any]]) -> None:
     """Take the members in one after the other; a member that makes the layer worse stays out."""
     saliency = {expert: _saliency(layer, expert) for expert in (kept, *candidates)}
     experts = {kept: read_expert(layer.view, kept)}
@@ -96,7 +96,7 @@ def _merge_group(layer: Layer, kept: int, candidates: list[int], records: dict[i
         }
 
 
-def _aligned(layer: Layer, kept: int, reference: Ffn, member: int) -> tuple[Ffn, float]:
+def _aligned(layer: StudentLayer, kept: int, reference: Ffn, member: int) -> tuple[Ffn, float]:
     """A member with its neurons in the kept expert's order, and the matching's relative cost."""
     either_T = (_gate(layer, kept) != 0) | (_gate(layer, member) != 0)
     hidden_TD = layer.tokens.hidden_TD[either_T][:MATCHING_TOKENS]
@@ -106,7 +106,7 @@ def _aligned(layer: Layer, kept: int, reference: Ffn, member: int) -> tuple[Ffn,
     return weights.select(order_F), cost
 
 
-def _saliency(layer: Layer, expert: int) -> float:
+def _saliency(layer: StudentLayer, expert: int) -> float:
     """sum over its tokens of gate x ||output||: what the expert contributes in the teacher."""
     gate_T = _gate(layer, expert)
     own_T = gate_T != 0

@@ -24,7 +24,7 @@ _MEANS = ("load_entropy", "variation", "largest_over_fair", "gate_mass")
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingCounts:
     """What a model did on some rows."""
 
     counts_LE: Tensor
@@ -41,11 +41,11 @@ class Routing:
         ]
 
 
-def observe(model: PreTrainedModel, ids_NS: Tensor | None) -> Routing | None:
+def observe(model: PreTrainedModel, ids_NS: Tensor | None) -> RoutingCounts | None:
     """Count the routing of a model; None where there are no rows."""
     if ids_NS is None:
         return None
-    return Routing(*routing_counts(model, ids_NS), ids_NS.numel(), [view.real for view in moe_layers(model)])
+    return RoutingCounts(*routing_counts(model, ids_NS), ids_NS.numel(), [view.real for view in moe_layers(model)])
 
 
 @torch.no_grad()
@@ -76,7 +76,10 @@ def _adder(counts_E: Tensor, gate_sum_E: Tensor) -> Callable[[nn.Module, tuple[T
 
 
 def compare(
-    teacher: Routing | None, student: Routing | None, kept: Mapping[int, Sequence[int]], layers: Sequence[int]
+    teacher: RoutingCounts | None,
+    student: RoutingCounts | None,
+    kept: Mapping[int, Sequence[int]],
+    layers: Sequence[int],
 ) -> RoutingHealth | None:
     """Before and after; None where a side is missing.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_edge.compression.layers import Applied, Layer, Material, work_on_layers
+from moe_edge.compression.layers import Applied, Material, StudentLayer, work_on_layers
 from moe_edge.compression.refit import LayerFit
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.plan import Plan
@@ -53,7 +53,7 @@ def _refuse_unlike(view: MoELayerView) -> None:
         raise InputRejected("the action shared-core does not know experts of this kind", why=why)
 
 
-def fit_layer(layer: Layer, rank: int) -> SharedCore:
+def fit_layer(layer: StudentLayer, rank: int) -> SharedCore:
     """Fit one layer and write the folded experts into it, so that what follows sees the student's answers."""
     gate = layer.view.experts.act_fn
     assert callable(gate)
@@ -67,7 +67,7 @@ def fit_layer(layer: Layer, rank: int) -> SharedCore:
     return core
 
 
-def expert_data(layer: Layer, expert: int) -> ExpertData:
+def expert_data(layer: StudentLayer, expert: int) -> ExpertData:
     """What the expert answers on the tokens that the student routes to it."""
     weights = read_expert(layer.view, expert)
     if expert not in layer.fit.slots:

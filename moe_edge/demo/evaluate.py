@@ -35,7 +35,7 @@ from moe_edge.demo.model import expert_counts
 
 
 @dataclass
-class Row:
+class RenderedRow:
     """One rendered conversation, cut to the context: its tokens and the content bytes kept."""
 
     token_ids: list[int]
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass
-class Evaluation:
+class HeldOutScore:
     """What was measured; `expert_shares[layer][expert]` sums to 1 in each layer."""
 
     bits_per_byte: float
@@ -72,7 +72,7 @@ def content_spans(conversation: list[Message], text: str) -> list[tuple[int, int
     return spans
 
 
-def make_row(tokenizer: PreTrainedTokenizerBase, conversation: list[Message], context_tokens: int) -> Row:
+def make_row(tokenizer: PreTrainedTokenizerBase, conversation: list[Message], context_tokens: int) -> RenderedRow:
     """Render, encode and cut; the kept bytes are those before the last kept token's end."""
     text = render(tokenizer, conversation)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -83,10 +83,12 @@ def make_row(tokenizer: PreTrainedTokenizerBase, conversation: list[Message], co
         for start, end in content_spans(conversation, text)
         if start < kept_end
     )
-    return Row(token_ids, scored_bytes, len(token_ids) < len(encoded["input_ids"]))
+    return RenderedRow(token_ids, scored_bytes, len(token_ids) < len(encoded["input_ids"]))
 
 
-def padded_batches(rows: list[Row], pad_id: int, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def padded_batches(
+    rows: list[RenderedRow], pad_id: int, batch_tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Ids and 0/1 mask of shape R x L; rows of similar length share a batch, right-padded."""
     waiting: list[list[int]] = []
     for token_ids in sorted((row.token_ids for row in rows), key=len):
@@ -129,7 +131,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[Message]],
     batch_tokens: int = 4096,
-) -> Evaluation:
+) -> HeldOutScore:
     """Score every conversation at the model's own context length."""
     model.eval()  # type: ignore[no-untyped-call]  # transformers
     context_tokens = model.config.max_position_embeddings
@@ -142,7 +144,7 @@ def evaluate(
     shares_LE = counts_LE / counts_LE.sum(dim=-1, keepdim=True)
     scored_tokens = sum(len(row.token_ids) - 1 for row in rows)
     scored_bytes = sum(row.scored_bytes for row in rows)
-    return Evaluation(
+    return HeldOutScore(
         bits_per_byte=nats / math.log(2) / scored_bytes,
         nats_per_token=nats / scored_tokens,
         conversations=len(rows),

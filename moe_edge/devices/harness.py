@@ -20,7 +20,7 @@ from moe_edge.contracts.measurements import Memory, Speed
 from moe_edge.devices.transport import Completed, Transport
 from moe_edge.devices.worker import REJECTED, TOO_LARGE
 from moe_edge.metrics.memory import MIB
-from moe_edge.metrics.speed import Run, summarise
+from moe_edge.metrics.speed import TimedRun, summarise
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Samples(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     schema_: Literal["moe-edge/samples@1"] = Field(alias="schema")
-    runs: list[Run] = Field(min_length=1)
+    runs: list[TimedRun] = Field(min_length=1)
     load_ns: int = Field(ge=0)
     baseline_rss_bytes: int = Field(gt=0)
     peak_rss_bytes: int = Field(gt=0)

@@ -33,7 +33,7 @@ LESS = "a machine with more memory, distill.stages=[] to go on untrained, or mor
 AGAIN = "free some memory and repeat the command, or begin again with --fresh"
 
 
-class Recipe(BaseModel):
+class TrainingRecipe(BaseModel):
     """The stages as they are trained."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,7 +59,7 @@ class MemoryPolicy:
     def kept(self) -> list[StageConfig] | None:
         """The stages that an interrupted run began with."""
         path = self.out / RECIPE
-        return Recipe.model_validate(read_json(path)).stages if path.is_file() else None
+        return TrainingRecipe.model_validate(read_json(path)).stages if path.is_file() else None
 
     def no_room_for_weights(self, student: CheckpointHeaders) -> str | None:
         """Why the student cannot be loaded for training, before it is loaded; None: it can.
@@ -108,7 +108,9 @@ class MemoryPolicy:
             stages = self._with_room(stages, needed <= free)
             write_json_atomic(
                 self.out / RECIPE,
-                Recipe(schema="moe-edge/distill-recipe@1", stages=stages).model_dump(mode="json", by_alias=True),
+                TrainingRecipe(schema="moe-edge/distill-recipe@1", stages=stages).model_dump(
+                    mode="json", by_alias=True
+                ),
             )
         elif needed > free and self._with_teacher(stages):
             why = f"the teacher and the training need {format_bytes(needed)}, {format_bytes(free)} are free"

@@ -37,7 +37,7 @@ COUNTERS = ("rollout_tokens", "rollout_empty", "rollout_repeated", "rollout_seco
 
 
 @dataclass(frozen=True)
-class Row:
+class UnpaddedRow:
     """A row without its padding."""
 
     ids_S: Tensor
@@ -144,7 +144,7 @@ class Rollouts(RecordsNothing):
             use_cache=True,
         )
 
-    def _row(self, original: Row, prompt_P: Tensor, new_N: Tensor) -> Row:
+    def _row(self, original: UnpaddedRow, prompt_P: Tensor, new_N: Tensor) -> UnpaddedRow:
         """The prompt and what follows it, without a repeated end; the original where nothing follows."""
         ended = len(new_N) > 0 and int(new_N[-1]) in self._ends
         text_N = new_N[:-1] if ended else new_N
@@ -157,7 +157,7 @@ class Rollouts(RecordsNothing):
             new_N = text_N[: len(text_N) - suffix.length]
         self._counts["rollout_tokens"] += len(new_N)
         new_N = new_N.to(prompt_P.device)
-        return Row(torch.cat([prompt_P, new_N]), torch.cat([torch.full_like(prompt_P, IGNORED_LABEL), new_N]))
+        return UnpaddedRow(torch.cat([prompt_P, new_N]), torch.cat([torch.full_like(prompt_P, IGNORED_LABEL), new_N]))
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def new_tokens_at(step: int, steps: int, span: tuple[int, int]) -> int:
     return round(first + (last - first) * min(1.0, step / max(1, steps - 1)))
 
 
-def prompt_length(row: Row, prompt_tokens: int) -> int:
+def prompt_length(row: UnpaddedRow, prompt_tokens: int) -> int:
     """How much of a row the student is given: what stands before its first label where rows mark that, else a fixed length."""
     labelled = (row.labels_S != IGNORED_LABEL).nonzero()
     before = int(labelled[0]) if len(labelled) else 0
@@ -207,15 +207,15 @@ def end_tokens(model: nn.Module) -> list[int]:
     return []
 
 
-def rows_of(batch: Batch) -> list[Row]:
+def rows_of(batch: Batch) -> list[UnpaddedRow]:
     """The rows of a micro-batch without their padding."""
     ids_BS, mask_BS = batch["input_ids"], batch.get("attention_mask")
     lengths = [ids_BS.shape[1]] * len(ids_BS) if mask_BS is None else mask_BS.sum(-1).tolist()
     columns = zip(ids_BS, batch["labels"], lengths, strict=True)
-    return [Row(ids_S[:length], labels_S[:length]) for ids_S, labels_S, length in columns]
+    return [UnpaddedRow(ids_S[:length], labels_S[:length]) for ids_S, labels_S, length in columns]
 
 
-def padded(rows: Sequence[Row], pad: int) -> Batch:
+def padded(rows: Sequence[UnpaddedRow], pad: int) -> Batch:
     """A micro-batch of rows, padded on the right."""
     sequences = ([row.ids_S for row in rows], [row.labels_S for row in rows], [torch.ones_like(r.ids_S) for r in rows])
     names = ("input_ids", "labels", "attention_mask")

@@ -22,7 +22,7 @@ from moe_edge.contracts.onnx_bits import LayerBits, Provider, bits_of, refuse_ab
 from moe_edge.exporting.imatrix import Importance
 from moe_edge.exporting.onnx_check import check_cuda_folder
 from moe_edge.exporting.onnx_graph import build_graph, write_companions
-from moe_edge.exporting.onnx_pack import FAST_ACCURACY, Packer, Recipe, Report
+from moe_edge.exporting.onnx_pack import FAST_ACCURACY, PackedClasses, Packer, WeightRecipe
 from moe_edge.exporting.onnx_quantize import Scheme
 from moe_edge.families import student_family
 from moe_edge.models.loading import stored_dtype
@@ -76,7 +76,7 @@ def export_onnx(
     bits_of(precision, "expert")  # refuse an unknown one before the model is read
     if provider == "cuda" and precision == "fp32":
         raise ConfigError("a graph for CUDA computes in float16", next_command="--set export.onnx.precision=fp16")
-    recipe = Recipe(precision, block_size, scheme, accuracy_level, layer_bits or {}, provider)
+    recipe = WeightRecipe(precision, block_size, scheme, accuracy_level, layer_bits or {}, provider)
     headers = inspect_checkpoint(checkpoint)
     spec = student_family(headers.config).spec(headers.config)
     refuse_absent_layers(recipe.layer_bits, spec.layers)
@@ -109,7 +109,7 @@ def _write_companions(builder: Any, headers: CheckpointHeaders, out: Path) -> No
         write_json_atomic(out / "config.json", headers.config)  # the graph is not in MXFP4
 
 
-def _summary(out: Path, precision: str, block_size: int, report: Report, nodes: Counter[str]) -> dict[str, Any]:
+def _summary(out: Path, precision: str, block_size: int, report: PackedClasses, nodes: Counter[str]) -> dict[str, Any]:
     classes = sorted(report.bits)
     return {
         "precision": precision,

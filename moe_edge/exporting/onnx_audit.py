@@ -47,7 +47,7 @@ Place = tuple[str, int | None]  # class, decoder layer
 
 
 @dataclass
-class Cost:
+class StoredClass:
     """Numbers of one class in one layer, and what they take."""
 
     weights: int = 0
@@ -71,7 +71,7 @@ class Matrix(NamedTuple):
 
 def expected_costs(
     checkpoint: Path, precision: str, block_size: int, layer_bits: LayerBits | None = None, provider: Provider = "cpu"
-) -> dict[Place, Cost]:
+) -> dict[Place, StoredClass]:
     """What every class costs in every layer of an export of `checkpoint`; a tied embedding is the head's tensor.
 
     Raises:
@@ -80,7 +80,7 @@ def expected_costs(
     reader = TensorReader(checkpoint)
     config = reader.headers.config
     family = student_family(config)
-    spec, found = family.spec(config), defaultdict[Place, Cost](Cost)
+    spec, found = family.spec(config), defaultdict[Place, StoredClass](StoredClass)
     widest = 16 if provider == "cuda" else 32
     for entry in _written(family.tensors(config, reader.headers.tensors), reader):
         kind = weight_class(entry.tensor_class)
@@ -143,7 +143,7 @@ def _name(place: Place) -> str:
     return kind if layer is None else f"{kind} of layer {layer}"
 
 
-def _differences(name: str, wanted: Cost, found: Cost) -> list[str]:
+def _differences(name: str, wanted: StoredClass, found: StoredClass) -> list[str]:
     """Bits first: where they differ, bytes do, too."""
     if found.weights != wanted.weights:
         return [f"{name} has {found.weights} weights, the model has {wanted.weights}"]
@@ -156,9 +156,9 @@ def _differences(name: str, wanted: Cost, found: Cost) -> list[str]:
     return []
 
 
-def _found(model: onnx.ModelProto, layers: int) -> tuple[dict[Place, Cost], list[str]]:
+def _found(model: onnx.ModelProto, layers: int) -> tuple[dict[Place, StoredClass], list[str]]:
     """What the file holds by class and layer, and what belongs to none."""
-    found, problems, seen = defaultdict[Place, Cost](Cost), [], set[str]()
+    found, problems, seen = defaultdict[Place, StoredClass](StoredClass), [], set[str]()
     for matrix in sorted(_matrices(model), key=lambda matrix: "/embed_tokens/" in matrix.node):  # it may be the head's
         if not matrix.stored[0].name or matrix.stored[0].name in seen:
             continue

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from moe_edge.exporting.onnx_routing import Routing, RoutingGraph
+from moe_edge.exporting.onnx_routing import RoutingGraph, RoutingValues
 from moe_edge.families.declared import Names
 from moe_edge.models.views import MoELayerView
 
@@ -77,7 +77,7 @@ class MoEGraph(RoutingGraph):
         output: str = self._weighed(base, routing)
         return output
 
-    def _weighed(self: Any, base: str, routing: Routing) -> str:
+    def _weighed(self: Any, base: str, routing: RoutingValues) -> str:
         """The operator's output times what its weights lack: their sum, and the factor on all routed experts."""
         output, shape, scale = f"{base}/MoE/output_0", self.make_hidden_state_shape(), self.spec.moe.routed_scale
         if routing.mass is not None:

@@ -70,7 +70,7 @@ def layer_of(node_name: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightRecipe:
     """How to quantize: precision (or bits per class and layers), weights per scale, scheme, the kernels' accuracy level."""
 
     precision: str
@@ -82,7 +82,7 @@ class Recipe:
 
 
 @dataclass
-class Report:
+class PackedClasses:
     """What was written, per class of tensors."""
 
     bytes: Counter[str] = field(default_factory=Counter)
@@ -99,12 +99,12 @@ class Report:
 class Packer:
     """Rewrites one graph in place."""
 
-    def __init__(self, model: ir.Model, recipe: Recipe, importance: Importance) -> None:
+    def __init__(self, model: ir.Model, recipe: WeightRecipe, importance: Importance) -> None:
         self.graph, self.recipe, self.importance = model.graph, recipe, importance
-        self.report = Report()
+        self.report = PackedClasses()
         self.dense = not any(node.op_type == "MoE" for node in self.graph)
 
-    def run(self) -> Report:
+    def run(self) -> PackedClasses:
         """Rewrite every node that carries weights; norms and whatever has no rule stay as they are."""
         rewrite: dict[str, Callable[[ir.Node, NodeRule, int], None]] = {
             "MatMul": self._matmul,

@@ -30,7 +30,7 @@ class Choice(NamedTuple):
     renormalise: bool
 
 
-class Routing(NamedTuple):
+class RoutingValues(NamedTuple):
     """Names of the values that a layer's operators read."""
 
     logits: str  # (tokens, E), for MoE
@@ -44,7 +44,7 @@ class RoutingGraph:
 
     spec: ModelSpec
 
-    def make_routing(self: Any, layer_id: int, view: MoELayerView, root_input: str) -> Routing:
+    def make_routing(self: Any, layer_id: int, view: MoELayerView, root_input: str) -> RoutingValues:
         """Append the router's nodes."""
         moe, base = self.spec.moe, f"/model/layers.{layer_id}/moe/router"
         name = self.make_matmul(view.router, f"{base}/MatMul", root_input)
@@ -54,17 +54,17 @@ class RoutingGraph:
         logits, every = f"{name}/output_0", self.make_hidden_state_shape(last_dim=view.count)
         native = moe.gating != "sigmoid" and view.groups[0] == 1 and view.selection_bias is None
         if native and moe.renormalise:
-            return Routing(self._by_token(f"{base}/Reshape", logits, view.count), True, None, None)
+            return RoutingValues(self._by_token(f"{base}/Reshape", logits, view.count), True, None, None)
         gates = self._gates(base, logits, every)
         if native:
             flat, weighs = (
                 self._by_token(f"{base}/{n}", v, view.count) for n, v in (("Reshape", logits), ("W", gates))
             )
-            return Routing(flat, False, Choice(flat, weighs, False), None)
+            return RoutingValues(flat, False, Choice(flat, weighs, False), None)
         selects = self._selecting(base, view, gates, every)
         flat = [self._by_token(f"{base}/{n}", v, view.count) for n, v in (("Selects", selects), ("Weighs", gates))]
         masked, mass = self._chosen(base, view, logits, gates, selects)
-        return Routing(
+        return RoutingValues(
             self._by_token(f"{base}/Reshape", masked, view.count), True, Choice(flat[0], flat[1], moe.renormalise), mass
         )
 

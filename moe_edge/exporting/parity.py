@@ -39,7 +39,7 @@ NEAR_TIE_LOGITS = 0.05  # below the student's best logit: a quantized file's ans
 
 
 @dataclass(frozen=True)
-class Limits:
+class ParityLimits:
     """Largest differences that count as the same model; None = not limited."""
 
     median_kl_nats: float
@@ -56,8 +56,8 @@ class Limits:
 # 1e-3 to 5e-3 (up to 16 of 466 tokens), none beyond, where the 99th percentile is 2e-3 to 4.5e-3. Among less than a hundred
 # tokens it would be the matter of a single one.
 LIMITS = {
-    "gguf F16": Limits(1e-3, 1e-3, clear_p99_abs_logit=5e-3, tie_logits=2e-2, tie_gap=FIRM_GAP, clear_needed=100),
-    "onnx fp32": Limits(1e-6, 1e-4, clear_max_abs_logit=1e-4, tie_logits=1e-3),
+    "gguf F16": ParityLimits(1e-3, 1e-3, clear_p99_abs_logit=5e-3, tie_logits=2e-2, tie_gap=FIRM_GAP, clear_needed=100),
+    "onnx fp32": ParityLimits(1e-6, 1e-4, clear_max_abs_logit=1e-4, tie_logits=1e-3),
 }
 # (artifact, family): what is looser there, and why. Everything else is as above.
 LOOSER: dict[tuple[str, str], tuple[dict[str, float], str]] = {
@@ -94,7 +94,7 @@ class Parity:
     clear_kl_nats: float | None
 
 
-def limits_of(kind: str, family: str) -> tuple[Limits | None, str | None]:
+def limits_of(kind: str, family: str) -> tuple[ParityLimits | None, str | None]:
     """The limits of an artifact and, where they are looser for its family, why."""
     kind = kind.removesuffix(" delivered").split(" (")[0]
     if kind not in LIMITS:
@@ -107,7 +107,7 @@ def compare(
     expected: Reference,
     artifact: Runtime,
     continuation: Sequence[int],
-    limits: Limits | None = None,
+    limits: ParityLimits | None = None,
     logits_SV: np.ndarray | None = None,
 ) -> Parity:
     """An open artifact against the student's reference.
@@ -142,7 +142,7 @@ def compare(
     )
 
 
-def _scaled(limits: Limits, scale: float) -> Limits:
+def _scaled(limits: ParityLimits, scale: float) -> ParityLimits:
     """The limits for logits of this size, to which rounding is relative. The tiny models that set them have 1; a 134.8 M model
     has 8 or more, where F16 is off by 1.8e-2 on text and 2.6e-2 on short rows (99th percentile), float32 by 1e-4 at most."""
     largest, p99 = limits.clear_max_abs_logit, limits.clear_p99_abs_logit
@@ -174,7 +174,7 @@ def _clear(expected: Reference, artifact: Runtime, tie_gap: float) -> dict[str, 
     }
 
 
-def agreed_tokens(student: Greedy, limits: Limits | None, off_logits: float) -> int:
+def agreed_tokens(student: Greedy, limits: ParityLimits | None, off_logits: float) -> int:
     """Leading greedy tokens that are the student's choice, or as good as that.
 
     From the first near-tie of a router on, a faithful file may have flipped, and be off by what it is on the text.
@@ -222,7 +222,7 @@ _WORDS = {
 }
 
 
-def _beyond(parity: Parity, limits: Limits) -> list[str]:
+def _beyond(parity: Parity, limits: ParityLimits) -> list[str]:
     found = []
     for name, (what, unit) in _WORDS.items():
         value, limit = getattr(parity, name), getattr(limits, name)

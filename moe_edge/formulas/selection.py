@@ -20,7 +20,7 @@ from moe_edge.formulas import saliency
 from moe_edge.formulas.cka import cka_from_hsic
 from moe_edge.formulas.saliency import RoutedSums
 
-Kept = dict[int, list[int]]
+KeptByPosition = dict[int, list[int]]
 Criterion = Callable[[RoutedSums, int], Tensor]
 
 FLOOR = 1e-3  # the least share of its score that a copy keeps, so that among copies the score decides
@@ -169,7 +169,7 @@ def first_in_order(order_LE: Tensor, chosen_LE: Tensor) -> Tensor:
     return order_LE.gather(1, ranked_LE.int().argsort(dim=1, descending=True, stable=True))
 
 
-def keep_prefix(order_LE: Tensor, n_keep: int, groups: int = 1) -> Kept:
+def keep_prefix(order_LE: Tensor, n_keep: int, groups: int = 1) -> KeptByPosition:
     """The first `n_keep` experts of each layer's order, as ascending ids.
 
     Args:
@@ -183,7 +183,7 @@ def keep_prefix(order_LE: Tensor, n_keep: int, groups: int = 1) -> Kept:
     if not 1 <= n_keep <= experts or n_keep % groups or experts % groups:
         raise ValueError(f"cannot keep {n_keep} of {experts} experts in {groups} group(s)")
     size, share = experts // groups, n_keep // groups
-    kept: Kept = {}
+    kept: KeptByPosition = {}
     for layer, order_E in enumerate(order_LE):
         group_E = order_E // size
         kept[layer] = sorted(int(e) for g in range(groups) for e in order_E[group_E == g][:share])
@@ -198,7 +198,7 @@ def select(
     *,
     groups: int = 1,
     guard_LE: Tensor | None = None,
-) -> Kept:
+) -> KeptByPosition:
     """The kept expert ids per layer under a criterion: a prefix of its order. Arguments and errors as `rank` and
     `keep_prefix`."""
     return keep_prefix(rank(criterion, stats, seed, guard_LE), n_keep, groups)

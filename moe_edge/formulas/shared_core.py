@@ -55,7 +55,7 @@ class ExpertData:
 
 
 @dataclass(frozen=True)
-class Wrapper:
+class ExpertWrapper:
     """The two wrappers of one expert."""
 
     in_left_DR: Tensor
@@ -68,17 +68,17 @@ class Wrapper:
         return hidden_ND + (hidden_ND @ self.in_right_RD.T) @ self.in_left_DR.T
 
 
-def identity(hidden: int, rank: int, like: Tensor) -> Wrapper:
+def identity(hidden: int, rank: int, like: Tensor) -> ExpertWrapper:
     """Wrappers that leave input and output as they are; one factor is not zero, so that training can move the other."""
     tall, flat = like.new_zeros(hidden, rank), torch.eye(rank, hidden).to(like)
-    return Wrapper(tall, flat, 1.0, tall, flat)
+    return ExpertWrapper(tall, flat, 1.0, tall, flat)
 
 
-def balanced(wrapper: Wrapper) -> Wrapper:
+def balanced(wrapper: ExpertWrapper) -> ExpertWrapper:
     """The same wrappers with both factors of every direction equally long, so that training moves them alike."""
     in_left_DR, in_right_RD = _balanced(wrapper.in_left_DR, wrapper.in_right_RD)
     out_left_DR, out_right_RD = _balanced(wrapper.out_left_DR, wrapper.out_right_RD)
-    return Wrapper(in_left_DR, in_right_RD, wrapper.out_scale, out_left_DR, out_right_RD)
+    return ExpertWrapper(in_left_DR, in_right_RD, wrapper.out_scale, out_left_DR, out_right_RD)
 
 
 def _balanced(left_DR: Tensor, right_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class SharedCore:
     """A core, its wrappers, and how much of the experts' gated output it misses (share of the energy, per step)."""
 
     core: Ffn
-    wrappers: list[Wrapper]
+    wrappers: list[ExpertWrapper]
     history: list[float] = field(default_factory=list)
 
 
@@ -104,7 +104,7 @@ def core_activations(core: Ffn, hidden_ND: Tensor, activation: Activation) -> Te
     return activation(hidden_ND @ core.gate_FD.T, hidden_ND @ core.up_FD.T)
 
 
-def fold(core: Ffn, wrapper: Wrapper) -> Ffn:
+def fold(core: Ffn, wrapper: ExpertWrapper) -> Ffn:
     """The ordinary expert that core and wrappers amount to, exactly: both wrappers are linear."""
     gate_FD, up_FD = (
         weight_FD + (weight_FD @ wrapper.in_left_DR) @ wrapper.in_right_RD for weight_FD in (core.gate_FD, core.up_FD)
@@ -174,7 +174,7 @@ class Moments(NamedTuple):
         return max(self.energy - float(explained), 0.0)
 
 
-def moments(one: ExpertData, wrapper: Wrapper, core: Ffn, activation: Activation) -> Moments:
+def moments(one: ExpertData, wrapper: ExpertWrapper, core: Ffn, activation: Activation) -> Moments:
     """Of an expert's tokens under an input wrapper and a core."""
     gate_N1 = one.gate_N.unsqueeze(1)
     act_NF = (gate_N1 * core_activations(core, wrapper.wrap_input(one.hidden_ND), activation)).double()
@@ -182,17 +182,17 @@ def moments(one: ExpertData, wrapper: Wrapper, core: Ffn, activation: Activation
     return Moments(act_NF.T @ act_NF, act_NF.T @ target_ND, float(target_ND.square().sum()))
 
 
-def output_map(wrapper: Wrapper, down_DF: Tensor) -> Tensor:
+def output_map(wrapper: ExpertWrapper, down_DF: Tensor) -> Tensor:
     """What turns activations into wrapped outputs, [D, F] float64."""
     down_DF = down_DF.double()
     return wrapper.out_scale * down_DF + _low_rank(wrapper, down_DF)
 
 
-def _low_rank(wrapper: Wrapper, down_DF: Tensor) -> Tensor:
+def _low_rank(wrapper: ExpertWrapper, down_DF: Tensor) -> Tensor:
     return wrapper.out_left_DR.double() @ (wrapper.out_right_RD.double() @ down_DF)
 
 
-def best_output(wrapper: Wrapper, down_DF: Tensor, sums: Moments, rank: int) -> tuple[Wrapper, float]:
+def best_output(wrapper: ExpertWrapper, down_DF: Tensor, sums: Moments, rank: int) -> tuple[ExpertWrapper, float]:
     """The output wrapper for a given input wrapper and core, and the error; the old one if it is better."""
     down_DF, old_error = down_DF.double(), sums.missed(output_map(wrapper, down_DF))
     reach_DF = down_DF @ sums.gram_FF
@@ -227,10 +227,10 @@ class AlternatingFit:
         """Missed share of the experts' gated output energy."""
         return sum(self.errors) / self.energy if self.energy > 0 else 0.0
 
-    def _sums(self, index: int, wrapper: Wrapper, core: Ffn) -> Moments:
+    def _sums(self, index: int, wrapper: ExpertWrapper, core: Ffn) -> Moments:
         return moments(self.data[index], wrapper, core, self.activation)
 
-    def _fits(self, core: Ffn) -> list[tuple[Wrapper, float]]:
+    def _fits(self, core: Ffn) -> list[tuple[ExpertWrapper, float]]:
         """The best output wrappers for a core."""
         return [
             best_output(wrapper, core.down_DF, self._sums(index, wrapper, core), self.rank)
@@ -308,7 +308,7 @@ class AlternatingFit:
         self.history.append(self.total)
 
 
-def transposed_output(wrapper: Wrapper, image_DF: Tensor) -> Tensor:
+def transposed_output(wrapper: ExpertWrapper, image_DF: Tensor) -> Tensor:
     """(s I + P Q)^T applied to every column, float64."""
     pulled_RF = wrapper.out_left_DR.double().T @ image_DF
     return wrapper.out_scale * image_DF + wrapper.out_right_RD.double().T @ pulled_RF

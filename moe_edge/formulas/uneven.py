@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_edge.formulas import saliency
 from moe_edge.formulas.saliency import RoutedSums
-from moe_edge.formulas.selection import Kept, keep_prefix
+from moe_edge.formulas.selection import KeptByPosition, keep_prefix
 
 LEAST_SHARE = 0.5  # of the average number of experts, which every layer keeps
 SCORES: dict[str, Callable[[RoutedSums], Tensor]] = {
@@ -79,7 +79,7 @@ def deal(share_LE: Tensor, average: int, fewest: int, most: int, groups: int = 1
     return counts
 
 
-def keep_uneven(order_LE: Tensor, counts: Sequence[int], groups: int = 1) -> Kept:
+def keep_uneven(order_LE: Tensor, counts: Sequence[int], groups: int = 1) -> KeptByPosition:
     """The first experts of each layer's order, as many as `counts` says, as ascending ids; errors as `keep_prefix`."""
     pairs = enumerate(zip(order_LE, counts, strict=True))
     return {layer: keep_prefix(order_E[None], count, groups)[0] for layer, (order_E, count) in pairs}

@@ -24,7 +24,7 @@ DEFINITIONS = {
 }
 
 
-class Run(BaseModel):
+class TimedRun(BaseModel):
     """One measured run: monotonic timestamps in nanoseconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,14 +35,14 @@ class Run(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _time_runs_forward(self) -> "Run":
+    def _time_runs_forward(self) -> "TimedRun":
         times = [self.issued_ns, self.prefilled_ns, *self.token_ns]
         if sorted(times) != times or self.prefilled_ns == self.issued_ns:
             raise ValueError("timestamps must increase")
         return self
 
 
-def summarise(runs: list[Run], prompt_tokens: int) -> Speed:
+def summarise(runs: list[TimedRun], prompt_tokens: int) -> Speed:
     """Medians and spread of repeated runs.
 
     Args:
@@ -71,7 +71,7 @@ def summarise(runs: list[Run], prompt_tokens: int) -> Speed:
     )
 
 
-def _decode_tokens_per_s(run: Run) -> float | None:
+def _decode_tokens_per_s(run: TimedRun) -> float | None:
     elapsed_ns = run.token_ns[-1] - run.token_ns[0]
     return (len(run.token_ns) - 1) / elapsed_ns * 1e9 if elapsed_ns else None
 

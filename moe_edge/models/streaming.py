@@ -34,7 +34,7 @@ from moe_edge.models.dense import DENSE_TYPES
 from moe_edge.models.loading import load_config, stored_dtype
 from moe_edge.models.taps import body, decoder_layers
 from moe_edge.models.views import MoELayerView, down_project, expert_activations, moe_layers
-from moe_edge.models.weight_sources import Target, read_target, targets_of
+from moe_edge.models.weight_sources import WeightTarget, read_target, targets_of
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import Closing
 from moe_edge.storage.tensor_files import PieceReader
@@ -175,9 +175,9 @@ class StreamedModel(Closing):
             empty[name] = torch.empty_like(tensor, dtype=dtype)
         return empty
 
-    def _targets_by_part(self, headers: CheckpointHeaders) -> dict[Part, list[Target]]:
+    def _targets_by_part(self, headers: CheckpointHeaders) -> dict[Part, list[WeightTarget]]:
         part_of = {name: part for part, names in self._names.items() for name in names}
-        found: dict[Part, list[Target]] = defaultdict(list)
+        found: dict[Part, list[WeightTarget]] = defaultdict(list)
         for target in targets_of(self.model, headers.tensors, self._empty):
             found[part_of[target.name]].append(target)
         if self.model.config.get_text_config().tie_word_embeddings:

@@ -36,7 +36,7 @@ from moe_edge.storage.tensor_files import PieceReader
 
 
 @dataclass
-class Target:
+class WeightTarget:
     """A parameter (or stored buffer) of the model and the checkpoint tensors that it is made of."""
 
     name: str  # in the model; the first one where a conversion makes several parameters
@@ -52,7 +52,7 @@ class Target:
         return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
-def targets_of(model: PreTrainedModel, names: Collection[str], shapes: dict[str, Tensor]) -> list[Target]:
+def targets_of(model: PreTrainedModel, names: Collection[str], shapes: dict[str, Tensor]) -> list[WeightTarget]:
     """The parameters of `model` that a checkpoint with tensors of these names fills.
 
     Args:
@@ -62,19 +62,19 @@ def targets_of(model: PreTrainedModel, names: Collection[str], shapes: dict[str,
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    found: dict[str, Target] = {}
+    found: dict[str, WeightTarget] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shapes)
         if target not in shapes and name in shapes:  # already a name of the model: no conversion was meant
             target, pattern = name, None
         if target in shapes:
             converter = by_pattern[pattern] if pattern is not None else None
-            found.setdefault(target, Target(target, converter)).sources[pattern or name].append(name)
+            found.setdefault(target, WeightTarget(target, converter)).sources[pattern or name].append(name)
     return list(found.values())
 
 
 def read_target(
-    target: Target, empty: Tensor, device: torch.device, reader: PieceReader, model: PreTrainedModel
+    target: WeightTarget, empty: Tensor, device: torch.device, reader: PieceReader, model: PreTrainedModel
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter name, values) of a target.
 
@@ -97,7 +97,7 @@ def read_target(
     yield target.name, values
 
 
-def _fill_plain(values: Tensor, target: Target, reader: PieceReader) -> int:
+def _fill_plain(values: Tensor, target: WeightTarget, reader: PieceReader) -> int:
     """Copy one tensor in pieces of rows; returns how many numbers."""
     ((name,),) = target.sources.values()
     if reader.info(name).shape != tuple(values.shape):
@@ -110,7 +110,7 @@ def _fill_plain(values: Tensor, target: Target, reader: PieceReader) -> int:
     return values.numel()
 
 
-def _fill_stack(values_ERX: Tensor, target: Target, reader: PieceReader) -> int:
+def _fill_stack(values_ERX: Tensor, target: WeightTarget, reader: PieceReader) -> int:
     """Copy the tensors of each expert one below the other; returns how many numbers."""
     assert target.converter is not None
     filled = offset = 0
@@ -125,7 +125,7 @@ def _fill_stack(values_ERX: Tensor, target: Target, reader: PieceReader) -> int:
 
 
 def _converted(
-    target: Target, dtype: torch.dtype, reader: PieceReader, model: PreTrainedModel
+    target: WeightTarget, dtype: torch.dtype, reader: PieceReader, model: PreTrainedModel
 ) -> Iterator[tuple[str, Tensor]]:
     """The rare conversions (transposed, split, interleaved...), by transformers' own code; needs a second copy."""
     converter = deepcopy(target.converter)

@@ -31,7 +31,7 @@ from moe_edge.planning.spend import allocate
 
 
 @dataclass(frozen=True)
-class Quantization:
+class QuantizationCost:
     """What the bits of the delivered GGUF files are predicted to cost."""
 
     nats: Mapping[str, float]  # label of a GGUF type -> KL
@@ -70,7 +70,7 @@ def bits_are_free(answer: BudgetAnswer, config: BuildConfig) -> bool:
 
 def decide(
     answer: BudgetAnswer, curve: Curve, sensitivity: Sensitivity | None = None
-) -> tuple[BudgetAnswer, Quantization]:
+) -> tuple[BudgetAnswer, QuantizationCost]:
     """The answer with the least predicted KL, and what its bits cost.
 
     Args:
@@ -137,20 +137,20 @@ def decide_by_priors(answer: BudgetAnswer, config: BuildConfig) -> BudgetAnswer:
     return decided
 
 
-def quantization_of(answer: BudgetAnswer, sensitivity: Sensitivity | None = None) -> Quantization:
+def quantization_of(answer: BudgetAnswer, sensitivity: Sensitivity | None = None) -> QuantizationCost:
     """What the main file and the target's further types cost: from a sensitivity, or from the recipes' own prior."""
     packing = answer.choice.packing
     names = [answer.quantization, *answer.space.target.quantization.gguf]
     layers = answer.model.spec.layers
     if "gguf" not in answer.demand.formats:
-        return Quantization({}, "prior")
+        return QuantizationCost({}, "prior")
     if sensitivity is None:
-        return Quantization({name: RECIPE_KL_NATS[name] for name in names if name in RECIPE_KL_NATS}, "prior")
+        return QuantizationCost({name: RECIPE_KL_NATS[name] for name in names if name in RECIPE_KL_NATS}, "prior")
     nats = {name: sensitivity.of_packing(packing._replace(name=name, mix=()), layers) for name in names}
     if packing.mix:
         del nats[packing.name]
         nats = {packing.label: sensitivity.of_packing(packing, layers)} | nats
-    return Quantization(nats, sensitivity.source, sensitivity.tokens)
+    return QuantizationCost(nats, sensitivity.source, sensitivity.tokens)
 
 
 def _bits_note(best: _CountOption, sensitivity: Sensitivity) -> str:

@@ -23,7 +23,7 @@ from moe_edge.formulas.selection import select
 from moe_edge.formulas.uneven import LEAST_SHARE
 from moe_edge.models.dense import DENSE_OF
 from moe_edge.planning.allocation import BudgetAnswer
-from moe_edge.planning.decision import Quantization
+from moe_edge.planning.decision import QuantizationCost
 from moe_edge.planning.demand import DENSE_CRITERION
 from moe_edge.planning.options import largest_contexts
 from moe_edge.planning.scoring import JudgingRows, MaskedKl
@@ -56,7 +56,7 @@ def make_plan(
     kept: KeptExperts,
     results: Mapping[str, MaskedKl],
     notes: Sequence[str],
-    quantization: Quantization,
+    quantization: QuantizationCost,
 ) -> Plan:
     """A decision as a document, not yet finished; candidates in ascending KL."""
     ranked = sorted(results.items(), key=lambda item: item[1].kl_nats)

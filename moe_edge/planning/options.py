@@ -23,7 +23,7 @@ ROWS_WHEN_INFEASIBLE = 6
 
 
 @dataclass(frozen=True)
-class Limits:
+class BudgetLimits:
     """The absolute budgets; None = not limited."""
 
     weights_bytes: int | None
@@ -72,7 +72,7 @@ class Space:
     model: ModelHeaders
     target: Target
     top_k: int
-    limits: Limits
+    limits: BudgetLimits
     context_length: int  # tokens
     width: int | None = None  # neurons kept per expert; None = all
     dense: bool = False  # every kept expert is read for every token
@@ -156,10 +156,10 @@ def context_lengths(target: Target) -> list[int]:
     return lengths
 
 
-def limits_of(target: Target) -> Limits:
+def limits_of(target: Target) -> BudgetLimits:
     """The target's absolute budgets; without a peak-memory budget, what the hardware leaves to one application."""
     peaks = [size for size in (target.budget.peak_memory, machine_of(target).usable_bytes) if size is not None]
-    return Limits(target.budget.weights, min(peaks, default=None), target.budget.decode_tokens_per_s)
+    return BudgetLimits(target.budget.weights, min(peaks, default=None), target.budget.decode_tokens_per_s)
 
 
 def options_grid(space: Space, counts: Collection[int], packings: Sequence[Packing]) -> list[Option]:

@@ -12,7 +12,7 @@ from moe_edge.contracts.plan import Plan, TriedShape
 from moe_edge.planning.allocation import BudgetAnswer
 from moe_edge.planning.candidates import criteria_to_compare
 from moe_edge.planning.curve import Curve, check_safe
-from moe_edge.planning.decision import Quantization, bits_are_free, decide, quantization_of, settle
+from moe_edge.planning.decision import QuantizationCost, bits_are_free, decide, quantization_of, settle
 from moe_edge.planning.document import KEEP_ALL, PlanInputs, finish_plan, make_plan
 from moe_edge.planning.judging import (
     CandidateJudge,
@@ -64,7 +64,7 @@ def plan_student(
     return finish_plan(plan, answer, inputs).model_copy(update={"shapes": shapes})
 
 
-def _plan_without_pruning(judge: CandidateJudge, answer: BudgetAnswer, quantization: Quantization) -> Plan:
+def _plan_without_pruning(judge: CandidateJudge, answer: BudgetAnswer, quantization: QuantizationCost) -> Plan:
     """Every expert stays; a lower top-k or narrower experts alone are measured."""
     kept, notes = answer.all_experts, [judge.rows.note]
     if not answer.alters:

@@ -187,7 +187,7 @@ def layer_parts(layers: Sequence[int]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class SwapPrediction:
     """An estimate and its standard error."""
 
     value: float
@@ -198,10 +198,10 @@ class Prediction:
         return self.value > SURE * self.se
 
     @staticmethod
-    def mean(predictions: Sequence["Prediction"]) -> "Prediction":
+    def mean(predictions: Sequence["SwapPrediction"]) -> "SwapPrediction":
         """Of independent predictions of the same thing."""
         count, variance = len(predictions), sum(one.se**2 for one in predictions)
-        return Prediction(sum(one.value for one in predictions) / count, variance**0.5 / count)
+        return SwapPrediction(sum(one.value for one in predictions) / count, variance**0.5 / count)
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ class Move:
 
     layer: int
     ids: tuple[int, ...]
-    gain: Prediction  # nats that the KL falls
-    likeness: Prediction  # rise of the cosine to the teacher
+    gain: SwapPrediction  # nats that the KL falls
+    likeness: SwapPrediction  # rise of the cosine to the teacher
 
 
 class PredictedMoves:
@@ -236,8 +236,8 @@ class PredictedMoves:
             Move(
                 layer,
                 ids,
-                Prediction.mean([one.gain for one in moves]),
-                Prediction.mean([one.likeness for one in moves]),
+                SwapPrediction.mean([one.gain for one in moves]),
+                SwapPrediction.mean([one.likeness for one in moves]),
             )
             for ids, moves in known.items()
         ]
@@ -255,7 +255,7 @@ def _moves(local: LocalLayer, kept: Sequence[int], rules: SwapRules) -> list[Mov
         return []
     columns = zip(*(column.tolist() for column in local.predict(sets, rules.top_k)), strict=True)
     return [
-        Move(view.index, tuple(ids), Prediction(gain, gain_se), Prediction(likeness, likeness_se))
+        Move(view.index, tuple(ids), SwapPrediction(gain, gain_se), SwapPrediction(likeness, likeness_se))
         for ids, (gain, gain_se, likeness, likeness_se) in zip(sets, columns, strict=True)
     ]
 

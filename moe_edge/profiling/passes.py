@@ -108,20 +108,20 @@ def cka_blocks(rows: int, row_tokens: int, cka_tokens: int) -> dict[int, list[Sp
     return blocks
 
 
-class Layer(NamedTuple):
+class ObservedLayer(NamedTuple):
     """A decoder layer as the observers see it."""
 
     view: MoELayerView | None  # None: dense
     taps: Sequence[Tap]
 
 
-def layers_of(model: torch.nn.Module) -> list[Layer]:
+def layers_of(model: torch.nn.Module) -> list[ObservedLayer]:
     """All decoder layers in order."""
     views = {view.index: view for view in moe_layers(model)}
     taps: dict[int, list[Tap]] = {}
     for tap in dense_taps(model):
         taps.setdefault(tap.layer, []).append(tap)
-    return [Layer(views.get(index), taps.get(index, [])) for index in range(len(decoder_layers(model)))]
+    return [ObservedLayer(views.get(index), taps.get(index, [])) for index in range(len(decoder_layers(model)))]
 
 
 def new_sums(model: PreTrainedModel, groups: int, device: torch.device | str) -> PassSums:

@@ -44,7 +44,7 @@ from moe_edge.models.loading import load_model, load_tokenizer
 from moe_edge.planning.bits import Sensitivity
 from moe_edge.planning.estimate import Packing, file_bytes
 from moe_edge.planning.headers import model_headers
-from moe_edge.planning.options import Limits, space_of
+from moe_edge.planning.options import BudgetLimits, space_of
 from moe_edge.planning.sensitivity import measure_sensitivity
 from moe_edge.planning.spend import allocate
 from moe_edge.reporting.markdown import number, table
@@ -155,7 +155,7 @@ def chosen_lines(bench: Bench, full: Path, uniform: list[dict[str, Any]]) -> Ite
     for line in uniform:
         if line["imatrix"] != (imatrix is not None):
             continue
-        at = replace(space, limits=Limits(line["bytes"] + allowed, None, None))
+        at = replace(space, limits=BudgetLimits(line["bytes"] + allowed, None, None))
         found = allocate(at, bench.spec.moe.experts, known)
         if found is None:
             print(json.dumps({"family": "chosen", "name": f"<= {line['name']}", "failure": "nothing fits"}), flush=True)

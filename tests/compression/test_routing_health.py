@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from moe_edge.compression.routing_health import Routing, compare, observe, routing_counts
+from moe_edge.compression.routing_health import RoutingCounts, compare, observe, routing_counts
 from moe_edge.models.pruning import masked, prune
 from moe_edge.models.views import moe_layers, route
 from tests.tiny import tiny_ids, tiny_model
@@ -30,7 +30,7 @@ def test_teacher_and_student_are_counted_on_the_same_rows():
 
 def test_a_collapsed_layer_rings_with_its_decoder_layer():
     even, one = torch.full((1, 8), 10), torch.tensor([[73, 1, 1, 1, 1, 1, 1, 1]])
-    healthy, collapsed = (Routing(counts, counts.double(), 40) for counts in (even, one))
+    healthy, collapsed = (RoutingCounts(counts, counts.double(), 40) for counts in (even, one))
     (alarm,) = compare(healthy, collapsed, {}, [7]).alarms
     assert alarm.startswith("layer 7: one expert carries") and "so does" not in alarm
     (alarm,) = compare(collapsed, collapsed, {}, [7]).alarms

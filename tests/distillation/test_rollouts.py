@@ -12,7 +12,7 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.checkpoints import load_extras, save_extras
 from moe_edge.distillation.rollouts import (
     Rollouts,
-    Row,
+    UnpaddedRow,
     chosen_batches,
     new_tokens_at,
     padded,
@@ -172,19 +172,19 @@ def test_an_empty_row_is_the_original_one_and_counted() -> None:
 
 def test_prompts_of_rows_that_mark_their_answer_and_of_short_ones() -> None:
     ids = torch.arange(3, 13)
-    marked = Row(ids, torch.where(torch.arange(10) < 7, IGNORED_LABEL, ids))
+    marked = UnpaddedRow(ids, torch.where(torch.arange(10) < 7, IGNORED_LABEL, ids))
     assert prompt_length(marked, 4) == 7
-    assert prompt_length(Row(ids, ids), 4) == 4 and prompt_length(Row(ids[:3], ids[:3]), 4) == 3
-    first_ignored = Row(ids, torch.where(torch.arange(10) < 1, IGNORED_LABEL, ids))
+    assert prompt_length(UnpaddedRow(ids, ids), 4) == 4 and prompt_length(UnpaddedRow(ids[:3], ids[:3]), 4) == 3
+    first_ignored = UnpaddedRow(ids, torch.where(torch.arange(10) < 1, IGNORED_LABEL, ids))
     assert prompt_length(first_ignored, 4) == 4
-    batch = padded([marked, Row(ids[:3], ids[:3])], pad=0)
+    batch = padded([marked, UnpaddedRow(ids[:3], ids[:3])], pad=0)
     assert [row.ids_S.tolist() for row in rows_of(batch)] == [ids.tolist(), ids[:3].tolist()]
 
 
 def test_padding_on_the_left_of_a_prompt_changes_nothing() -> None:
     follows = steered({10: 11, 11: 12, 12: 40, 40: 41, 41: 42, 50: 51, 51: 52, 52: 53, 53: 54})
     short, long = torch.tensor([5, 10]), torch.tensor([6, 7, 8, 50])
-    batch = padded([Row(ids, ids) for ids in (short, long)], pad=0)
+    batch = padded([UnpaddedRow(ids, ids) for ids in (short, long)], pad=0)
     (made,) = Rollouts(follows, policy(share=1.0, new_tokens=(4, 4)), 1, seed=0)([batch], 0)
     assert made["input_ids"].tolist() == [[5, 10, 11, 12, 40, 41, END, END], [6, 7, 8, 50, 51, 52, 53, 54]]
     assert made["attention_mask"].sum(-1).tolist() == [6, 8]

@@ -15,7 +15,7 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.exporting.imatrix import Importance
 from moe_edge.exporting.onnx import export_onnx
 from moe_edge.exporting.onnx_graph import build_graph, write_companions
-from moe_edge.exporting.onnx_pack import Packer, Recipe
+from moe_edge.exporting.onnx_pack import Packer, WeightRecipe
 from moe_edge.models.loading import load_model
 from moe_edge.models.views import MoELayerView, moe_layers
 from tests.exporting.onnx_models import (
@@ -103,7 +103,7 @@ def test_layers_may_differ_in_experts_width_and_top_k(family: str, tmp_path: Pat
         folder, model = tmp_path / precision, uneven(checkpoint)
         (folder / "work").mkdir(parents=True)
         builder = build_graph(model, spec_of(checkpoint), checkpoint, folder / "work")
-        Packer(builder.model, Recipe(precision, accuracy_level=0), Importance(None)).run()
+        Packer(builder.model, WeightRecipe(precision, accuracy_level=0), Importance(None)).run()
         ir.save(builder.model, folder / "model.onnx", external_data="model.onnx.data")
         write_companions(builder, checkpoint, folder)
         if precision == "int4":

@@ -9,7 +9,7 @@ from moe_edge.formulas.ffn import Ffn
 from moe_edge.formulas.shared_core import (
     AlternatingFit,
     ExpertData,
-    Wrapper,
+    ExpertWrapper,
     best_output,
     conjugate_gradients,
     core_activations,
@@ -29,10 +29,10 @@ def core_of(generator: torch.Generator) -> Ffn:
     return Ffn(*(torch.randn(*shape, generator=generator) * 0.4 for shape in [(WIDTH, HIDDEN)] * 2 + [(HIDDEN, WIDTH)]))
 
 
-def wrapper_of(generator: torch.Generator, size: float, scale: float = 1.0) -> Wrapper:
+def wrapper_of(generator: torch.Generator, size: float, scale: float = 1.0) -> ExpertWrapper:
     shapes = [(HIDDEN, RANK), (RANK, HIDDEN), (HIDDEN, RANK), (RANK, HIDDEN)]
     left, right, out_left, out_right = (size * torch.randn(*shape, generator=generator) for shape in shapes)
-    return Wrapper(left, right, scale, out_left, out_right)
+    return ExpertWrapper(left, right, scale, out_left, out_right)
 
 
 def data_of(weights: Ffn, generator: torch.Generator) -> ExpertData:

@@ -3,17 +3,17 @@
 import pytest
 from pydantic import ValidationError
 
-from moe_edge.metrics.speed import MIN_INTERVALS_FOR_P95, Run, summarise
+from moe_edge.metrics.speed import MIN_INTERVALS_FOR_P95, TimedRun, summarise
 
 MS = 10**6
 
 
-def _run(prefill_ms: int, step_ms: list[int], sample_ms: int = 1) -> Run:
+def _run(prefill_ms: int, step_ms: list[int], sample_ms: int = 1) -> TimedRun:
     first = (prefill_ms + sample_ms) * MS
     times = [first]
     for step in step_ms:
         times.append(times[-1] + step * MS)
-    return Run(issued_ns=0, prefilled_ns=prefill_ms * MS, token_ns=times)
+    return TimedRun(issued_ns=0, prefilled_ns=prefill_ms * MS, token_ns=times)
 
 
 def test_medians_follow_the_definitions() -> None:
@@ -63,4 +63,4 @@ def test_nothing_measured_is_null_with_a_reason() -> None:
 )
 def test_impossible_timestamps_are_refused(times: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        Run.model_validate({"issued_ns": 0, **times})
+        TimedRun.model_validate({"issued_ns": 0, **times})
