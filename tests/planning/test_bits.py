@@ -11,10 +11,11 @@ from tests.planning.plan_helpers import model
 
 
 def test_noise_is_what_ggml_does_to_normal_rows():
-    rows = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    every_row = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
     importance = np.random.default_rng(1).random(512).astype(np.float32) + 0.5
     assert set(NOISE) == set(GGML_TYPES)
     for kind, expected in NOISE.items():
+        rows = every_row[:8] if kind.startswith("IQ") else every_row  # codebooks are searched for seconds
         error = float(((round_trip(kind, rows, importance) - rows) ** 2).mean())
         assert error == pytest.approx(expected, rel=0.2, abs=1e-6), kind
 

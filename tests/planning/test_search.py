@@ -44,7 +44,7 @@ def test_without_a_budget_for_a_sweep_the_start_is_handed_back(model, ids):
     assert found.kept == LIVE and found.swapped == 0 and found.sweeps == 0 and found.tokens == 0
 
 
-@pytest.mark.parametrize("budget", [1_500, 3_000, 20_000, 60_000])
+@pytest.mark.parametrize("budget", [1_500, 20_000])
 def test_the_budget_is_an_upper_bound_and_is_spent(model, ids, budget):
     found = search(model, BAD, ids, budget_tokens=budget)
     assert found.tokens <= budget

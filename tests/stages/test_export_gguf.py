@@ -128,18 +128,18 @@ def test_an_expert_tensor_that_stays_unquantized_fails_the_export(tmp_path, monk
 
 def test_types_that_need_a_profile_are_refused_before_the_first_byte(tmp_path):
     model = representable(tmp_path, "qwen3_moe", hidden=256, width=256, layers=1, experts=4)
-    with pytest.raises(ConfigError, match="IQ2_XS needs an importance matrix"):
-        stage.export_model(job(model, tmp_path / "out", "export.gguf.types=[Q8_0, IQ2_XS]"))
+    with pytest.raises(ConfigError, match="IQ2_XXS needs an importance matrix"):
+        stage.export_model(job(model, tmp_path / "out", "export.gguf.types=[Q8_0, IQ2_XXS]"))
     with pytest.raises(ConfigError, match="parts of 100.0 KiB are too small"):
         stage.export_model(job(model, tmp_path / "out", "export.gguf.split_bytes=100KiB", "export.gguf.types=[Q8_0]"))
     assert not (tmp_path / "out").exists()
-    mix = {"expert_down": "IQ2_S"}  # a plan's own types, in a recipe that needs nothing
+    mix = {"expert_down": "IQ2_XXS"}  # a plan's own types, in a recipe that needs nothing
     with pytest.raises(ConfigError, match="Q8_0 needs an importance matrix"):
         stage.export_model(replace(job(model, tmp_path / "out", "export.gguf.types=[Q8_0]"), mix=mix))
     known = profiled(model, tmp_path)
     mixed = replace(job(model, tmp_path / "mix", "export.gguf.types=[Q8_0]", statistics=known), mix=mix)
     (row,) = stage.export_model(mixed).artifacts
-    assert (row.quantization, row.bits_per_weight_by_class["expert_down"]) == ("Q8_0-mix", 2.562)
-    job_ = job(model, tmp_path / "out", "export.gguf.types=[IQ2_XS]", statistics=known)
+    assert (row.quantization, row.bits_per_weight_by_class["expert_down"]) == ("Q8_0-mix", 2.062)
+    job_ = job(model, tmp_path / "out", "export.gguf.types=[IQ2_XXS]", statistics=known)
     (row,) = stage.export_model(job_).artifacts
-    assert row.bits_per_weight_by_class["expert_up"] == 2.312
+    assert row.bits_per_weight_by_class["expert_up"] == 2.062
