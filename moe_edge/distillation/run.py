@@ -98,12 +98,13 @@ def distilled(work: Distillation) -> DistillSummary | str | None:
     split = RowSplit(*work.rows.ids_NS.shape)
     schedule_stages(config, split.train(), split.row_tokens)  # what cannot be is refused before the student is loaded
     _require_answers(work, config)
+    dtype = stored_dtype(inspect_checkpoint(work.student))
     student = on_device(work.load(), torch.device(placement.device))
     if shortage := ranks.lead(lambda: memory.no_room_for_training(student, stages)):
         return shortage
     config = config.model_copy(update={"stages": ranks.lead(lambda: memory.settled(stages, student, headers))})
-    outcome = _trained(work, config, split, student, placement.whole)
-    return _finished(work, student, outcome, split) if ranks.leads else None
+    outcome = _trained(work, config, split, student, dtype, placement.whole)
+    return _finished(work, student, outcome, split, dtype) if ranks.leads else None
 
 
 def _require_answers(work: Distillation, config: DistillConfig) -> None:
@@ -114,9 +115,14 @@ def _require_answers(work: Distillation, config: DistillConfig) -> None:
 
 
 def _trained(
-    work: Distillation, config: DistillConfig, split: RowSplit, student: PreTrainedModel, with_teacher: bool
+    work: Distillation,
+    config: DistillConfig,
+    split: RowSplit,
+    student: PreTrainedModel,
+    dtype: torch.dtype,
+    with_teacher: bool,
 ) -> Outcome:
-    """Measure, train in place, round to what will be saved, measure again."""
+    """Measure, train in place, round to `dtype`, in which it will be saved, measure again."""
     ranks, out, rows = current_ranks(), work.memory.out, work.rows
     vocab = true_vocabulary(work.tokenizers[0], student.config.vocab_size)
     schedules = schedule_stages(config, split.train(), split.row_tokens)
@@ -136,7 +142,7 @@ def _trained(
     measure = partial(_measured, work, student, rows.ids_NS[list(split.held_out())], vocab, with_teacher)
     before = ranks.lead(measure)
     records = recovery.train(student, schedules)
-    round_to(student, stored_dtype(inspect_checkpoint(work.student)))
+    round_to(student, dtype)
     return Outcome(records, before, ranks.lead(measure))
 
 
@@ -167,9 +173,11 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
-def _finished(work: Distillation, student: PreTrainedModel, outcome: Outcome, split: RowSplit) -> DistillSummary:
+def _finished(
+    work: Distillation, student: PreTrainedModel, outcome: Outcome, split: RowSplit, dtype: torch.dtype
+) -> DistillSummary:
     """The leader's last work: save the better student, drop what was needed to resume, write what was won."""
-    out, dtype = work.memory.out, stored_dtype(inspect_checkpoint(work.student))
+    out = work.memory.out
     if not outcome.better:
         before, after = outcome.nats
         log.warning("distill: held-out KL %.4f is not below %.4f, the student stays as it was", after, before)

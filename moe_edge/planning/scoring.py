@@ -193,6 +193,8 @@ def judging_rows(ids_NS: Tensor, split: RowSplit, tokens: int) -> JudgingRows:
         f"({len(judge) * split.row_tokens} tokens); the profile's statistics saw these rows too, so the prediction is "
         "slightly optimistic on other text."
     )
+    if split.shared:
+        note += " There is only this one row, so that what is fitted on it is judged on it, too."
     return JudgingRows(ids_NS[judge.start : judge.stop], ids_NS[search.start : search.stop], note)
 
 
