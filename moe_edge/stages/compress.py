@@ -8,7 +8,6 @@ Shape suffixes: N rows, S tokens of a row.
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,16 +102,16 @@ def _on_disk(teacher: Teacher, out: Path, plan: Plan) -> CompressSummary:
     return _summary(teacher, out, plan, reload_max_difference=0.0, parts_compared=parts)
 
 
-def _summary(teacher: Teacher, out: Path, plan: Plan, **achieved: Any) -> CompressSummary:
+def _summary(teacher: Teacher, out: Path, plan: Plan, **achieved: float) -> CompressSummary:
     student = describe_student(inspect_checkpoint(out / "model")) | {"action": plan.action} | achieved
     return CompressSummary(
         teacher=ModelInfo.model_validate(describe_model(teacher.headers)), student=ModelInfo.model_validate(student)
     )
 
 
-def _achieved(plan: Plan, applied: Applied) -> dict[str, Any]:
+def _achieved(plan: Plan, applied: Applied) -> dict[str, float]:
     """What the report can say about the action."""
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     if plan.action == "merge":
         found |= {"pairs_proposed": len(applied.pairs), "pairs_merged": sum(pair["accepted"] for pair in applied.pairs)}
     missed = [record["missed"] for record in applied.layers if "missed" in record]

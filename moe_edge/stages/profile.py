@@ -13,7 +13,6 @@ import shutil
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +177,7 @@ def cache_logits(cache: LogitCacheWriter, vocab: int) -> OnLogits:
     return on_logits
 
 
-def _origin(config: BuildConfig, recipe: LoadedRecipe, rows: TokenRows) -> dict[str, Any]:
+def _origin(config: BuildConfig, recipe: LoadedRecipe, rows: TokenRows) -> dict[str, object]:
     """Where the tokens came from, with credits and licences."""
     return {
         "recipe": recipe.name,
