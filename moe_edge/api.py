@@ -428,11 +428,9 @@ def validate(
         artifact: a .gguf file, an ONNX folder or a checkpoint folder.
         out: where measurements stay, default runs/<artifact>-validate.
     """
-    from moe_edge.devices.detect import refuse_bad_headers
+    path = _sane(artifact)
     from moe_edge.evaluation.validation import validate_artifact
 
-    path = Path(artifact)
-    refuse_bad_headers(path)  # before anything heavy is imported: a crafted file is refused in a moment
     resolved = settle(target, teacher, config, overrides, settings=settings, device=device)
     return validate_artifact(path, open_teacher(resolved), resolved, _beside(path, out, "validate"))
 
@@ -447,13 +445,19 @@ def bench(
     settings: Sequence[str] = (),
 ) -> "BenchedArtifact":
     """Measure an artifact's speed and memory in a fresh process; arguments as those of `validate`."""
-    from moe_edge.devices.detect import refuse_bad_headers
+    path = _sane(artifact)
     from moe_edge.evaluation.validation import bench_artifact
 
-    path = Path(artifact)
-    refuse_bad_headers(path)
     resolved = settle(target, overrides=overrides, settings=settings, device=device)
     return bench_artifact(path, resolved, _beside(path, out, "bench"))
+
+
+def _sane(artifact: str | Path) -> Path:
+    """The artifact's path, its headers checked before anything heavy is imported: a crafted file is refused in a moment."""
+    from moe_edge.devices.detect import refuse_bad_headers
+
+    refuse_bad_headers(Path(artifact))
+    return Path(artifact)
 
 
 def _beside(artifact: Path, out: str | Path | None, what: str) -> Path:

@@ -17,6 +17,10 @@ from moe_edge.models.views import moe_layers
 from tests.compression.action_helpers import KEPT, material, plan_of
 from tests.tiny import tiny_checkpoint, tiny_ids
 
+SHORT = (  # one row of 64 tokens instead of hundreds
+    '"calibration.sequence_length": 64, "plan.search_tokens": 0, "validate.tokens": 256, "validate.new_tokens": 4, '
+    '"validate.prompt_tokens": 16, "validate.repetitions": 1, "plan.max_kl_nats": 50.0, "profile.cka_tokens": 128'
+)
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
@@ -78,13 +82,16 @@ def test_a_model_in_memory_is_compressed(tmp_path):
 
 
 def test_the_readmes_python_block_runs(tmp_path):
-    """As a reader runs it: in a fresh process, from an empty folder."""
+    """In a fresh process from an empty folder, with a tiny model in the place of the demo teacher."""
     (block,) = re.findall(r"<!-- python -->\n```python\n(.*?)```", README, re.S)
-    done = python(block, tmp_path, MOE_EDGE_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    expected, built, speed, error, *_ = done.stdout.splitlines()
+    tiny = tiny_checkpoint(tmp_path, "qwen3_moe", experts=8)
+    small = f"import pathlib, moe_edge.demo\nmoe_edge.demo.demo_teacher_path = lambda: pathlib.Path({str(tiny)!r})\n"
+    shorter = block.replace('"calibration.tokens": 8192', f'"calibration.tokens": 1024, {SHORT}')
+    done = python(small + shorter, tmp_path, MOE_EDGE_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and shorter != block, done.stderr
+    expected, built, speed, *error = done.stdout.splitlines()
     assert re.fullmatch(r"\d+ \d+ Q4_K_M(-mix)? \d+", expected) and built.startswith(("pass ", "fail "))
     artifact = Path(built.rsplit(" ", 1)[1])
     report = json.loads((tmp_path / "runs/from-python/report.json").read_text())
     assert (tmp_path / artifact).is_file() and report["verdict"] == built.split()[0]
-    assert all(float(number) > 0 for number in speed.split()) and "no/such/folder" in error
+    assert all(float(number) > 0 for number in speed.split()) and "no/such/folder" in "".join(error)

@@ -11,8 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from moe_edge.api import find_checkpoint, settle
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.contracts.manifest import MANIFEST_SCHEMA, Manifest
+from moe_edge.planning.allocation import header_plan
+from moe_edge.planning.disk import stage_bytes
 from moe_edge.storage.folders import hash_folder
 from tests.exporting.gguf_models import REPRESENTABLE
 from tests.runtimes.test_gguf_header import HUGE_ARRAY
@@ -225,7 +228,10 @@ def test_a_full_disk_is_six(called, monkeypatch):
 
 def test_a_stage_asks_for_the_disk_that_it_writes_to_and_no_more(called, tmp_path, monkeypatch):
     teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
-    monkeypatch.setattr("moe_edge.storage.folders.shutil.disk_usage", lambda _: SimpleNamespace(free=12 << 20))
+    config = settle("cpu", teacher)
+    sizes = stage_bytes(header_plan(find_checkpoint(config).headers, config), config)
+    free = sizes["profile"] + sizes["plan"] + sizes["compress"]
+    monkeypatch.setattr("moe_edge.storage.folders.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     ran: list[str] = []
     monkeypatch.setattr("moe_edge.pipeline.run_stages", lambda _state, _start, until: ran.append(until))
     for until, code in (("profile", 0), ("compress", 0), ("distill", 6)):
