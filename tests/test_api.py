@@ -19,7 +19,8 @@ from tests.tiny import tiny_checkpoint, tiny_ids
 
 SHORT = (  # one row of 64 tokens instead of hundreds
     '"calibration.sequence_length": 64, "plan.search_tokens": 0, "validate.tokens": 256, "validate.new_tokens": 4, '
-    '"validate.prompt_tokens": 16, "validate.repetitions": 1, "plan.max_kl_nats": 50.0, "profile.cka_tokens": 128'
+    '"validate.prompt_tokens": 16, "validate.repetitions": 1, "plan.max_kl_nats": 50.0, "profile.cka_tokens": 128, '
+    '"export.formats": ["gguf"], "target.runtime.threads": 1'
 )
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 

@@ -5,6 +5,7 @@ reproducible. What a good teacher gives is measured by the demo build (README) a
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ SETTINGS = [
     "calibration.tokens=1024", "calibration.sequence_length=64", "profile.cka_tokens=256", "plan.tokens=256",
     "distill.tokens=512", "validate.tokens=256", "validate.prompt_tokens=16",
     "validate.new_tokens=8", "validate.repetitions=2", "plan.experts=4",
-    "target.context_length=128",
+    "target.context_length=128", "target.runtime.threads=1",
 ]  # fmt: skip
 
 
@@ -53,6 +54,20 @@ def build(teacher, out, *more, cache, timeout=400):
     return subprocess.run(
         command(teacher, out, *more), capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )
+
+
+@pytest.fixture
+def rebuild(called, monkeypatch, caplog):
+    """`build` in this process, where no other is needed: exit code and what was logged."""
+
+    def run(teacher, out, *more, cache):
+        monkeypatch.setenv("MOE_EDGE_CACHE", str(cache))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            code, _, _ = called(*command(teacher, out, *more)[3:])
+        return code, caplog.text
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +121,7 @@ def test_full_precision_parity_was_required(finished):
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
-def test_each_format_has_a_bundle_that_proves_itself(finished, tmp_path, kind):
+def test_each_format_has_a_bundle_that_proves_itself(finished, called, tmp_path, kind):
     top, _, _ = finished
     bundles = top / "run/artifacts/bundle"
     assert sorted(path.name for path in bundles.iterdir()) == ["gguf", "gguf.tar", "onnx", "onnx.tar"]
@@ -119,27 +134,22 @@ def test_each_format_has_a_bundle_that_proves_itself(finished, tmp_path, kind):
     result = json.loads(done.stdout)
     assert done.returncode == 0 and result["passed"] is True, done.stderr
     assert result["quality"]["kl_nats"] == pytest.approx(result["expected"]["kl_nats"], rel=0.2, abs=1e-3)
-    assert verify(tmp_path / kind).returncode == 0 and verify(bundles / f"{kind}.tar").returncode == 0
+    assert called("verify", tmp_path / kind)[0] == 0 and called("verify", bundles / f"{kind}.tar")[0] == 0
     golden = json.loads((tmp_path / kind / "golden.json").read_text())
     assert golden["teacher"] == "the profile's logit cache" and len(golden["prompts"]) == 4
     (tmp_path / kind / "README.md").write_text("tampered")
-    done = verify(tmp_path / kind)
-    assert done.returncode == 4 and "README.md" in done.stderr
+    code, _, stderr = called("verify", tmp_path / kind)
+    assert code == 4 and "README.md" in stderr
 
 
-def verify(path):
-    return subprocess.run(
-        [sys.executable, "-m", "moe_edge", "verify", str(path)], capture_output=True, text=True, check=False
-    )
-
-
-def test_bundles_can_be_left_out_without_computing_anything(finished):
-    top, teacher, _ = finished
+def test_bundles_can_be_left_out_without_computing_anything(finished, called, rebuild):
+    top, teacher, first = finished
     for value, present in (("false", False), ("true", True)):
-        done = build(teacher, top / "run", "--set", f"export.bundle={value}", cache=top / "cache")
-        assert "running" not in done.stderr and (top / "run/artifacts/bundle").is_dir() == present, done.stderr[-2000:]
+        code, logged = rebuild(teacher, top / "run", "--set", f"export.bundle={value}", cache=top / "cache")
+        assert code == first.returncode
+        assert "running" not in logged and (top / "run/artifacts/bundle").is_dir() == present, logged[-2000:]
         assert any("bundle" in name for name in artifact_digests(top / "run")) == present
-    assert verify(top / "run").returncode == 0
+    assert called("verify", top / "run")[0] == 0
 
 
 def test_the_delivered_student_loads_in_transformers(finished):
@@ -150,40 +160,40 @@ def test_the_delivered_student_loads_in_transformers(finished):
     assert model.config.num_experts == 4
 
 
-def test_the_manifest_covers_every_delivered_file_and_verify_checks_it(finished):
+def test_the_manifest_covers_every_delivered_file_and_verify_checks_it(finished, called):
     top, _, _ = finished
     delivered = {
         path.relative_to(top / "run").as_posix() for path in (top / "run/artifacts").rglob("*") if path.is_file()
     }
     assert delivered == set(artifact_digests(top / "run"))
-    assert verify(top / "run").returncode == 0
+    assert called("verify", top / "run")[0] == 0
 
 
-def test_a_second_build_does_no_work(finished):
+def test_a_second_build_does_no_work(finished, rebuild):
     top, teacher, first = finished
     before = (top / "run/report.json").read_bytes()
-    done = build(teacher, top / "run", cache=top / "cache")
-    assert done.returncode == first.returncode and "nothing to do: every stage is up to date" in done.stderr
+    code, logged = rebuild(teacher, top / "run", cache=top / "cache")
+    assert code == first.returncode and "nothing to do: every stage is up to date" in logged
     assert (top / "run/report.json").read_bytes() == before
 
 
-def test_another_folder_reuses_the_profile_and_gives_the_same_artifacts(finished):
+def test_another_folder_takes_the_profile_from_the_cache(finished, rebuild):
     top, teacher, _ = finished
-    done = build(teacher, top / "again", cache=top / "cache")
-    assert "taken from the cache" in done.stderr
-    assert artifact_digests(top / "again") == artifact_digests(top / "run")
+    code, logged = rebuild(teacher, top / "again", "--until", "profile", cache=top / "cache")
+    assert code == 0 and "taken from the cache" in logged
+    assert read_manifest(top / "again/profile").files == read_manifest(top / "run/profile").files
 
 
 @pytest.mark.slow
-def test_kill_nine_in_every_stage_gives_the_same_artifacts(finished):
-    """One build killed six times, as soon as each stage has begun, resumes to the same bytes."""
+def test_kill_nine_in_every_stage_gives_the_same_artifacts(finished, rebuild):
+    """Another folder and cache: one build killed six times, as soon as each stage has begun, ends with the same bytes."""
     top, teacher, _ = finished
     run, cache = top / "killed", top / "cache-killed"
     for stage in STAGE_NAMES:
         kill_in(stage, teacher, run, cache)
         assert read_manifest(run) is None
-    done = build(teacher, run, cache=cache)
-    assert done.returncode in (0, 10), done.stderr[-4000:]
+    code, logged = rebuild(teacher, run, cache=cache)
+    assert code in (0, 10), logged[-4000:]
     assert artifact_digests(run) == artifact_digests(top / "run")
 
 
@@ -213,12 +223,12 @@ FORTY_STEPS = "distill.stages=[{stage_name: all, steps: 40, learning_rate: 0.001
 
 
 @pytest.mark.slow
-def test_kill_nine_between_two_steps_of_training_changes_no_byte(tmp_path):
+def test_kill_nine_between_two_steps_of_training_changes_no_byte(finished, rebuild):
     """SIGKILL once the first checkpoint is whole, far from the last step; the next build goes on behind it."""
-    top, teacher = tmp_path, tiny_checkpoint(tmp_path, "qwen3_moe", tied=True)
+    top, teacher, _ = finished
     until = ("--until", "distill", "--set", FORTY_STEPS)
-    straight = build(teacher, top / "straight", *until, cache=top / "cache")
-    assert straight.returncode == 0 and "resuming" not in straight.stderr, straight.stderr[-3000:]
+    code, logged = rebuild(teacher, top / "straight", *until, cache=top / "cache")
+    assert code == 0 and "resuming" not in logged, logged[-3000:]
     run = top / "shot"
     arguments = command(teacher, run, *until)[3:]
     process = subprocess.Popen(
@@ -233,52 +243,52 @@ def test_kill_nine_between_two_steps_of_training_changes_no_byte(tmp_path):
     assert process.wait() == -signal.SIGKILL
     reached = step_of(latest_checkpoint(folder))
     assert 0 < reached < 40 and read_manifest(run / "distill") is None
-    resumed = build(teacher, run, *until, cache=top / "cache")
-    assert resumed.returncode == 0 and f"resuming 'all' behind step {reached} of 40" in resumed.stderr
+    code, logged = rebuild(teacher, run, *until, cache=top / "cache")
+    assert code == 0 and f"resuming 'all' behind step {reached} of 40" in logged
     assert read_manifest(run / "distill").files == read_manifest(top / "straight" / "distill").files
     log = (run / "distill" / "train_log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == list(range(1, 41))
 
 
-def plain_export(model: Path, out: Path, cache: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_edge", "export", str(model), "--target", "cpu", "--set", "export.formats=[gguf]", "--out",
-         str(out), "--json"],
-        capture_output=True, text=True, env=os.environ | {"MOE_EDGE_CACHE": str(cache)},
-    )  # fmt: skip
+@pytest.fixture
+def plain_export(called, monkeypatch):
+    """`moe-edge export` of a checkpoint, in this process: exit code, stdout and stderr."""
+
+    def run(model, out, cache):
+        monkeypatch.setenv("MOE_EDGE_CACHE", str(cache))
+        return called(
+            "export", model, "--target", "cpu", "--set", "export.formats=[gguf]", "--set", "export.gguf.types=[Q8_0]",
+            "--set", "target.runtime.threads=1", "--out", out, "--json",
+        )  # fmt: skip
+
+    return run
 
 
-def test_plain_exports_into_one_folder_are_of_the_model_that_was_given(finished, tmp_path):
+def test_plain_exports_into_one_folder_are_of_the_model_that_was_given(finished, called, plain_export, tmp_path):
     """The second checkpoint has the first one's name and size; its files must be its own."""
     top, teacher, _ = finished
     model = tmp_path / "model"
     shutil.copytree(teacher, model)
     out = tmp_path / "out"
-    first = plain_export(model, out, top / "cache")
+    code, stdout, stderr = plain_export(model, out, top / "cache")
+    assert code == 0, stderr[-3000:]
+    assert all((out / row["path"]).is_file() for row in json.loads(stdout)["artifacts"])
+    assert called("verify", out / "artifacts/bundle/gguf")[0] == 0
+    golden = json.loads((out / "artifacts/bundle/gguf/golden.json").read_text())
+    assert golden["teacher"] == "the exported checkpoint itself"
+    assert not (out / "artifacts/onnx").exists()
     before = artifact_digests(out)
     changed = load_model(model)
     with torch.no_grad():
         changed.model.norm.weight.mul_(torch.linspace(0.5, 2.0, len(changed.model.norm.weight)))
     changed.save_pretrained(model)
-    second = plain_export(model, out, top / "cache")
-    assert (first.returncode, second.returncode) == (0, 0), second.stderr[-3000:]
+    code, _, stderr = plain_export(model, out, top / "cache")
+    assert code == 0, stderr[-3000:]
     files = [name for name in before if name.endswith(".gguf")]
     assert files and all(artifact_digests(out)[name] != before[name] for name in files)
 
 
-def test_a_plain_export_does_not_write_into_a_build(finished):
+def test_a_plain_export_does_not_write_into_a_build(finished, plain_export):
     top, teacher, _ = finished
-    done = plain_export(teacher, top / "run", top / "cache")
-    assert done.returncode == 2 and "holds a build" in done.stderr
-
-
-def test_plain_export_of_a_checkpoint(finished, tmp_path):
-    top, teacher, _ = finished
-    done = plain_export(teacher, tmp_path / "out", top / "cache")
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout)
-    assert all((tmp_path / "out" / row["path"]).is_file() for row in summary["artifacts"])
-    assert verify(tmp_path / "out/artifacts/bundle/gguf").returncode == 0
-    golden = json.loads((tmp_path / "out/artifacts/bundle/gguf/golden.json").read_text())
-    assert golden["teacher"] == "the exported checkpoint itself"
-    assert not (tmp_path / "out/artifacts/onnx").exists()
+    code, _, stderr = plain_export(teacher, top / "run", top / "cache")
+    assert code == 2 and "holds a build" in stderr

@@ -64,7 +64,13 @@ def test_optimum_lists_the_command_without_loading_torch(optimum_cli):
 @needs_optimum
 def test_it_exports_a_model_and_keeps_the_exit_codes(optimum_cli, tmp_path):
     model = tiny_checkpoint(tmp_path, "qwen3_moe", tied=True)
-    settings = ["--set", "export.formats=[gguf]", "--set", "export.gguf.types=[Q8_0]"]
+    small = (
+        "export.formats=[gguf]",
+        "export.gguf.types=[Q8_0]",
+        "target.runtime.threads=1",
+        "target.context_length=64",
+    )
+    settings = [word for setting in small for word in ("--set", setting)]
     done = optimum_cli("export", "moe-edge", "--model", model, "--target", "cpu", *settings, "--json", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(done.stdout)["artifacts"]

@@ -29,6 +29,7 @@ SETTINGS = {
     "validate.prompt_tokens": 16,
     "validate.new_tokens": 4,
     "validate.repetitions": 1,
+    "target.runtime.threads": 1,
 }
 
 

@@ -1,10 +1,8 @@
 """plan.uneven from the command line: one build up to its files, and a family that is refused before any work."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+
+import pytest
 
 from moe_edge.contracts.plan import Plan
 from tests.exporting.gguf_models import REPRESENTABLE
@@ -14,28 +12,28 @@ from tests.uneven_models import skewed_teacher
 SETTINGS = [
     "plan.uneven=true", "plan.experts=4", "plan.criterion=frequency", "calibration.tokens=1024",
     "calibration.sequence_length=64", "profile.cka_tokens=0", "plan.tokens=256", "distill.tokens=256",
-    "target.context_length=64",
+    "target.context_length=64", "export.gguf.types=[Q8_0]", "target.runtime.threads=1",
 ]  # fmt: skip
 
 
-def build(teacher: Path, top: Path) -> subprocess.CompletedProcess:
+@pytest.fixture
+def build(called, monkeypatch, tmp_path):
+    """`moe-edge build TEACHER --until export` in this process: exit code and stderr."""
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    command = [sys.executable, "-m", "moe_edge", "build", str(teacher), "--target", "cpu", "--out", str(top / "run")]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "MOE_EDGE_CACHE": str(top / "cache")}
-    return subprocess.run(
-        [*command, "--until", "export", *settings],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environment,
-        check=False,
-    )
+
+    def run(teacher):
+        out = ("--out", tmp_path / "run")
+        code, _, stderr = called("build", teacher, "--target", "cpu", *out, "--until", "export", *settings)
+        return code, stderr
+
+    return run
 
 
-def test_a_build_with_uneven_layers_ends_with_files_that_equal_the_student(tmp_path):
+def test_a_build_with_uneven_layers_ends_with_files_that_equal_the_student(build, tmp_path):
     teacher = skewed_teacher(tmp_path, "gpt_oss", **REPRESENTABLE["gpt_oss"])
-    done = build(teacher, tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, stderr = build(teacher)
+    assert code == 0, stderr[-4000:]
     plan = Plan.read(tmp_path / "run/plan/plan.json")
     config = json.loads((tmp_path / "run/distill/model/config.json").read_text())
     assert plan.uneven and config["num_local_experts"] == plan.places > 4
@@ -45,7 +43,7 @@ def test_a_build_with_uneven_layers_ends_with_files_that_equal_the_student(tmp_p
     assert all(row["passed"] for row in rows if row["artifact"] in ("gguf F16", "onnx fp32"))
 
 
-def test_a_family_without_a_bias_is_refused_before_the_profile(tmp_path):
-    done = build(tiny_checkpoint(tmp_path, "mixtral"), tmp_path)
-    assert done.returncode == 4 and "plan.uneven=false" in done.stderr and "no bias of its router" in done.stderr
+def test_a_family_without_a_bias_is_refused_before_the_profile(build, tmp_path):
+    code, stderr = build(tiny_checkpoint(tmp_path, "mixtral"))
+    assert code == 4 and "plan.uneven=false" in stderr and "no bias of its router" in stderr
     assert not (tmp_path / "run" / "profile").exists()

@@ -1,9 +1,6 @@
-"""`moe-edge evaluate`: the untrained student from a fresh process, and what a user can get wrong."""
+"""`moe-edge evaluate`: the untrained student and what a user can get wrong."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,23 +8,20 @@ import pytest
 from tests.evaluation.small_set import silent_student, write_set
 
 
-def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "moe_edge", "evaluate", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "COLUMNS": "200"}
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
-
-
-def test_the_command_on_the_untrained_student(tmp_path: Path) -> None:
+def test_the_command_on_the_untrained_student(tmp_path: Path, called, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     student, data = silent_student(tmp_path), write_set(tmp_path)
-    done = command(student, "--data", data, "--seeds", "10,20", "--max-new-tokens", 6, "--json", cwd=tmp_path)
-    assert done.returncode == 10, done.stderr
-    result = json.loads(done.stdout)
+    code, out, err = called("evaluate", student, "--data", data, "--seeds", "10,20", "--max-new-tokens", 6, "--json")
+    assert code == 10, err
+    result = json.loads(out)
     assert result["schema"] == "moe-edge/evaluate@1"
     assert result["sets"]["tiny set/test"]["metrics"]["rouge_l"]["value"] == 0
-    assert "Traceback" not in done.stderr and "share of empty answers is 1" in done.stderr
+    assert "Traceback" not in err and "share of empty answers is 1" in err
     assert json.loads((tmp_path / "runs" / "untrained-evaluate" / "evaluate.json").read_text()) == result
-    done = command(student, "--data", data, "--greedy", "--max-empty-rate", 1, "--limit", 2, "--out", "o", cwd=tmp_path)
-    assert done.returncode == 0 and "| tiny set/test | 2 |" in done.stdout
+    options = ("--greedy", "--max-empty-rate", 1, "--limit", 2, "--out", "o")
+    code, out, _ = called("evaluate", student, "--data", data, *options)
+    assert code == 0 and "| tiny set/test | 2 |" in out
 
 
 @pytest.mark.parametrize(

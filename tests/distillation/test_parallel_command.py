@@ -96,21 +96,9 @@ def assert_alike(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{}, SHARDED], ids=["copied", "sharded"])
-def test_two_processes_teach_a_student_as_one_does(made: Path, environment: dict[str, str]) -> None:
-    out = "sharded" if environment else "copied"
-    done = with_student(made, out, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["out"] == str(made / out)  # once, by the leader
-    assert done.stderr.count("step 3/3") == 2
-    assert_alike(made / "alone" / "distill", made / out / "distill")
-    names = [set(hash_folder(made / folder / "distill")) for folder in ("alone", out)]
-    assert names[0] == names[1] and [path.name for path in (made / out / "distill").glob(".*")] == [".placement.json"]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "sharded"), [("0", SHARDED), ("1", {})], ids=["leader-sharded", "helper-copied"])
 def test_a_killed_process_ends_all_and_the_same_command_resumes(made: Path, rank: str, sharded: dict[str, str]) -> None:
+    """And two processes teach a student as one does that was never killed; what is printed, the leader prints once."""
     out = f"killed-{rank}"
     killed = with_student(made, out, DIE_AT="2", DIE_RANK=rank, SAVE_ALWAYS="1", **sharded)
     assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr
@@ -118,7 +106,10 @@ def test_a_killed_process_ends_all_and_the_same_command_resumes(made: Path, rank
     resumed = with_student(made, out, SAVE_ALWAYS="1", **sharded)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stderr.count("resuming 'first' behind step 2 of 3") == 1
+    assert json.loads(resumed.stdout)["out"] == str(made / out) and resumed.stderr.count("step 3/3") == 2
     assert_alike(made / "alone" / "distill", made / out / "distill")
+    names = [set(hash_folder(made / folder / "distill")) for folder in ("alone", out)]
+    assert names[0] == names[1] and [path.name for path in (made / out / "distill").glob(".*")] == [".placement.json"]
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ class Opener:
 def build_config(gates: dict[str, Any] | None = None, **settings: Any) -> BuildConfig:
     """The CPU target, perhaps with other limits, and a small shape of measurements."""
     target = load_target("cpu").model_dump(by_alias=True)
+    target["runtime"]["threads"] = 1
     if gates is not None:
         target["gates"] = gates
     shape = {"prompt_tokens": 4, "new_tokens": 3, "repetitions": 2} | settings
