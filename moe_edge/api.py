@@ -58,7 +58,7 @@ Source = str | Path | None  # a checkpoint folder or hub id; None: the demo teac
 Overrides = Mapping[str, Any]  # dotted key -> value
 
 
-def settle(
+def configure(
     target: str,
     teacher: Source = None,
     config: str | Path | None = None,
@@ -143,7 +143,7 @@ def preview(
     """What fits, what it costs and why, from config.json and the safetensors headers (and a profile, if `out` has one)."""
     from moe_edge.planning.dry_run import preview_plan
 
-    resolved = settle(target, teacher, config, overrides, settings=settings)
+    resolved = configure(target, teacher, config, overrides, settings=settings)
     folder = output_folder(resolved, out)
     profile = folder / "profile" if read_manifest(folder / "profile") else None
     return preview_plan(find_checkpoint(resolved), resolved, profile, folder / "plan")
@@ -165,7 +165,7 @@ def plan(
     """
     from moe_edge.planning.dry_run import plan_from_headers
 
-    resolved = settle(target, teacher, config, overrides)
+    resolved = configure(target, teacher, config, overrides)
     return plan_from_headers(find_checkpoint(resolved), resolved)
 
 
@@ -201,7 +201,7 @@ def build(
         if stage is not None and stage not in pipeline.STAGE_NAMES:
             why = f"stages: {', '.join(pipeline.STAGE_NAMES)}"
             raise ConfigError(f"{option} '{stage}': no such stage", why=why)
-    resolved = settle(target, teacher, config, overrides, settings=settings, device=device)
+    resolved = configure(target, teacher, config, overrides, settings=settings, device=device)
     found = find_checkpoint(resolved)
     budget = header_plan(found.headers, resolved)  # refuses what cannot be before anything is read or locked
     folder = output_folder(resolved, out)
@@ -354,7 +354,7 @@ def distill(
     from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
     from moe_edge.texts.recipes import data_digests
 
-    resolved = settle(target, teacher, config, overrides, settings=settings)
+    resolved = configure(target, teacher, config, overrides, settings=settings)
     opened = open_teacher(resolved)
     learner = resolve_teacher(str(student), role="student")
     folder = Path(out) if out else Path("runs") / f"{opened.path.name}-to-{learner.name}"
@@ -390,7 +390,7 @@ def export(
     from moe_edge.stages.export import export_model, plain_job
     from moe_edge.storage.cache import cached_profile_of
 
-    resolved = settle(target, model, config, overrides, settings=settings)
+    resolved = configure(target, model, config, overrides, settings=settings)
     opened = open_teacher(resolved, students=True)
     folder = output_folder(resolved, out)
     work = folder / "export"
@@ -431,7 +431,7 @@ def validate(
     path = _sane(artifact)
     from moe_edge.evaluation.validation import validate_artifact
 
-    resolved = settle(target, teacher, config, overrides, settings=settings, device=device)
+    resolved = configure(target, teacher, config, overrides, settings=settings, device=device)
     return validate_artifact(path, open_teacher(resolved), resolved, _beside(path, out, "validate"))
 
 
@@ -448,7 +448,7 @@ def bench(
     path = _sane(artifact)
     from moe_edge.evaluation.validation import bench_artifact
 
-    resolved = settle(target, overrides=overrides, settings=settings, device=device)
+    resolved = configure(target, overrides=overrides, settings=settings, device=device)
     return bench_artifact(path, resolved, _beside(path, out, "bench"))
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_edge.api import find_checkpoint, settle
+from moe_edge.api import configure, find_checkpoint
 from moe_edge.contracts.errors import GateFailed
 from moe_edge.contracts.manifest import MANIFEST_SCHEMA, Manifest
 from moe_edge.planning.allocation import header_plan
@@ -221,14 +221,14 @@ def test_a_full_disk_is_six(called, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "x.bin")
 
-    monkeypatch.setattr("moe_edge.api.settle", full)
+    monkeypatch.setattr("moe_edge.api.configure", full)
     code, _, err = called("build")
     assert code == 6 and "disk is full" in err and "resumes" in err
 
 
 def test_a_stage_asks_for_the_disk_that_it_writes_to_and_no_more(called, tmp_path, monkeypatch):
     teacher = tiny_checkpoint(tmp_path, "qwen3_moe")
-    config = settle("cpu", teacher)
+    config = configure("cpu", teacher)
     sizes = stage_bytes(header_plan(find_checkpoint(config).headers, config), config)
     free = sizes["profile"] + sizes["plan"] + sizes["compress"]
     monkeypatch.setattr("moe_edge.storage.folders.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
@@ -244,9 +244,9 @@ def test_missed_gates_are_ten_and_bugs_are_one(called, monkeypatch):
     def missed(*_, **__):
         raise GateFailed("missed", why="KL")
 
-    monkeypatch.setattr("moe_edge.api.settle", missed)
+    monkeypatch.setattr("moe_edge.api.configure", missed)
     assert called("build")[0] == 10
-    monkeypatch.setattr("moe_edge.api.settle", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("moe_edge.api.configure", lambda *_, **__: 1 / 0)
     code, _, err = called("build")
     assert code == 1 and "bug in moe-edge" in err
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from moe_edge import pipeline
-from moe_edge.api import find_checkpoint, open_teacher, settle
+from moe_edge.api import configure, find_checkpoint, open_teacher
 from moe_edge.planning.allocation import header_plan
 from tests.tiny import tiny_checkpoint
 
@@ -75,7 +75,7 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Stage -> the keys that it read while a tiny teacher was built."""
     folder = tmp_path_factory.mktemp("keys")
     teacher = tiny_checkpoint(folder, "qwen3_moe", experts=8, width=64, hidden=64)
-    config = settle("cpu", teacher, overrides=SETTINGS)
+    config = configure("cpu", teacher, overrides=SETTINGS)
     found: dict[str, set[str]] = {stage.name: set() for stage in pipeline.STAGES}
 
     def watched(name: str) -> pipeline.StageRun:

@@ -34,7 +34,7 @@ from moe_edge.models.dense import DENSE_TYPES
 from moe_edge.models.loading import load_config, stored_dtype
 from moe_edge.models.taps import body, decoder_layers
 from moe_edge.models.views import MoELayerView, down_project, expert_activations, moe_layers
-from moe_edge.models.weight_sources import WeightTarget, read_target, targets_of
+from moe_edge.models.weight_sources import WeightTarget, read_weights, targets_of
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import Closing
 from moe_edge.storage.tensor_files import PieceReader
@@ -189,7 +189,7 @@ class StreamedModel(Closing):
     @torch.no_grad()
     def _load(self, part: Part) -> None:
         for target in self._targets[part]:
-            for name, values in read_target(target, self._empty[target.name], self.device, self._reader, self.model):
+            for name, values in read_weights(target, self._empty[target.name], self.device, self._reader, self.model):
                 self._put(name, values)
         for module in self._modules(part):
             self._compute_buffers(module)

@@ -1,6 +1,6 @@
 """From the tensors of a checkpoint to those of a model: a parameter of transformers, or a neutral tensor of a back end.
 
-For a parameter (`targets_of`, `read_target`) names and layouts follow transformers' own table of checkpoint conversions, the
+For a parameter (`targets_of`, `read_weights`) names and layouts follow transformers' own table of checkpoint conversions, the
 one that `from_pretrained` uses, so that a family needs no second description. Experts that a checkpoint stores one by one
 are read straight into their place in the stacked tensor: no second copy of the stack exists at any time.
 
@@ -73,7 +73,7 @@ def targets_of(model: PreTrainedModel, names: Collection[str], shapes: dict[str,
     return list(found.values())
 
 
-def read_target(
+def read_weights(
     target: WeightTarget, empty: Tensor, device: torch.device, reader: PieceReader, model: PreTrainedModel
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter name, values) of a target.

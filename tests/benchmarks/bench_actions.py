@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moe_edge.api import build, settle
+from moe_edge.api import build, configure
 from moe_edge.compression.layers import Material
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.config import BuildConfig
@@ -84,7 +84,7 @@ def _lines(options: argparse.Namespace, work: Path) -> Iterator[Row]:
             try:
                 changed = with_action(
                     plan,
-                    settle("cpu", options.model, settings=_settings(options, keep, settings)),
+                    configure("cpu", options.model, settings=_settings(options, keep, settings)),
                     spec,
                     partial(_same, stats),
                 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from moe_edge.api import settle
+from moe_edge.api import configure
 from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.distillation import recovery
 from moe_edge.distillation.checkpoints import SaveByTheClock
@@ -142,10 +142,10 @@ def test_a_resume_that_cannot_go_on_as_it_began_is_refused(
 def test_the_saved_configuration_behaves_as_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a build writes as config.yaml, given back with --config: still the default stages, which do with less."""
     teacher = inputs(tmp_path)
-    first = settle("cpu", settings=[f"distill.tokens={AUTO['tokens']}", f"calibration.sequence_length={TOKENS}"])
+    first = configure("cpu", settings=[f"distill.tokens={AUTO['tokens']}", f"calibration.sequence_length={TOKENS}"])
     with (tmp_path / "config.yaml").open("w") as file:
         YAML(typ="safe").dump(first.model_dump(mode="json", by_alias=True), file)
-    again = settle("cpu", config=tmp_path / "config.yaml")
+    again = configure("cpu", config=tmp_path / "config.yaml")
     assert again == first and again.distill.stages == "auto"
     for share, trained in ((2, False), (15, True)):  # not even the weights fit; everything but the teacher does
         free(monkeypatch, share * parameters(tmp_path / "compress" / "model"))

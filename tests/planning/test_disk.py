@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_edge.api import find_checkpoint, settle
+from moe_edge.api import configure, find_checkpoint
 from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.planning import disk
 from moe_edge.planning.allocation import header_plan
@@ -23,7 +23,7 @@ def large(tmp_path_factory):
 
 
 def sizes(teacher, linked=True, **overrides):
-    config = settle("cpu", teacher, overrides={key.replace("__", "."): value for key, value in overrides.items()})
+    config = configure("cpu", teacher, overrides={key.replace("__", "."): value for key, value in overrides.items()})
     return stage_bytes(header_plan(find_checkpoint(config).headers, config), config, linked=linked)
 
 
@@ -57,7 +57,7 @@ def test_what_lies_there_is_not_asked_for_again(tmp_path, monkeypatch):
 
 
 def test_a_build_asks_for_the_stages_that_it_runs(large, tmp_path, monkeypatch):
-    config = settle("cpu", large, overrides={"distill.stages": []})
+    config = configure("cpu", large, overrides={"distill.stages": []})
     budget = header_plan(find_checkpoint(config).headers, config)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * GIB))
     assert "profile" in room_for_build(tmp_path, budget, config, ("profile", "plan"))
