@@ -12,36 +12,26 @@ as a `MoeEdgeError`, which says what, where, why and what to do next.
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
-
 from moe_edge import pipeline
-from moe_edge.contracts.artifacts import (
-    CompressFolder,
-    DistillFolder,
-    ExportFolder,
-    PlanFolder,
-    ProfileFolder,
-    ValidationFolder,
-)
+from moe_edge.contracts.artifacts import DistillFolder, ExportFolder, ProfileFolder
 from moe_edge.contracts.checkpoint import Checkpoint, Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import read_yaml, resolve_config
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
+from moe_edge.contracts.manifest import MANIFEST_NAME, read_manifest
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.preview import PlanPreview
-from moe_edge.contracts.report import Judgement, Report, StageInfo
+from moe_edge.contracts.report import Judgement, Report
 from moe_edge.contracts.run import Artifacts as Artifacts
 from moe_edge.contracts.run import DeliveredModel as DeliveredModel
 from moe_edge.contracts.run import Run
 from moe_edge.contracts.targets_io import read_target
+from moe_edge.delivery import bundle, finish, plain, write_report
 from moe_edge.process.ranks import current_ranks
-from moe_edge.storage.files import write_text_atomic
-from moe_edge.storage.folders import changed_files, deliver, write_run_manifest
+from moe_edge.storage.folders import deliver, write_run_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,31 +86,21 @@ def find_checkpoint(config: BuildConfig, *, students: bool = False) -> Checkpoin
         ConfigError: there is none.
         InputRejected: it is corrupt, unsafe or unsupported.
     """
-    from moe_edge.families import family_of, student_family
-    from moe_edge.models.loading import resolve_teacher
-    from moe_edge.storage.checkpoint import inspect_checkpoint
+    from moe_edge.models.loading import read_checkpoint, resolve_teacher
 
     if config.teacher.path is None:
         from moe_edge.demo import demo_teacher_path
 
-        path, name = demo_teacher_path(), DEMO_NAME
-    else:
-        path, name = resolve_teacher(config.teacher.path, config.teacher.revision), Path(config.teacher.path).name
-    headers = inspect_checkpoint(path)
-    family = (student_family if students else family_of)(headers.config)
-    family.tensors(headers.config, headers.tensors)
-    return Checkpoint(path, name, headers, family.spec(headers.config))
+        return read_checkpoint(demo_teacher_path(), DEMO_NAME, students=students)
+    path = resolve_teacher(config.teacher.path, config.teacher.revision)
+    return read_checkpoint(path, Path(config.teacher.path).name, students=students)
 
 
 def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
-    """As `find_checkpoint`, and hashed, which reads the whole of a file that has changed."""
-    return _hashed(find_checkpoint(config, students=students))
+    """As `find_checkpoint`, and hashed."""
+    from moe_edge.models.loading import hashed
 
-
-def _hashed(found: Checkpoint) -> Teacher:
-    from moe_edge.storage.checkpoint import checkpoint_digest
-
-    return Teacher(found.path, found.name, found.headers, found.spec, checkpoint_digest(found.path))
+    return hashed(find_checkpoint(config, students=students))
 
 
 def output_folder(config: BuildConfig, out: str | Path | None) -> Path:
@@ -193,6 +173,7 @@ def build(
     Returns:
         The run. A missed gate is no exception: look at `run.report.verdict`.
     """
+    from moe_edge.models.loading import hashed
     from moe_edge.planning.allocation import header_plan
     from moe_edge.planning.disk import room_for_build
     from moe_edge.texts.recipes import named_files
@@ -208,7 +189,7 @@ def build(
     with pipeline.locked(folder):
         state = pipeline.Build(
             resolved,
-            _hashed(found),
+            hashed(found),
             folder,
             named_files=named_files(resolved),
             fresh=fresh,
@@ -221,61 +202,8 @@ def build(
         pipeline.run_stages(state, start, until)
         if "export" in state.manifests:
             deliver(folder, state.folder("distill") / "model", state.folder("export"))
-        report = _finish(state) if "validate" in state.manifests else None
+        report = finish(state) if "validate" in state.manifests else None
     return Run(folder, resolved, report, state.cached)
-
-
-def _bundle(out: Path, exported: ExportFolder, config: BuildConfig, teacher_digest: str) -> None:
-    """The device bundles of what was delivered."""
-    from moe_edge.exporting.bundles import write_bundles
-
-    for folder in write_bundles(out, exported, config, {"teacher": teacher_digest}, pipeline.all_versions()):
-        log.info("device bundle: %s and %s.tar", out / folder, folder)
-
-
-def _plain(config: BuildConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", by_alias=True)
-
-
-def _finish(state: pipeline.Build) -> Report:
-    """Report, device bundles and manifest of a complete build; untouched when every stage was reused and all is still there."""
-    inputs = {"teacher": state.teacher.digest} | {name: manifest.digest for name, manifest in state.manifests.items()}
-    kept = read_manifest(state.out)
-    unchanged = kept is not None and kept.inputs == inputs and kept.config == _plain(state.config)
-    if kept is not None and unchanged and all(state.cached.values()) and not changed_files(state.out, kept.files):
-        return Report.read(state.out / "report.json")
-    stream = StringIO()
-    YAML(typ="safe").dump(_plain(state.config), stream)
-    write_text_atomic(state.out / "config.yaml", stream.getvalue())
-    report = _write_report(state.out, state.config, state.manifests, state.cached)
-    exported = ExportFolder.of(state.folder("export"), state.manifests["export"])
-    _bundle(state.out, exported, state.config, state.teacher.digest)
-    write_run_manifest(state.out, _plain(state.config), inputs, pipeline.all_versions())
-    return report
-
-
-def _write_report(
-    out: Path, config: BuildConfig, manifests: Mapping[str, Manifest], reused: Mapping[str, bool]
-) -> Report:
-    from moe_edge.stages import report
-
-    rows = [_stage_info(name, manifest, reused[name]) for name, manifest in manifests.items()]
-    return report.run(
-        config,
-        out,
-        rows,
-        plan=PlanFolder.of(out / "plan", manifests["plan"]),
-        compress=CompressFolder.of(out / "compress", manifests["compress"]),
-        distill=DistillFolder.of(out / "distill", manifests["distill"]),
-        export=ExportFolder.of(out / "export", manifests["export"]),
-        validate=ValidationFolder.of(out / "validate", manifests["validate"]),
-    )
-
-
-def _stage_info(name: str, manifest: Manifest, reused: bool) -> StageInfo:
-    cost = manifest.cost
-    seconds, peak = (cost.seconds, cost.peak_rss_mib) if cost else (0.0, None)
-    return StageInfo(name=name, seconds=seconds, peak_rss_mib=peak, cached=reused)
 
 
 def profile(
@@ -406,8 +334,8 @@ def export(
         pipeline.begin(work, pipeline.plain_export_key(resolved, opened.digest, profile.digest if profile else None))
         exported = ExportFolder(work, "", export_model(job))
         deliver(folder, opened.path, work)
-        _bundle(folder, exported, resolved, opened.digest)
-        write_run_manifest(folder, _plain(resolved), {"teacher": opened.digest}, pipeline.all_versions())
+        bundle(folder, exported, resolved, opened.digest)
+        write_run_manifest(folder, plain(resolved), {"teacher": opened.digest}, pipeline.all_versions())
     return Run(folder, resolved, exported=exported.summary)
 
 
@@ -504,7 +432,7 @@ def report(run: str | Path) -> Report:
         why = f"no finished stage: {', '.join(missing)}"
         raise ConfigError("the run is not complete", where=str(out), why=why, next_command="moe-edge build ...")
     config = BuildConfig.model_validate(read_yaml(out / "config.yaml").data)
-    written = _write_report(out, config, manifests, dict.fromkeys(manifests, True))
+    written = write_report(out, config, manifests, dict.fromkeys(manifests, True))
     if (old := read_manifest(out)) is not None:
         write_run_manifest(out, old.config, old.inputs, old.versions)
     return written

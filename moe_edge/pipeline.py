@@ -124,9 +124,8 @@ class Build:
     config: BuildConfig
     teacher: Teacher
     out: Path
-    named_files: Mapping[str, Mapping[str, str]] = field(
-        default_factory=dict
-    )  # stage -> digests of files its settings name
+    # stage -> digests of the files that its settings name
+    named_files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fresh: bool = False
     given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # stage -> what was found before it, by name
     manifests: dict[str, Manifest] = field(default_factory=dict)  # of the finished stages
@@ -224,16 +223,16 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
         ConfigError: `start` needs stages that have not been built.
         Any MoeEdgeError of a stage; its folder stays without a manifest.
     """
-    first = STAGE_NAMES.index(start) if start else 0
-    last = STAGE_NAMES.index(until) if until else len(STAGES) - 1
-    if current_ranks().world > 1 and STAGE_NAMES[last] not in SHARED:
+    wanted = _wanted(start, until)
+    last = wanted[-1][0].name
+    if current_ranks().world > 1 and last not in SHARED:
         raise ConfigError(
-            f"several processes can share {' and '.join(SHARED)}, but not '{STAGE_NAMES[last]}'",
+            f"several processes can share {' and '.join(SHARED)}, but not '{last}'",
             next_command="accelerate launch ... -m moe_edge distill ..., then the build in one process",
         )
-    for position, stage in enumerate(STAGES[: last + 1]):
+    for stage, adopted in wanted:
         raise_pending_interrupt()
-        if start and position < first:
+        if adopted:
             build.manifests[stage.name] = current_ranks().lead(partial(_adopted, build, stage))
             build.cached[stage.name] = True
         else:
@@ -243,18 +242,22 @@ def run_stages(build: Build, start: str | None = None, until: str | None = None)
 
 def stages_to_run(build: Build, start: str | None = None, until: str | None = None) -> tuple[str, ...]:
     """Which stages `run_stages` would run, as far as manifests tell: all behind the first whose key does not match."""
-    first = STAGE_NAMES.index(start) if start else 0
-    last = STAGE_NAMES.index(until) if until else len(STAGES) - 1
     probe, names = replace(build, manifests={}), list[str]()
-    for position, stage in enumerate(STAGES[: last + 1]):
+    for stage, adopted in _wanted(start, until):
         manifest = read_manifest(build.folder(stage.name))
-        adopted = start is not None and position < first
         forced = build.fresh or (start is not None and not adopted)
         if names or forced or manifest is None or not (adopted or manifest.key == probe.key(stage)):
             names.append(stage.name)
         else:
             probe.manifests[stage.name] = manifest
     return tuple(names)
+
+
+def _wanted(start: str | None, until: str | None) -> list[tuple[Stage, bool]]:
+    """The stages up to `until`, each with: does it come before `start`, so that it is adopted as it lies there?"""
+    first = STAGE_NAMES.index(start) if start else 0
+    last = STAGE_NAMES.index(until) if until else len(STAGES) - 1
+    return [(stage, position < first) for position, stage in enumerate(STAGES[: last + 1])]
 
 
 def dismiss_helpers() -> None:

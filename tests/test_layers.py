@@ -20,6 +20,7 @@ LAYERS = [
     ["planning", "evaluation", "reporting"],
     ["stages"],
     ["pipeline"],
+    ["delivery"],
     ["api"],
     ["cli"],
     ["__main__", "optimum_register"],

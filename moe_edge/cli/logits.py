@@ -44,13 +44,14 @@ def _request(
     dtype: str,
     shard_rows: int,
 ) -> Any:
-    from moe_edge.distillation.capture import CaptureConfig, teacher_of
+    from moe_edge.distillation.capture import CaptureConfig
     from moe_edge.distillation.capture_run import CaptureRequest
-    from moe_edge.models.loading import resolve_teacher
+    from moe_edge.models.loading import hashed, read_checkpoint, resolve_teacher
 
     wanted = _temperatures(temperatures or ("1" if rs else "1,1.5,2"))
     config = CaptureConfig(k, wanted, rs, seed, shard_rows, dtype)
-    return CaptureRequest(teacher_of(resolve_teacher(teacher)), data, tokens, config, sequence_length, seed)
+    opened = hashed(read_checkpoint(resolve_teacher(teacher)))
+    return CaptureRequest(opened, data, tokens, config, sequence_length, seed)
 
 
 def _temperatures(text: str) -> tuple[float, ...]:
@@ -138,12 +139,10 @@ def import_(
     shard_rows: ShardRows = 64,
 ) -> None:
     """Make a cache from another tool's file; without tail masses only the kept ids are compared."""
-    from moe_edge.distillation.capture import teacher_of
     from moe_edge.distillation.capture_exchange import import_plain_logits
-    from moe_edge.models.loading import resolve_teacher
+    from moe_edge.models.loading import hashed, read_checkpoint, resolve_teacher
     from moe_edge.pipeline import locked
 
     with locked(out):
-        print(
-            json.dumps(import_plain_logits(file, teacher_of(resolve_teacher(teacher)), out, rows, shard_rows), indent=1)
-        )
+        opened = hashed(read_checkpoint(resolve_teacher(teacher)))
+        print(json.dumps(import_plain_logits(file, opened, out, rows, shard_rows), indent=1))

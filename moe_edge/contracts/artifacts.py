@@ -210,29 +210,22 @@ class ProfileFolder(StageFolder[ProfileSummary]):
     """profile/: what one pass of the teacher measured."""
 
     stage, summary_type = "profile", ProfileSummary
+    ROWS, STATISTICS, LOGITS = "rows.safetensors", "statistics.safetensors", "logits.h5"
+    IMATRIX, CALIBRATION = "imatrix.gguf", "calibration.json"  # for llama.cpp's tools; where the tokens came from
 
     @property
     def rows(self) -> Path:
         """The very tokens that the teacher read."""
-        return self.path / "rows.safetensors"
+        return self.path / self.ROWS
 
     @property
     def statistics(self) -> Path:
-        return self.path / "statistics.safetensors"
+        return self.path / self.STATISTICS
 
     @property
     def logits(self) -> Path:
         """The teacher's cached logits on the same rows."""
-        return self.path / "logits.h5"
-
-    @property
-    def imatrix(self) -> Path:
-        return self.path / "imatrix.gguf"
-
-    @property
-    def calibration(self) -> Path:
-        """Where the tokens came from."""
-        return self.path / "calibration.json"
+        return self.path / self.LOGITS
 
 
 class PlanSummary(BaseModel):
@@ -246,19 +239,16 @@ class PlanFolder(StageFolder[PlanSummary]):
     """plan/: every decision, as a readable document."""
 
     stage, summary_type = "plan", PlanSummary
+    DOCUMENT, CURVE, CURVE_PICTURE = "plan.json", "curve.json", "curve.svg"
 
     @property
     def document(self) -> Path:
-        return self.path / "plan.json"
+        return self.path / self.DOCUMENT
 
     @property
     def curve(self) -> Path:
         """Masked KL against experts kept; only where experts could go."""
-        return self.path / "curve.json"
-
-    @property
-    def curve_picture(self) -> Path:
-        return self.path / "curve.svg"
+        return self.path / self.CURVE
 
     @cached_property
     def plan(self) -> Plan:
@@ -294,17 +284,19 @@ class DistillFolder(StudentFolder[DistillSummary]):
     """distill/: the student that goes on, trained or not."""
 
     stage, summary_type = "distill", DistillSummary
+    RECIPE = "recipe.json"
 
     @property
     def recipe(self) -> Path:
         """What was decided before the first step: the stages as they are trained."""
-        return self.path / "recipe.json"
+        return self.path / self.RECIPE
 
 
 class ExportFolder(StageFolder[ExportSummary]):
     """export/: the files to deliver (gguf/, onnx/), those they were checked by (reference/), and golden prompts."""
 
     stage, summary_type = "export", ExportSummary
+    GOLDEN = "golden.json"
 
     @property
     def gguf(self) -> Path:
@@ -317,7 +309,7 @@ class ExportFolder(StageFolder[ExportSummary]):
     @property
     def golden(self) -> Path:
         """Prompts with the teacher's answers, for device bundles."""
-        return self.path / "golden.json"
+        return self.path / self.GOLDEN
 
     def location(self, delivered: str) -> Path:
         """Where a file lies before it is delivered: 'artifacts/gguf/x.gguf' is gguf/x.gguf in here."""

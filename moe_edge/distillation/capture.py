@@ -24,13 +24,12 @@ from moe_edge.contracts.errors import ConfigError
 from moe_edge.distillation.readers import LogitReader, StreamedReader, WholeReader
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.teacher import own_dtype
-from moe_edge.families import family_of
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.formulas.sampling import draw
 from moe_edge.models.loading import load_tokenizer, true_vocabulary
 from moe_edge.process.placement import fits_in_memory
 from moe_edge.process.progress import track
-from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.checkpoint import tokenizer_files
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.logit_codec import RowCodec
 from moe_edge.storage.logit_file import Codec
@@ -127,17 +126,6 @@ class SampledEncoder:
 def encoder_of(config: CaptureConfig, tokens: int, vocab: int) -> RowEncoder:
     """The encoder for rows of `tokens` tokens of a true vocabulary."""
     return (SampledEncoder if config.draws else TopKEncoder)(config, tokens, vocab)
-
-
-def teacher_of(folder: Path) -> Teacher:
-    """The teacher of a command that has only its folder.
-
-    Raises:
-        InputRejected: it is corrupt, unsafe or unsupported.
-    """
-    headers = inspect_checkpoint(folder)
-    spec = family_of(headers.config).spec(headers.config)
-    return Teacher(folder, folder.name, headers, spec, checkpoint_digest(folder))
 
 
 def pins_of(teacher: Teacher, rows: TokenRows, config: CaptureConfig, device: torch.device) -> dict[str, Any]:

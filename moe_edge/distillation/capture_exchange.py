@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_edge.contracts.artifacts import ProfileFolder
 from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation.capture import CaptureConfig, pins_of
@@ -26,7 +27,6 @@ from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.plain_logits import PlainLogits, write_plain
 from moe_edge.storage.rows import TokenRows
 
-PROFILE_CACHE, PROFILE_ROWS = "logits.h5", "rows.safetensors"
 NO_TAIL = "missing: losses compare teacher and student given that the token is one of the kept ids"
 
 
@@ -52,8 +52,8 @@ def export_plain_logits(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def _open(folder: Path) -> tuple[ShardedLogits | LogitCache, np.ndarray]:
-    if (folder / PROFILE_CACHE).is_file():
-        return LogitCache(folder / PROFILE_CACHE), TokenRows.load(folder / PROFILE_ROWS).ids_NS
+    if (folder / ProfileFolder.LOGITS).is_file():
+        return LogitCache(folder / ProfileFolder.LOGITS), TokenRows.load(folder / ProfileFolder.ROWS).ids_NS
     cache = ShardedLogits(folder)
     return cache, cache.rows.ids_NS
 

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from moe_edge.contracts.artifacts import DistillFolder
 from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.contracts.config import DistillConfig, StageConfig
 from moe_edge.contracts.errors import ResourceProblem
@@ -27,7 +28,6 @@ from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.files import read_json, write_json_atomic
 
 log = logging.getLogger(__name__)
-RECIPE = "recipe.json"  # in the stage's folder; see contracts.artifacts.DistillFolder
 STATE_BYTES = 12  # of a trained weight: its gradient and Adam's two moments
 LESS = "a machine with more memory, distill.stages=[] to go on untrained, or more frozen parameters"
 AGAIN = "free some memory and repeat the command, or begin again with --fresh"
@@ -58,7 +58,7 @@ class MemoryPolicy:
     @property
     def kept(self) -> list[StageConfig] | None:
         """The stages that an interrupted run began with."""
-        path = self.out / RECIPE
+        path = self.out / DistillFolder.RECIPE
         return TrainingRecipe.model_validate(read_json(path)).stages if path.is_file() else None
 
     def no_room_for_weights(self, student: CheckpointHeaders) -> str | None:
@@ -107,7 +107,7 @@ class MemoryPolicy:
         if self.kept is None:
             stages = self._with_room(stages, needed <= free)
             write_json_atomic(
-                self.out / RECIPE,
+                self.out / DistillFolder.RECIPE,
                 TrainingRecipe(schema="moe-edge/distill-recipe@1", stages=stages).model_dump(
                     mode="json", by_alias=True
                 ),
@@ -138,7 +138,7 @@ class MemoryPolicy:
 
     def _less_than_before(self, why: str) -> ResourceProblem:
         what = "there is less memory than when this training began"
-        return ResourceProblem(what, where=str(self.out / RECIPE), why=why, next_command=AGAIN)
+        return ResourceProblem(what, where=str(self.out / DistillFolder.RECIPE), why=why, next_command=AGAIN)
 
 
 def _state_bytes(student: nn.Module, stages: Sequence[StageConfig]) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_edge.contracts.artifacts import ExportFolder
 from moe_edge.exporting.device_runner import score
 from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.runtimes.base import LogitModel, Runtime
@@ -21,7 +22,7 @@ from moe_edge.storage.logit_codec import TeacherRow
 from moe_edge.storage.logits import LogitCache
 from moe_edge.storage.rows import TokenRows
 
-GOLDEN, GOLDEN_SCHEMA = "golden.json", "moe-edge/golden@1"  # in the export's folder and in every bundle
+GOLDEN, GOLDEN_SCHEMA = ExportFolder.GOLDEN, "moe-edge/golden@1"  # in the export's folder and in every bundle
 PROMPTS, PROMPT_TOKENS, KEPT_IDS = 4, 48, 32
 DIGITS = 6  # of a log-probability: well below what any runtime reproduces
 # Another machine's kernels round otherwise, above all in quantized products; a wrong file is nats away.

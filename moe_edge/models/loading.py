@@ -23,10 +23,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.contracts.checkpoint import Checkpoint, CheckpointHeaders, Teacher
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.families import family_of, known_family
-from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files
+from moe_edge.families import family_of, known_family, student_family
+from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import read_json, write_json_atomic
 
 SHARD_SIZE = "4GB"
@@ -159,6 +159,28 @@ def resolve_teacher(path_or_id: str, revision: str | None = None, role: str = "t
         why = f"no such folder, and the hub failed: {_first_line(error)}"
         command = f"hf download {path_or_id} --local-dir DIR, then pass DIR"
         raise ConfigError(f"the {role} cannot be found", where=path_or_id, why=why, next_command=command) from error
+
+
+def read_checkpoint(folder: Path, name: str | None = None, *, students: bool = False) -> Checkpoint:
+    """A folder whose headers were checked; no weight is read.
+
+    Args:
+        name: for people and file names, default the folder's.
+        students: take dense students, too.
+
+    Raises:
+        ConfigError: no such folder.
+        InputRejected: it is corrupt, unsafe or unsupported.
+    """
+    headers = inspect_checkpoint(folder)
+    family = (student_family if students else family_of)(headers.config)
+    family.tensors(headers.config, headers.tensors)
+    return Checkpoint(folder, name or folder.name, headers, family.spec(headers.config))
+
+
+def hashed(found: Checkpoint) -> Teacher:
+    """The same with its digest, which reads the whole of a file that has changed."""
+    return Teacher(found.path, found.name, found.headers, found.spec, checkpoint_digest(found.path))
 
 
 def _looks_like_id(text: str) -> bool:

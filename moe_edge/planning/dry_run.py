@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moe_edge.contracts.artifacts import PlanFolder, ProfileFolder
 from moe_edge.contracts.checkpoint import Checkpoint
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import value_at
@@ -94,7 +95,7 @@ def _shares_by_criterion(
     answer: BudgetAnswer, config: BuildConfig, profile: Path | None
 ) -> Iterator[PreviewedCriterion]:
     """Per criterion; needs no model."""
-    path = None if profile is None else profile / "statistics.safetensors"
+    path = None if profile is None else profile / ProfileFolder.STATISTICS
     if path is None or answer.keeps_all or not path.is_file():
         return
     statistics = read_statistics(path, answer.model.spec)
@@ -119,4 +120,4 @@ def _finished_plan(folder: Path | None, config: BuildConfig) -> Plan | None:
     wishes = config.model_dump(mode="json", by_alias=True)
     if not manifest.config or any(value_at(wishes, key) != value for key, value in manifest.config.items()):
         return None
-    return Plan.read(folder / "plan.json")
+    return Plan.read(folder / PlanFolder.DOCUMENT)

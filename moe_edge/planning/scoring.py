@@ -13,12 +13,12 @@ Units: KL in nats per token.
 Shape suffixes: C choices, N rows, B rows of a batch, S tokens of a row, V vocabulary, D model width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,12 +57,10 @@ class MaskedKl:
         return other.kl_nats > self.kl_nats if interval is None else interval[0] > 0
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """A teacher whose experts can be masked."""
 
-    @property
-    def model(self) -> PreTrainedModel | None:
-        """The teacher in memory; None where it is streamed."""
+    model: PreTrainedModel | None  # the teacher in memory; None where it is streamed
 
     def masked_kl(
         self,
@@ -82,50 +80,41 @@ class Scorer(Protocol):
         Raises:
             ConfigError: see `pruning.check_kept`.
         """
+        distinct, position_of = distinct_choices(choices)
+        kl_CN = self._kl_rows(distinct, ids_NS, top_k, neurons)
+        return {name: summarise(kl_CN[position], ids_NS.numel()) for name, position in position_of.items()}
+
+    @abstractmethod
+    def _kl_rows(
+        self, choices: Sequence[KeptExperts], ids_NS: Tensor, top_k: int | None, neurons: NeuronMask | None
+    ) -> Tensor:
+        """Mean KL of every row under every choice, [C, N] float64."""
 
 
 @dataclass(frozen=True)
-class WholeScorer:
+class WholeScorer(Scorer):
     """A teacher in memory."""
 
     model: PreTrainedModel
 
-    def masked_kl(
-        self,
-        choices: Mapping[str, KeptExperts],
-        ids_NS: Tensor,
-        top_k: int | None = None,
-        neurons: NeuronMask | None = None,
-    ) -> dict[str, MaskedKl]:
-        """See `Scorer.masked_kl`."""
-        distinct, position_of = distinct_choices(choices)
-        kl_CN = masked_kl_rows(self.model, distinct, ids_NS, top_k, neurons)
-        return {name: summarise(kl_CN[position], ids_NS.numel()) for name, position in position_of.items()}
+    def _kl_rows(
+        self, choices: Sequence[KeptExperts], ids_NS: Tensor, top_k: int | None, neurons: NeuronMask | None
+    ) -> Tensor:
+        return masked_kl_rows(self.model, choices, ids_NS, top_k, neurons)
 
 
 @dataclass(frozen=True)
-class StreamedScorer:
+class StreamedScorer(Scorer):
     """A teacher read layer by layer."""
 
     streamed: StreamedModel
     scratch: Path  # a folder with room for (choices + 2) N S D float32 numbers; nothing stays there
+    model: None = field(default=None, init=False)
 
-    @property
-    def model(self) -> None:
-        """There is none in memory."""
-        return None
-
-    def masked_kl(
-        self,
-        choices: Mapping[str, KeptExperts],
-        ids_NS: Tensor,
-        top_k: int | None = None,
-        neurons: NeuronMask | None = None,
-    ) -> dict[str, MaskedKl]:
-        """See `Scorer.masked_kl`."""
-        distinct, position_of = distinct_choices(choices)
-        kl_CN = streamed_masked_kl_rows(self.streamed, distinct, ids_NS, self.scratch, top_k, neurons)
-        return {name: summarise(kl_CN[position], ids_NS.numel()) for name, position in position_of.items()}
+    def _kl_rows(
+        self, choices: Sequence[KeptExperts], ids_NS: Tensor, top_k: int | None, neurons: NeuronMask | None
+    ) -> Tensor:
+        return streamed_masked_kl_rows(self.streamed, choices, ids_NS, self.scratch, top_k, neurons)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from moe_edge.compression.layers import Material
 from moe_edge.compression.on_disk import held_whole
-from moe_edge.contracts.artifacts import PlanSummary, ProfileFolder
+from moe_edge.contracts.artifacts import PlanFolder, PlanSummary, ProfileFolder
 from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.row_split import RowSplit
@@ -51,7 +51,7 @@ def run(
         open_scorer=lambda: open_scorer(teacher.path, placement, scratch=out),
         save_curve=partial(_write_curve, out, limit_nats(config.plan)),
     )
-    write_text_atomic(out / "plan.json", plan.to_json())
+    write_text_atomic(out / PlanFolder.DOCUMENT, plan.to_json())
     kept, total = plan.experts_kept, plan.experts_total
     log.info("plan: %d of %d experts, %s, predicted KL %s nats", kept, total, plan.main_label, plan.predicted_kl_nats)
     return PlanSummary(notes=plan.notes)
@@ -67,5 +67,5 @@ def _calibration(profile: ProfileFolder, spec: ModelSpec, config: BuildConfig) -
 
 
 def _write_curve(out: Path, limit_nats: float, curve: Curve, chosen: int) -> None:
-    write_json_atomic(out / "curve.json", curve.to_json(limit_nats))
-    write_text_atomic(out / "curve.svg", curve_svg(curve, limit_nats, chosen))
+    write_json_atomic(out / PlanFolder.CURVE, curve.to_json(limit_nats))
+    write_text_atomic(out / PlanFolder.CURVE_PICTURE, curve_svg(curve, limit_nats, chosen))

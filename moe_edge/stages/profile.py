@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_edge.contracts.artifacts import Placement, ProfileSummary
+from moe_edge.contracts.artifacts import Placement, ProfileFolder, ProfileSummary
 from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.errors import ConfigError
@@ -40,7 +40,7 @@ from moe_edge.storage.rows import TokenRows
 from moe_edge.texts.recipes import LoadedRecipe, load_recipe
 from moe_edge.texts.rows import calibration_rows
 
-LOGITS, PARTIAL = "logits.h5", "partial"
+PARTIAL = "partial"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ProfileJob:
 
     def logits(self, rank: int) -> Path:
         """The logit cache of a process; one process alone writes the final one."""
-        return (self.out if self.ranks.world == 1 else self.folder(rank)) / LOGITS
+        return (self.out if self.ranks.world == 1 else self.folder(rank)) / ProfileFolder.LOGITS
 
     @property
     def mode(self) -> str:
@@ -148,10 +148,10 @@ def _results(job: ProfileJob, sums: PassSums, recipe: LoadedRecipe) -> ProfileSu
         "mode": job.mode,
     }
     statistics = to_statistics(sums, meta)
-    job.rows.save(out / "rows.safetensors")
-    statistics.save(out / "statistics.safetensors")
-    write_imatrix_gguf(out / "imatrix.gguf", statistics, job.teacher.spec)
-    write_json_atomic(out / "calibration.json", _origin(config, recipe, job.rows))
+    job.rows.save(out / ProfileFolder.ROWS)
+    statistics.save(out / ProfileFolder.STATISTICS)
+    write_imatrix_gguf(out / ProfileFolder.IMATRIX, statistics, job.teacher.spec)
+    write_json_atomic(out / ProfileFolder.CALIBRATION, _origin(config, recipe, job.rows))
     shutil.rmtree(out / PARTIAL)
     return profile_summary(statistics, job.rows)
 
@@ -161,7 +161,7 @@ def _merge_logits(job: ProfileJob) -> None:
     paths = [job.logits(rank) for rank in range(job.ranks.world)]
     with ExitStack() as stack:
         caches = [stack.enter_context(LogitCache(path, job.identity)) for path in paths if path.is_file()]
-        with job.cache_writer(job.out / LOGITS) as merged_cache:
+        with job.cache_writer(job.out / ProfileFolder.LOGITS) as merged_cache:
             for ids_S in job.rows.ids_NS:
                 merged_cache.take(ids_S, next(cache for cache in caches if ids_S in cache))
 

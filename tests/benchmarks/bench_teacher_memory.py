@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_edge.distillation.capture import CaptureConfig, captured_signal, teacher_of
+from moe_edge.distillation.capture import CaptureConfig, captured_signal
 from moe_edge.distillation.signal import CachedSignal
 from moe_edge.distillation.teacher import LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
 from moe_edge.distillation.trainer import DistillationTrainer, DistillationTrainingArguments, RowDataset
 from moe_edge.metrics.memory import high_water_bytes
-from moe_edge.models.loading import load_model, save_student
+from moe_edge.models.loading import hashed, load_model, read_checkpoint, save_student
 from moe_edge.models.pruning import prune
 from moe_edge.models.views import moe_layers
 from moe_edge.storage.checkpoint import inspect_checkpoint
@@ -70,7 +70,7 @@ def prepare(folder: Path, teacher: Path, keep: float, tokens: int) -> None:
     vocab = inspect_checkpoint(teacher).config["vocab_size"]
     ids_NS = np.random.default_rng(0).integers(3, min(vocab, TOKENIZER_SIZE), (ROWS, tokens)).astype(np.int32)
     config = CaptureConfig(k=K, temperatures=(TEMPERATURE,))
-    captured_signal(teacher_of(teacher), TokenRows(ids_NS, ids_NS.size), folder / "cache", config).close()
+    captured_signal(hashed(read_checkpoint(teacher)), TokenRows(ids_NS, ids_NS.size), folder / "cache", config).close()
     student = load_model(teacher)
     prune(student, {view.index: list(range(max(view.top_k, int(keep * view.count)))) for view in moe_layers(student)})
     save_student(student, teacher, folder / "student")

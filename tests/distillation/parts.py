@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
+from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import DistillConfig
 from moe_edge.contracts.row_split import RowSplit
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.distillation.schedule import StageSchedule, schedule_stages
 from moe_edge.distillation.trainer import DistillationTrainer
 from moe_edge.formulas.divergence import teacher_topk
+from moe_edge.models.loading import hashed, read_checkpoint
 from moe_edge.models.pruning import prune
 from moe_edge.storage.logits import LogitCacheWriter
 from tests.tiny import tiny_ids, tiny_model
@@ -22,6 +24,11 @@ from tests.tiny import tiny_ids, tiny_model
 TEMPERATURES = (1.0, 2.0)
 ROWS, TOKENS, VOCAB = 24, 16, 96
 KEPT = {layer: [0, 2, 3] for layer in range(3)}
+
+
+def teacher_of(folder: Path) -> Teacher:
+    """What a command that has only this folder hands on."""
+    return hashed(read_checkpoint(folder))
 
 
 def tiny_teacher(family: str = "qwen3_moe", tied: bool = True) -> PreTrainedModel:

@@ -18,13 +18,12 @@ from moe_edge.contracts.artifacts import (
 )
 from moe_edge.contracts.config import BuildConfig, CalibrationConfig, DistillConfig, ProfileConfig, StageConfig
 from moe_edge.contracts.plan import Estimate, Plan
-from moe_edge.distillation.capture import teacher_of
 from moe_edge.models.loading import load_model, save_student
 from moe_edge.models.pruning import prune
 from moe_edge.stages import distill
 from moe_edge.storage.files import sha256_file
 from moe_edge.storage.rows import TokenRows
-from tests.distillation.parts import write_cache
+from tests.distillation.parts import teacher_of, write_cache
 from tests.tiny import tiny_checkpoint, tiny_ids
 
 ROWS, TOKENS, VOCAB = 24, 32, 96

@@ -9,7 +9,7 @@ import torch
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.distillation import capture, readers
-from moe_edge.distillation.capture import CaptureConfig, captured_signal, encoder_of, pins_of, teacher_of
+from moe_edge.distillation.capture import CaptureConfig, captured_signal, encoder_of, pins_of
 from moe_edge.distillation.capture_cost import capture_cost
 from moe_edge.distillation.readers import StreamedReader, WholeReader
 from moe_edge.distillation.signal import SampledSignal, TeacherSignal
@@ -17,6 +17,7 @@ from moe_edge.formulas.divergence import teacher_topk
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.models.loading import load_model
 from moe_edge.storage.rows import TokenRows
+from tests.distillation.parts import teacher_of
 from tests.tiny import TOKENIZER_SIZE, tiny_checkpoint, tiny_ids
 
 CPU = torch.device("cpu")

@@ -15,13 +15,14 @@ import torch
 
 from moe_edge.cli import main as cli
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.distillation.capture import CaptureConfig, teacher_of
+from moe_edge.distillation.capture import CaptureConfig
 from moe_edge.distillation.capture_exchange import export_plain_logits, import_plain_logits
 from moe_edge.distillation.capture_run import CaptureRequest, capture, estimate
 from moe_edge.distillation.signal import CachedSignal, HeadSignal, TeacherSignal
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.storage.logit_shards import ShardedLogits
 from moe_edge.storage.rows import TokenRows
+from tests.distillation.parts import teacher_of
 from tests.tiny import tiny_checkpoint
 
 SIZES = ["--tokens", "640", "--sequence-length", "64", "--shard-rows", "2", "--k", "8"]

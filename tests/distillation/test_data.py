@@ -14,10 +14,10 @@ from moe_edge.cli import main as cli
 from moe_edge.contracts.artifacts import DistillSummary
 from moe_edge.contracts.config import StageConfig
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.capture import CaptureConfig, captured_signal, teacher_of
+from moe_edge.distillation.capture import CaptureConfig, captured_signal
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.storage.rows import TokenRows
-from tests.distillation.parts import dense_student
+from tests.distillation.parts import dense_student, teacher_of
 from tests.distillation.stage import NORMS, TOKENS, VOCAB, inputs, run
 from tests.tiny import TEXTS, TOKENIZER_SIZE, tiny_checkpoint, tiny_ids, tiny_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_edge.contracts.errors import ConfigError
-from moe_edge.distillation.capture import CaptureConfig, captured_signal, teacher_of
+from moe_edge.distillation.capture import CaptureConfig, captured_signal
 from moe_edge.distillation.signal import CachedSignal, SampledSignal, TeacherSignal, joined
 from moe_edge.distillation.teacher import HiddenSignal, LiveTeacher, teacher_model
 from moe_edge.distillation.terms import Needs
@@ -16,7 +16,7 @@ from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.formulas.sampling import draw
 from moe_edge.models.loading import load_model
 from moe_edge.storage.rows import TokenRows
-from tests.distillation.parts import TOKENS, VOCAB, rows, tiny_student, tiny_teacher, write_cache
+from tests.distillation.parts import TOKENS, VOCAB, rows, teacher_of, tiny_student, tiny_teacher, write_cache
 from tests.distillation.test_trainer import arguments
 from tests.tiny import tiny_checkpoint
 

@@ -14,7 +14,7 @@ from moe_edge.compression.layers import Material
 from moe_edge.compression.surgery import apply_plan
 from moe_edge.contracts.config import LrMultiplier, StageConfig
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.distillation.capture import CaptureConfig, captured_signal, teacher_of
+from moe_edge.distillation.capture import CaptureConfig, captured_signal
 from moe_edge.distillation.recovery import Recovery
 from moe_edge.models.loading import load_model, save_student
 from moe_edge.models.students import TRAINABLE, is_shared_core, load_student, plain_form, save_trainable
@@ -22,6 +22,7 @@ from moe_edge.process import placement
 from moe_edge.stages import distill
 from moe_edge.storage.folders import hash_folder
 from moe_edge.storage.rows import TokenRows
+from tests.distillation.parts import teacher_of
 from tests.distillation.stage import KEPT, TOKENS, VOCAB, digests, inputs, plan, run, write_plan
 from tests.tiny import tiny_ids
 

@@ -12,12 +12,12 @@ from moe_edge import api
 from moe_edge.cli import main as cli
 from moe_edge.contracts.artifacts import DistillFolder
 from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
-from moe_edge.distillation.capture import CaptureConfig, teacher_of
+from moe_edge.distillation.capture import CaptureConfig
 from moe_edge.distillation.capture_run import CaptureRequest, capture
 from moe_edge.models.loading import load_tokenizer, resolve_teacher
 from moe_edge.models.students import load_student
 from moe_edge.process import placement
-from tests.distillation.parts import dense_student
+from tests.distillation.parts import dense_student, teacher_of
 from tests.tiny import TEXTS, tiny_checkpoint, tiny_tokenizer
 
 TOKENS = 32
