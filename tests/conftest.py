@@ -19,19 +19,12 @@ import torch  # noqa: E402
 from moe_edge.cli import main as cli  # noqa: E402
 
 torch.set_num_threads(1)
-COVERED = ("formulas", "storage", "families", "models")  # the rooms of [tool.coverage.run] in pyproject.toml
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker ends up alone with them; a room's coverage is what its own tests cover.
-
-    Tracing costs a training or an export twice its time, and what they happen to run proves little about a formula.
-    """
+    """Files with slow tests first, so that no worker ends up alone with them."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        if item.path.parent.name not in COVERED:
-            item.add_marker("no_cover")
 
 
 @pytest.fixture(autouse=True)
