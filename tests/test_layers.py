@@ -11,7 +11,8 @@ import moe_edge
 PACKAGE = Path(moe_edge.__file__).parent
 LAYERS = [
     ["contracts"],
-    ["formulas", "storage", "process"],
+    ["formulas", "storage"],
+    ["process"],
     ["families"],
     ["models"],
     ["runtimes", "texts"],

@@ -29,9 +29,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     bytes: int
     offset: int  # of its first byte in the file
-    packed: Packed | None = (
-        None  # what lies in the file instead; dtype, shape and bytes are those of the unpacked tensor
-    )
+    # What lies in the file instead; dtype, shape and bytes are those of the unpacked tensor.
+    packed: Packed | None = None
 
     @property
     def files(self) -> set[str]:

@@ -16,12 +16,12 @@ import torch
 from moe_edge.contracts.artifacts import Placement
 from moe_edge.contracts.checkpoint import CheckpointHeaders
 from moe_edge.process.ranks import Ranks, current_ranks
+from moe_edge.storage.files import write_text_atomic
 
 log = logging.getLogger(__name__)
 DECIDED = ".placement.json"
-RUN_SHARE = (
-    0.6  # of the free memory that the weights may take where a model runs: activations, sums and logits need the rest
-)
+# Of the free memory that the weights may take where a model runs: activations, sums and logits need the rest.
+RUN_SHARE = 0.6
 EDIT_FACTOR = 1.3  # x the weights: to hold a model that is changed, with the student beside it and activations
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALONE = Ranks()  # a stage that one process runs, whatever else the launch has
@@ -114,9 +114,7 @@ def settled(out: Path, decide: Callable[[], Placement], ranks: Ranks = ALONE) ->
             if kept.processes == ranks.world:
                 return kept
         placement = decide()
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(placement.model_dump_json(indent=1) + "\n")
-        beside.replace(path)
+        write_text_atomic(path, placement.model_dump_json(indent=1) + "\n")
         return placement
 
     placement = ranks.lead(leader)
