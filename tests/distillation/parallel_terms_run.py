@@ -1,6 +1,6 @@
 """Started by torchrun: trains the tiny student with losses on layers and experts and with rollouts; see test_parallel_terms.
 
-torchrun --nproc-per-node 2 parallel_terms_run.py FOLDER ddp|fsdp
+torchrun --nproc-per-node 2 parallel_terms_run.py FOLDER [ddp] [fsdp]    one after the other: starting the processes is what costs
 """
 
 import json
@@ -58,4 +58,5 @@ def main(folder: Path, backend: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    for wanted in sys.argv[2:]:
+        main(Path(sys.argv[1]), wanted)

@@ -13,21 +13,22 @@ from moe_edge.storage.tensor_files import load_weights_file
 from tests.distillation import parallel_terms_run
 
 
-def run(folder: Path, backend: str, parameter: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def read(folder: Path, parameter: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The log of the steps and the weights; the parameters in training were of the type `parameter`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [parallel_terms_run.__file__, str(folder), backend]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = json.loads((folder / backend / "log.json").read_text())
+    log = json.loads((folder / "log.json").read_text())
     assert log["parameter"] == parameter
-    return log["steps"], load_weights_file(folder / backend / "model" / "model.safetensors")
+    return log["steps"], load_weights_file(folder / "model" / "model.safetensors")
 
 
 @pytest.mark.slow
 def test_sharded_weights_train_as_copied_ones(tmp_path: Path) -> None:
-    (copied_log, copied), (sharded_log, sharded) = run(tmp_path, "ddp", "Parameter"), run(tmp_path, "fsdp", "DTensor")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [parallel_terms_run.__file__, str(tmp_path), "ddp", "fsdp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    copied_log, copied = read(tmp_path / "ddp", "Parameter")
+    sharded_log, sharded = read(tmp_path / "fsdp", "DTensor")
     assert len(copied_log) == len(sharded_log) == parallel_terms_run.STEPS
     for ours, theirs in zip(sharded_log, copied_log, strict=True):
         assert ours["rollout_tokens"] == theirs["rollout_tokens"] > 0
