@@ -212,12 +212,34 @@ def complete_student(tokenizer_source: Path, out: Path) -> None:
 
 
 def student_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a student: the expert count under all its names (transformers 5 renamed it, other tools read the
-    old one), and no layers that predict further tokens, since none is saved.
+    """The config.json of a student: what transformers 5 renamed stands under all its names, since other tools read the old
+    ones (the expert count, the rotation), and there are no layers that predict further tokens, since none is saved.
     """
+    config = config | _older_rotation(config)
     family = known_family(config)
     if family is None:  # a dense student
         return config
+    nested = config.get(family.nested_key) if family.nested_key else None
+    if isinstance(nested, dict):
+        config |= {str(family.nested_key): nested | _older_rotation(nested)}
     count = family.expert_count(config)
     absent = {family.mtp_key: 0} if family.mtp_key in config else {}
     return config | dict.fromkeys(family.expert_keys, count) | absent
+
+
+def _older_rotation(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and `partial_rotary_factor` as readers before transformers 5 look for them.
+
+    `type` stands beside `rope_type` in the scaling, because modeling files of released models ask for the former.
+    """
+    given = config.get("rope_parameters")
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        return {}  # none, or one for each kind of layer, which the old keys cannot say
+    own = ("rope_theta", "partial_rotary_factor")
+    found = {key: given[key] for key in own if given.get(key) is not None}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    scaling = {key: value for key, value in given.items() if key not in own} | {"rope_type": kind, "type": kind}
+    scaled = kind != "default" or len(scaling) > 2
+    if (share := found.get("partial_rotary_factor")) and config.get("model_type") == "minimax_m2":
+        found["rotary_dim"] = int(config["head_dim"] * share)  # the only key that transformers 4 reads
+    return found | {"rope_scaling": scaling if scaled else None}

@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.models.loading import load_model, load_tokenizer, resolve_teacher, save_student, stored_dtype
+from moe_edge.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_teacher,
+    save_student,
+    stored_dtype,
+    student_config,
+)
 from moe_edge.models.pruning import prune
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import read_json, sha256_file
@@ -192,3 +200,47 @@ def test_a_silent_hub_is_a_usage_error_with_advice() -> None:
     with pytest.raises(ConfigError, match="hf download owner/no-such-model") as caught:
         resolve_teacher("owner/no-such-model")
     assert caught.value.exit_code == 2
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "expected"),
+    [
+        ("qwen3_moe", {"rope_theta": 1e6}, {"rope_theta": 1e6, "rope_scaling": None}),
+        (
+            "glm4_moe",
+            {"rope_theta": 1e6, "partial_rotary_factor": 0.5},
+            {"rope_theta": 1e6, "rope_scaling": None, "partial_rotary_factor": 0.5},
+        ),
+        (
+            "deepseek_v3",
+            {"rope_theta": 1e5} | YARN,
+            {"rope_theta": 1e5, "rope_scaling": YARN | {"type": "yarn"}},
+        ),
+        (
+            "minimax_m2",
+            {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            {"rope_theta": 5e6, "rope_scaling": None, "partial_rotary_factor": 0.5, "rotary_dim": 8},
+        ),
+        ("llama", {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": None}),
+    ],
+)
+def test_a_students_rotation_stands_under_the_older_keys_too(
+    family: str, given: dict[str, object], expected: dict[str, object]
+) -> None:
+    config = {"model_type": family, "head_dim": 16, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}
+    written = student_config(config | {"rope_parameters": {"rope_type": "default"} | given})
+    old = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim")
+    assert {key: written[key] for key in old if key in written} == expected
+
+
+def test_older_keys_leave_the_rotation_of_a_student_as_it_is(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "deepseek_v3", with_tokenizer=False)
+    given = {"rope_theta": 1e5, "beta_fast": 32.0, "beta_slow": 1.0} | YARN
+    before = load_config(edit_config(folder, rope_parameters=given, rope_scaling=None, rope_theta=None))
+    after = load_config(
+        edit_config(folder, **student_config(read_json(folder / "config.json") | {"rope_parameters": given}))
+    )
+    assert {**after.rope_parameters, "type": "yarn"} == {**before.rope_parameters, "type": "yarn"}
