@@ -31,6 +31,7 @@ from moe_edge.contracts.run import Run
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.delivery import bundle, finish, plain, write_report
 from moe_edge.process.ranks import current_ranks
+from moe_edge.storage.files import model_name
 from moe_edge.storage.folders import deliver, write_run_manifest
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from moe_edge.storage.statistics import Statistics
 
 log = logging.getLogger(__name__)
-DEMO_NAME = "demo-teacher"
 Source = str | Path | None  # a checkpoint folder or hub id; None: the demo teacher
 Overrides = Mapping[str, Any]  # dotted key -> value
 
@@ -88,12 +88,13 @@ def find_checkpoint(config: BuildConfig, *, students: bool = False) -> Checkpoin
     """
     from moe_edge.models.loading import read_checkpoint, resolve_teacher
 
+    name = model_name(config.teacher.path)
     if config.teacher.path is None:
         from moe_edge.demo import demo_teacher_path
 
-        return read_checkpoint(demo_teacher_path(), DEMO_NAME, students=students)
+        return read_checkpoint(demo_teacher_path(), name, students=students)
     path = resolve_teacher(config.teacher.path, config.teacher.revision)
-    return read_checkpoint(path, Path(config.teacher.path).name, students=students)
+    return read_checkpoint(path, name, students=students)
 
 
 def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
@@ -105,10 +106,7 @@ def open_teacher(config: BuildConfig, *, students: bool = False) -> Teacher:
 
 def output_folder(config: BuildConfig, out: str | Path | None) -> Path:
     """`out`, or runs/<teacher>-<target>."""
-    if out is not None:
-        return Path(out)
-    name = Path(config.teacher.path).name if config.teacher.path else DEMO_NAME
-    return Path("runs") / f"{name}-{config.target.name}"
+    return Path(out) if out is not None else Path("runs") / f"{model_name(config.teacher.path)}-{config.target.name}"
 
 
 def preview(
@@ -285,7 +283,7 @@ def distill(
     resolved = configure(target, teacher, config, overrides, settings=settings)
     opened = open_teacher(resolved)
     learner = resolve_teacher(str(student), role="student")
-    folder = Path(out) if out else Path("runs") / f"{opened.path.name}-to-{learner.name}"
+    folder = Path(out) if out else Path("runs") / f"{opened.name}-to-{model_name(str(student))}"
     if (folder / "compress").exists():
         raise ConfigError("the folder holds a build", where=str(folder), next_command="--out with another folder")
     headers = inspect_checkpoint(learner)
@@ -390,7 +388,7 @@ def _sane(artifact: str | Path) -> Path:
 
 def _beside(artifact: Path, out: str | Path | None, what: str) -> Path:
     """`out`, or runs/<artifact>-<what>; made if it is not there."""
-    folder = Path(out) if out is not None else Path("runs") / f"{artifact.name}-{what}"
+    folder = Path(out) if out is not None else Path("runs") / f"{model_name(str(artifact))}-{what}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -414,7 +412,7 @@ def evaluate(
 
     path = Path(artifact)
     sets = read_instruction_sets([Path(one) for one in data], limit)
-    folder = Path(out) if out is not None else Path("runs") / f"{path.resolve().name}-evaluate"
+    folder = Path(out) if out is not None else Path("runs") / f"{model_name(str(path))}-evaluate"
     with pipeline.locked(folder):
         return run(path, sets, settings or EvaluationSettings(), folder)
 

@@ -111,6 +111,15 @@ def test_a_hostile_chat_template_is_refused_before_anything_is_written(called, t
     assert not (tmp_path / "o" / "export").exists()
 
 
+def test_a_model_that_is_the_current_folder_lends_its_name(called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint(tmp_path, "qwen3_moe", name="Tiny-Model"))
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    code, out, err = called("export", ".", "--set", "export.formats=[gguf]", "--set", "target.runtime.threads=1")
+    assert code == 0, err
+    assert "gguf/Tiny-Model-6e-" in out
+    assert os.listdir("runs") == ["Tiny-Model-cpu"]
+
+
 HEAVY = ("torch", "transformers", "llama_cpp", "onnxruntime")
 
 

@@ -131,7 +131,7 @@ def validate_artifact(path: Path, teacher: Teacher, config: BuildConfig, out: Pa
     """
     transport = open_transport(config.validate_.device)
     model = lone_model(path)
-    reference = transformers_model(teacher.path, "teacher", teacher.path.name)
+    reference = transformers_model(teacher.path, "teacher", teacher.name)
     with _folder(out) as folder:
         rows_NS = held_out_rows(config, teacher.path)
         session = Session(config, rows_NS, folder, transport, strict=True, kv_cache=_wished_cache(config))

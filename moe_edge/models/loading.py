@@ -6,6 +6,7 @@ and 5, llama.cpp and vLLM all read the same way (they look for the expert count 
 
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -146,7 +147,7 @@ def resolve_teacher(path_or_id: str, revision: str | None = None, role: str = "t
     Raises:
         ConfigError: the folder does not exist, or the hub has not given the model.
     """
-    folder = Path(path_or_id).expanduser()
+    folder = Path(os.path.expanduser(path_or_id))  # which leaves the home of an unknown user as it is
     if path_or_id and folder.is_dir():
         return folder
     if not path_or_id or folder.exists() or not _looks_like_id(path_or_id):

@@ -17,7 +17,7 @@ from moe_edge.contracts.measurements import Artifact, ModelInfo
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.report import REPORT_SCHEMA, Judgement, Prediction, Report, StageInfo
 from moe_edge.metrics import quality, speed
-from moe_edge.storage.files import read_json
+from moe_edge.storage.files import model_name, read_json
 
 DEFINITIONS = {
     **quality.DEFINITIONS,
@@ -80,8 +80,7 @@ def build_report(
 
 
 def _named_teacher(config: BuildConfig, teacher: ModelInfo) -> ModelInfo:
-    name = Path(config.teacher.path).name if config.teacher.path else "demo teacher"
-    return ModelInfo.model_validate(teacher.model_dump() | {"name": name})
+    return ModelInfo.model_validate(teacher.model_dump() | {"name": model_name(config.teacher.path)})
 
 
 def _with_bits(artifact: Artifact, model: ModelInfo) -> Artifact:

@@ -4,7 +4,6 @@ Writes reference/ (the full-precision files that parity is judged on), gguf/ and
 Every file is written beside and renamed, so that a killed export goes on after the last finished file.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from moe_edge.models.students import count_params
 from moe_edge.planning.estimate import Packing, file_bytes
 from moe_edge.planning.headers import model_headers
 from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.files import model_name
 from moe_edge.storage.statistics import Statistics
 
 FORMATS = {"gguf": export_gguf_files, "onnx": export_onnx_files}  # in the order of the report's rows
@@ -112,10 +112,11 @@ def plan_job(
     if types == "auto":
         recipes = [main, *_others_that_fit(config, headers, main)] if "gguf" in formats else []
     calibration = {"calibration_digest": str(statistics.meta.get("calibration_digest"))} if statistics else {}
+    name = model_name(config.teacher.path)
     return ExportJob(
         model=model,
         out=out,
-        name=f"{model_name(config)}-{size_name(spec)}",
+        name=f"{name}-{size_name(spec)}",
         spec=spec,
         params_total=counts.total,
         formats=formats,
@@ -124,7 +125,7 @@ def plan_job(
         config=config,
         statistics=statistics,
         kept=kept,
-        provenance={"base_model": model_name(config)} | calibration | provenance,
+        provenance={"base_model": name} | calibration | provenance,
         mix=mix or {},
         notes=notes,
     )
@@ -138,12 +139,6 @@ def _others_that_fit(config: BuildConfig, headers: CheckpointHeaders, main: str)
         return others
     model = model_headers(headers)
     return [recipe for recipe in others if file_bytes(model, model.spec.moe.experts, Packing("gguf", recipe)) <= limit]
-
-
-def model_name(config: BuildConfig) -> str:
-    """A file-name-safe name of the teacher."""
-    source = config.teacher.path
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).name).strip("-.") if source else "demo-teacher"
 
 
 def export_model(job: ExportJob) -> ExportSummary:

@@ -37,7 +37,7 @@ def run(
     transport = open_transport(config.validate_.device)
     rows_NS = held_out_rows(config, teacher.path, profile)
     session = Session(config, rows_NS, out, transport, kv_cache=plan.plan.estimate.kv_precision)
-    reference = transformers_model(teacher.path, "teacher", teacher.path.name)
+    reference = transformers_model(teacher.path, "teacher", teacher.name)
     student = transformers_model(distill.model, "student", DELIVERED_STUDENT)
     summary = measure(session, reference, student, exported_models(export))
     write_json_atomic(out / RESULTS_NAME, summary.model_dump(mode="json"))

@@ -1,4 +1,5 @@
-"""What every room needs of files: atomic text and JSON, JSON reading with clear errors, SHA-256, and closing what is open.
+"""What every room needs of files: atomic text and JSON, JSON reading with clear errors, SHA-256, closing what is open, and what
+a model is called in them.
 
 A file that is written beside its final name and then renamed is either whole or absent, whatever kills the process.
 """
@@ -6,7 +7,9 @@ A file that is written beside its final name and then renamed is either whole or
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +18,10 @@ from moe_edge.contracts.errors import InputRejected
 CHUNK_BYTES = 1 << 22
 JSON_LIMIT_BYTES = 64 * 2**20
 LFS_MARK = b"version https://git-lfs"
+DEMO_NAME = "demo-teacher"
+LONGEST_NAME = 100  # characters; formats, bits and parts are added to it, and a disk takes 255 bytes
+HUB_CACHE = "models--"  # OWNER--NAME/snapshots/COMMIT
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -84,3 +91,31 @@ class Closing(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def model_name(source: str | None) -> str:
+    """What a model is called in file names and reports: as its folder or hub id is, in letters that every disk and
+    terminal takes; where that says nothing (a commit of the hub's cache, `/`, foreign letters alone), as config.json does.
+
+    Args:
+        source: a folder, a file or a hub id; null = the demo teacher.
+    """
+    if source is None:
+        return DEMO_NAME
+    safe = (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") for name in _names(source))
+    return next(name for name in safe if name)[:LONGEST_NAME]
+
+
+def _names(source: str) -> Iterator[str]:
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    for folder in (path, path.parent.parent):
+        if folder.name.startswith(HUB_CACHE) and (folder == path or path.parent.name == "snapshots"):
+            yield folder.name.rpartition("--")[2]
+    if not _DIGEST.fullmatch(path.name):
+        yield path.name
+    try:
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    except InputRejected:  # is said where the model is opened
+        config = {}
+    origin = Path(str(config.get("_name_or_path") or "")).name
+    yield from ("" if _DIGEST.fullmatch(origin) else origin, str(config.get("model_type") or ""), "model")

@@ -23,7 +23,7 @@ def test_every_stage_is_in_it(tmp_path: Path) -> None:
 
 
 def test_the_teacher_has_its_folders_name(tmp_path: Path) -> None:
-    assert some_report(tmp_path).teacher.model_dump()["name"] == "demo teacher"
+    assert some_report(tmp_path).teacher.model_dump()["name"] == "demo-teacher"
     assert some_report(tmp_path, teacher="models/some-teacher").teacher.model_dump()["name"] == "some-teacher"
 
 

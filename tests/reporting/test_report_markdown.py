@@ -17,7 +17,7 @@ def page(folder: Path, judgement: Judgement | None = None, **parts: Any) -> str:
 
 def test_the_page_says_everything_and_the_verdict_first(tmp_path: Path) -> None:
     text = page(tmp_path)
-    assert text.startswith("# PASS: demo teacher for cpu\n\n1 of 1 gates passed. 10 of 16 experts per layer")
+    assert text.startswith("# PASS: demo-teacher for cpu\n\n1 of 1 gates passed. 10 of 16 experts per layer")
     for part in (
         "| teacher (transformers fp32) |",
         "| student (transformers fp32) |",
