@@ -91,7 +91,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "export",
-        ("teacher.path", *_EXPORTED, "target.budget.weights", "target.runtime.threads"),
+        ("teacher.path", *_EXPORTED, "target.budget.weights", "target.budget.bytes", "target.runtime.threads"),
         ("profile", "plan", "compress", "distill"),
         _RUNTIMES,
         schema=2,

@@ -79,7 +79,7 @@ UNIT_OF = {
     "_bytes": "bytes", "weights": "bytes", "peak_memory": "bytes", "_gb_per_s": "1e9 bytes/s", "_share": "share",
     "_efficiency": "share", "experts": "share", "_agreement_to_teacher": "share", "context_length": "tokens",
     "context_least": "tokens", "ttft": "seconds", "_tokens_per_s": "tokens/s", "_nats": "nats/token", "_ratio": "ratio",
-    "cores": "count", "threads": "count", "gpu_layers": "layers",
+    "budget.bytes": "share", "cores": "count", "threads": "count", "gpu_layers": "layers",
 }  # fmt: skip
 FACT_KEYS = {"value", "source", "confidence"}
 

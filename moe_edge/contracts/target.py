@@ -59,6 +59,9 @@ class Budget(BaseModel):
 
     model_config = _CLOSED
     weights: ByteSize | None = Field(None, description="bytes of the delivered main file, e.g. 4GiB")
+    bytes: Share | None = Field(
+        None, description="share of the teacher's bytes at 16 bits per weight that the main file may have, e.g. 20%"
+    )
     peak_memory: ByteSize | None = Field(None, description="bytes of weights, KV cache and buffers together")
     experts: Share | None = Field(None, description="share of the routed-expert parameters kept, e.g. 62.5%")
     ttft: Seconds | None = Field(None, description="time to first token, seconds")

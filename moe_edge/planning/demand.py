@@ -124,9 +124,8 @@ def check_action(config: BuildConfig, headers: CheckpointHeaders, spec: ModelSpe
 
 def _has_byte_budget(config: BuildConfig) -> bool:
     budget = config.target.budget
-    return any(
-        value is not None for value in (budget.weights, budget.peak_memory, config.target.hardware.memory_bytes.value)
-    )
+    limits = (budget.weights, budget.bytes, budget.peak_memory, config.target.hardware.memory_bytes.value)
+    return any(value is not None for value in limits)
 
 
 def _check_uneven(spec: ModelSpec, config: BuildConfig) -> None:

@@ -71,7 +71,7 @@ def _gguf_files(budget: BudgetAnswer, config: BuildConfig) -> list[int]:
     further = [name for name in config.target.quantization.gguf if name != budget.quantization]
     names = ["F16", *([budget.quantization, *further] if asked == "auto" else asked)]
     sizes = [_size(budget, Packing("gguf", name)) for name in names]
-    limit = config.target.budget.weights
+    limit = budget.space.limits.weights_bytes
     return sizes if limit is None else [*sizes[:2], *(size for size in sizes[2:] if size <= limit)]
 
 

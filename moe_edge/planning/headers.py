@@ -59,6 +59,11 @@ class ModelHeaders:
         """Parameters with `experts` experts per layer; a tied head is counted once."""
         return sum(group.tensors * prod(group.shape) for group in self.with_experts(experts, width))
 
+    @property
+    def bytes_at_16_bits(self) -> int:
+        """Of the teacher's weights, whatever its checkpoint stores them in."""
+        return 2 * self.params_total(self.spec.moe.experts)
+
     def params_active(self, experts: int, top_k: int, width: int | None = None) -> int:
         """Parameters that one token uses: all but the experts it is not routed to."""
         groups = self.with_experts(experts, width)

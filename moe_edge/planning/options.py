@@ -7,13 +7,14 @@ Units: bytes, tokens per second.
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability
 from moe_edge.contracts.errors import InfeasibleError
 from moe_edge.contracts.plan import Estimate
 from moe_edge.contracts.spec import keepable_counts
-from moe_edge.contracts.target import Target
+from moe_edge.contracts.target import Budget, Target
 from moe_edge.contracts.units import format_bytes
 from moe_edge.planning.estimate import Cache, KvPrecision, Packing, estimate, kv_precisions, machine_of
 from moe_edge.planning.headers import ModelHeaders
@@ -86,6 +87,12 @@ class Space:
         """Does a token run fewer or narrower experts than in the teacher?"""
         return self.shape != (self.model.spec.moe.top_k, None)
 
+    @property
+    def weights_budget(self) -> str:
+        """The key of the budget that limits the file: the absolute one, or the share where that is less."""
+        absolute = self.limits.weights_bytes == self.target.budget.weights
+        return "target.budget.weights" if absolute else "target.budget.bytes"
+
     def option(self, experts: int, packing: Packing) -> Option:
         """With the best KV cache that fits; where none does, with the smallest."""
         for precision in kv_precisions(self.model, self.target, packing.format):
@@ -98,7 +105,7 @@ class Space:
         top_k = experts if self.dense else self.top_k
         expected = estimate(self.model, self.target, experts, top_k, packing, cache, self.width)
         checks = [
-            ("the file", expected.file_bytes, self.limits.weights_bytes, "target.budget.weights"),
+            ("the file", expected.file_bytes, self.limits.weights_bytes, self.weights_budget),
             ("peak memory", expected.peak_memory_bytes, self.limits.peak_memory_bytes, "the memory budget"),
         ]
         broken = [
@@ -130,7 +137,7 @@ class Space:
 
 def space_of(model: ModelHeaders, target: Target, top_k: int, width: int | None = None, dense: bool = False) -> Space:
     """The space of a model on a target, at the target's own context length."""
-    return Space(model, target, top_k, limits_of(target), target.context_length, width, dense)
+    return Space(model, target, top_k, limits_of(target, model), target.context_length, width, dense)
 
 
 def largest_contexts(space: Space, option: Option) -> dict[str, int]:
@@ -156,10 +163,16 @@ def context_lengths(target: Target) -> list[int]:
     return lengths
 
 
-def limits_of(target: Target) -> BudgetLimits:
-    """The target's absolute budgets; without a peak-memory budget, what the hardware leaves to one application."""
+def limits_of(target: Target, teacher: ModelHeaders) -> BudgetLimits:
+    """The target's budgets in bytes; without a peak-memory budget, what the hardware leaves to one application."""
     peaks = [size for size in (target.budget.peak_memory, machine_of(target).usable_bytes) if size is not None]
-    return BudgetLimits(target.budget.weights, min(peaks, default=None), target.budget.decode_tokens_per_s)
+    return BudgetLimits(file_limit(target.budget, teacher), min(peaks, default=None), target.budget.decode_tokens_per_s)
+
+
+def file_limit(budget: Budget, teacher: ModelHeaders) -> int | None:
+    """Bytes that the main file may have: the absolute budget and the share of the teacher hold together."""
+    share = None if budget.bytes is None else int(budget.bytes * teacher.bytes_at_16_bits)
+    return min((size for size in (budget.weights, share) if size is not None), default=None)
 
 
 def options_grid(space: Space, counts: Collection[int], packings: Sequence[Packing]) -> list[Option]:
@@ -208,13 +221,21 @@ def _remedy(space: Space, nearest: Option, fitting: Sequence[Option], faster: Op
         return f"{lower}, or plan.top_k=auto and plan.expert_width=auto, which compare by masked KL"
     need, limits, settings = nearest.estimate, space.limits, []
     if limits.weights_bytes is not None and need.file_bytes > limits.weights_bytes:
-        settings.append(f"--set target.budget.weights={need.file_bytes}")
+        settings.append(f"--set {_larger_file_budget(space, need.file_bytes)}")
     if limits.peak_memory_bytes is not None and need.peak_memory_bytes > limits.peak_memory_bytes:
         settings.append(f"--set target.budget.peak_memory={need.peak_memory_bytes} on a device that has it")
     speed, least = need.decode_tokens_per_s, limits.decode_tokens_per_s
     if speed is not None and least is not None and speed < least:
         settings.append(f"--set target.budget.decode_tokens_per_s={speed:.3g}; no top-k reaches {least:g} here")
     return " ".join(settings)
+
+
+def _larger_file_budget(space: Space, size: int) -> str:
+    """The setting under which a file of this size fits."""
+    if space.weights_budget == "target.budget.weights":
+        return f"target.budget.weights={size}"
+    share = ceil(1e4 * size / space.model.bytes_at_16_bits) / 100  # in percent, upwards
+    return f"target.budget.bytes={share:g}%" if share <= 100 else "target.budget.bytes=null"
 
 
 def _verdict(option: Option) -> str:

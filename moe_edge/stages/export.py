@@ -30,6 +30,7 @@ from moe_edge.models.loading import load_tokenizer
 from moe_edge.models.students import count_params
 from moe_edge.planning.estimate import Packing, file_bytes
 from moe_edge.planning.headers import model_headers
+from moe_edge.planning.options import file_limit
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import model_name
 from moe_edge.storage.statistics import Statistics
@@ -65,6 +66,7 @@ def run(
         kept=None if kept is None else chosen.kept,
         provenance={"teacher_digest": teacher.digest, "method": f"{chosen.action} by {chosen.criterion}"},
         mix=chosen.quantization_by_class,
+        limit_bytes=file_limit(config.target.budget, model_headers(teacher.headers)),
     )
     return export_model(replace(job, prompts=from_cache(profile.logits, profile.rows)))
 
@@ -81,6 +83,7 @@ def plain_job(config: BuildConfig, model: Teacher, out: Path, profile: ProfileFo
         statistics=Statistics.load(profile.statistics) if profile else None,
         kept=None,
         provenance={"base_digest": model.digest, "method": "plain export"},
+        limit_bytes=config.target.budget.weights,  # a share has no teacher here
     )
 
 
@@ -95,8 +98,12 @@ def plan_job(
     kept: dict[int, list[int]] | None,
     provenance: dict[str, str],
     mix: dict[str, str] | None = None,
+    limit_bytes: int | None = None,
 ) -> ExportJob:
     """Read the model's headers and settle names, formats and types; nothing is written.
+
+    Args:
+        limit_bytes: the budget of a file; the target's further types above it are left out.
 
     Raises:
         InputRejected: among others, the tokenizer's chat template is broken or hostile.
@@ -110,7 +117,7 @@ def plan_job(
     types = config.export.gguf.types
     recipes = list(types)
     if types == "auto":
-        recipes = [main, *_others_that_fit(config, headers, main)] if "gguf" in formats else []
+        recipes = [main, *_others_that_fit(config, headers, main, limit_bytes)] if "gguf" in formats else []
     calibration = {"calibration_digest": str(statistics.meta.get("calibration_digest"))} if statistics else {}
     name = model_name(config.teacher.path)
     return ExportJob(
@@ -131,10 +138,9 @@ def plan_job(
     )
 
 
-def _others_that_fit(config: BuildConfig, headers: CheckpointHeaders, main: str) -> list[str]:
-    """The target's further recipes whose files meet the weights budget."""
+def _others_that_fit(config: BuildConfig, headers: CheckpointHeaders, main: str, limit: int | None) -> list[str]:
+    """The target's further recipes whose files meet the budget of bytes."""
     others = [recipe for recipe in config.target.quantization.gguf if recipe != main]
-    limit = config.target.budget.weights
     if limit is None:
         return others
     model = model_headers(headers)

@@ -61,6 +61,23 @@ def test_an_absolute_budget_walks_types_first_then_experts_then_smaller_types(te
     assert any(note.startswith("Unsafe: 75%") for note in last.notes)
 
 
+def test_a_share_of_the_teachers_16_bit_bytes_is_the_same_budget_as_those_bytes(teacher):
+    most = model_headers(teacher).bytes_at_16_bits * 3 // 10
+    share, absolute = (solve(teacher, NO_SHARE, f"target.budget.{key}") for key in ("bytes=30%", f"weights={most}"))
+    assert share.space.limits == absolute.space.limits and share.space.limits.weights_bytes == most
+    assert share.choice.estimate == absolute.choice.estimate and share.competitor == absolute.competitor
+    both = solve(teacher, NO_SHARE, "target.budget.bytes=30%", f"target.budget.weights={most - 4096}")
+    assert both.space.limits.weights_bytes == most - 4096, "both hold, so the lesser one does"
+
+
+def test_a_share_of_bytes_that_nothing_meets_names_the_one_that_would_do(teacher):
+    wishes = (NO_SHARE, "plan.experts=8", "plan.bits=Q8_0", "plan.expert_width=keep")
+    with pytest.raises(InfeasibleError, match=r"target\.budget\.bytes is .* KiB") as caught:
+        solve(teacher, *wishes, "target.budget.bytes=1%", "plan.top_k=8")
+    fix = str(caught.value).split("--set ")[-1].strip()
+    assert fix.startswith("target.budget.bytes=") and solve(teacher, *wishes, fix, "plan.top_k=8").choice.experts == 8
+
+
 def test_plan_experts_overrides_the_targets_share(teacher):
     assert solve(teacher, "plan.experts=7").choice.experts == 7
     assert solve(teacher, "plan.experts=0.5").choice.experts == 4

@@ -32,6 +32,16 @@ def profiled(teacher: Path, tmp_path: Path) -> Statistics:
     return to_statistics(whole_pass(teacher, tmp_path / "partial"), {"calibration_digest": "abc"})
 
 
+def test_further_types_above_the_budget_of_bytes_are_left_out(tmp_path):
+    model, wishes = representable(tmp_path, "olmoe"), config(*GGUF)
+    settings = {"main": "Q4_K_M", "precision": "int4", "statistics": None, "kept": None, "provenance": {}}
+    recipes = {
+        limit: stage.plan_job(wishes, model, tmp_path / "out", **settings, limit_bytes=limit).recipes
+        for limit in (None, 1)
+    }
+    assert recipes == {None: ("Q4_K_M", "Q8_0"), 1: ("Q4_K_M",)}
+
+
 def job(model: Path, out: Path, *settings: str, statistics: Statistics | None = None, kept=None, main: str = "Q4_K_M"):
     return stage.plan_job(
         config(*GGUF, *settings), model, out, main=main, precision="int4", statistics=statistics, kept=kept,
