@@ -29,7 +29,7 @@ from moe_edge.models.loading import stored_dtype
 from moe_edge.models.pruning import without_padding
 from moe_edge.models.students import load_student
 from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files
-from moe_edge.storage.files import write_json_atomic
+from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.folders import written_beside
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,10 @@ def _write_companions(builder: Any, headers: CheckpointHeaders, out: Path) -> No
     own = [checkpoint / name for name in COPIED if (checkpoint / name).is_file()]
     for source in (*own, *tokenizer_files(checkpoint)):
         shutil.copyfile(source, out / source.name)
-    if headers.packed:
-        write_json_atomic(out / "config.json", headers.config)  # the graph is not in MXFP4
+    if headers.config != read_json(
+        checkpoint / "config.json"
+    ):  # the graph is not in MXFP4, and has the head that is stored
+        write_json_atomic(out / "config.json", headers.config)
 
 
 def _summary(out: Path, precision: str, block_size: int, report: PackedClasses, nodes: Counter[str]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     headers = inspect_checkpoint(Path(path), require_tokenizer=False)
     family_of(headers.config).tensors(headers.config, headers.tensors)
     stored_dtype(headers)
-    config = load_config(path)
+    config = load_config(headers)
     if headers.packed:  # transformers removes it once it is done
         config.quantization_config = {"quant_method": "mxfp4", "dequantize": True}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -68,14 +68,21 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     return model
 
 
-def load_config(path: Path) -> PreTrainedConfig:
-    """The configuration of a checked folder, without quantization. Raises InputRejected when transformers refuses it."""
+def load_config(headers: CheckpointHeaders) -> PreTrainedConfig:
+    """The configuration of a checked folder, without quantization, and untied where a head of its own is stored.
+
+    Raises:
+        InputRejected: transformers refuses it.
+    """
+    path = headers.folder
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # every config class validates in its own way
         raise InputRejected("transformers refuses config.json", where=str(path), why=_first_line(error)) from error
     if hasattr(config, "quantization_config"):  # MXFP4: every reader unpacks it, and what is saved is plain
         del config.quantization_config
+    if headers.config.get("tie_word_embeddings") is False:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     return config
 
 

@@ -53,7 +53,7 @@ def meta_model(headers: CheckpointHeaders, dtype: torch.dtype = torch.float32) -
     stored_dtype(headers)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            load_config(headers.folder), dtype=dtype
+            load_config(headers), dtype=dtype
         )
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     return model

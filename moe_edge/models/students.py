@@ -26,7 +26,7 @@ from moe_edge.families import FAMILIES, family_of
 from moe_edge.models import shared_core
 from moe_edge.models.dense import DENSE_TYPES
 from moe_edge.models.kernels import fastest_kernel
-from moe_edge.models.loading import load_model, save_student, stored_dtype
+from moe_edge.models.loading import load_config, load_model, save_student, stored_dtype
 from moe_edge.models.views import moe_layers
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import read_json, write_json_atomic
@@ -51,7 +51,7 @@ def load_student(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         config = shared_core.config_class(base).from_dict(headers.config)
         return _read(headers, shared_core.model_class(base), dtype, config=config)
     if kind in DENSE_TYPES:
-        return _read(headers, AutoModelForCausalLM, dtype, trust_remote_code=False)
+        return _read(headers, AutoModelForCausalLM, dtype, trust_remote_code=False, config=load_config(headers))
     return load_model(path, dtype)
 
 

@@ -6,6 +6,7 @@ header is checked against the file before a tensor is read (safetensors_header.p
 
 import hashlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from moe_edge.contracts.checkpoint import CheckpointHeaders, TensorInfo
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.storage.cache import remembered_sha256
-from moe_edge.storage.files import read_json, refuse_lfs_pointer
+from moe_edge.storage.files import CHUNK_BYTES, read_json, refuse_lfs_pointer
 from moe_edge.storage.mxfp4 import dequantize, is_mxfp4, unpacked
 from moe_edge.storage.safetensors_header import read_header
 
@@ -59,9 +60,44 @@ def inspect_checkpoint(folder: Path, require_tokenizer: bool = True) -> Checkpoi
     tensors = _read_tensors(folder)
     if is_mxfp4(config):
         tensors, config = unpacked(tensors, folder), {k: v for k, v in config.items() if k != "quantization_config"}
+    if _has_own_head(tensors, folder):
+        config = _untied(config)
     if require_tokenizer:
         _check_tokenizer(folder)
     return CheckpointHeaders(folder, config, tensors, sum(info.bytes for info in tensors.values()))
+
+
+def _has_own_head(tensors: dict[str, TensorInfo], folder: Path) -> bool:
+    """Is a head stored that differs from the embedding? Then it counts, whatever config.json says of tied embeddings."""
+    head = tensors.get("lm_head.weight")
+    names = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    if head is None or not names:
+        return False
+    embedding = tensors[min(names, key=len)]  # layers that predict further tokens may have one, too
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return True
+    states = tuple((folder / info.file).stat().st_mtime_ns for info in (head, embedding))
+    return _differ(folder, head, embedding, states)
+
+
+@lru_cache(maxsize=64)
+def _differ(folder: Path, one: TensorInfo, two: TensorInfo, states: tuple[int, ...]) -> bool:
+    """Do two tensors of one size have different bytes? Ends at the first difference; `states` tells rewritten files apart."""
+    with (folder / one.file).open("rb") as first, (folder / two.file).open("rb") as second:
+        first.seek(one.offset)
+        second.seek(two.offset)
+        for start in range(0, one.bytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, one.bytes - start)
+            if first.read(size) != second.read(size):
+                return True
+    return False
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with a head of its own, under every key and in every part where it may say otherwise."""
+    parts = {key: _untied(value) for key, value in config.items() if key == "text_config" and isinstance(value, dict)}
+    older = {"tie_embedding": False} if "tie_embedding" in config else {}
+    return config | parts | older | {"tie_word_embeddings": False}
 
 
 def _refuse_foreign_code(config: dict[str, Any], path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
+from moe_edge.families import family_of
 from moe_edge.models.loading import (
     load_config,
     load_model,
@@ -19,6 +20,7 @@ from moe_edge.models.loading import (
     student_config,
 )
 from moe_edge.models.pruning import prune
+from moe_edge.models.streaming import StreamedModel
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from moe_edge.storage.files import read_json, sha256_file
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
@@ -239,8 +241,33 @@ def test_a_students_rotation_stands_under_the_older_keys_too(
 def test_older_keys_leave_the_rotation_of_a_student_as_it_is(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "deepseek_v3", with_tokenizer=False)
     given = {"rope_theta": 1e5, "beta_fast": 32.0, "beta_slow": 1.0} | YARN
-    before = load_config(edit_config(folder, rope_parameters=given, rope_scaling=None, rope_theta=None))
-    after = load_config(
-        edit_config(folder, **student_config(read_json(folder / "config.json") | {"rope_parameters": given}))
-    )
+    edit_config(folder, rope_parameters=given, rope_scaling=None, rope_theta=None)
+    before = load_config(inspect_checkpoint(folder, require_tokenizer=False))
+    edit_config(folder, **student_config(read_json(folder / "config.json")))
+    after = load_config(inspect_checkpoint(folder, require_tokenizer=False))
     assert {**after.rope_parameters, "type": "yarn"} == {**before.rope_parameters, "type": "yarn"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe", "lfm2_moe", "qwen3_5_moe"])
+def test_a_stored_head_counts_although_the_config_ties_it(tmp_path: Path, family: str) -> None:
+    folder = tiny_checkpoint(tmp_path, family, tied=False)
+    ids = tiny_ids(vocab=64)
+    with torch.no_grad():
+        expected = load_model(folder)(ids).logits
+        edit_config(folder, tie_word_embeddings=True)
+        model = load_model(folder)
+        assert torch.equal(model(ids).logits, expected)
+    found = inspect_checkpoint(folder)
+    assert not family_of(found.config).spec(found.config).tied_embeddings
+    with StreamedModel(folder) as streamed, streamed.loaded("head"):
+        assert torch.equal(streamed.model.lm_head.weight, model.lm_head.weight)
+    save_student(model, folder, tmp_path / "student")
+    assert read_json(tmp_path / "student" / "config.json")["tie_word_embeddings"] is False
+
+
+def test_a_stored_copy_of_the_embedding_stays_tied(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "qwen3_moe", tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    copied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(copied, folder / "model.safetensors", metadata={"format": "pt"})
+    assert inspect_checkpoint(folder).config["tie_word_embeddings"] is True
