@@ -204,8 +204,8 @@ class DistillConfig(BaseModel):
     model_config = _CLOSED
     data: str = Field(
         "calibration",
-        description="calibration | a path (.yaml recipe, .jsonl, text) | datasets:ID[:CONFIG[:SPLIT]] | the folder of a "
-        "`moe-edge logits capture`",
+        description="calibration | a path (.yaml recipe, .jsonl, .json, text, a folder of `save_to_disk`) | "
+        "datasets:ID[:CONFIG[:SPLIT]] | the folder of a `moe-edge logits capture`",
     )
     tokens: int = Field(65536, gt=0, description="tokens over all stages")
     alpha: float = Field(0.98, ge=0, le=1, description="0 = plain fine-tuning, 1 = pure distillation")

@@ -2,7 +2,7 @@
 
 A template may loop for ever, ask for gigabytes, or try to reach Python's internals. `template_worker.py` renders it with
 Jinja's immutable sandbox under a memory limit; here the time is limited, and whatever goes wrong is an InputRejected. The
-process of the last template stays open, because a calibration set renders thousands of chats.
+processes of the last two templates stay open, because a calibration set renders thousands of chats.
 """
 
 import json
@@ -28,18 +28,25 @@ RENDER_SECONDS = 5.0
 READ_BYTES = 1 << 16
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-    """The text that `tokenizer.apply_chat_template(messages, tokenize=False)` would give.
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Any] | None = None,
+) -> str:
+    """The text that `tokenizer.apply_chat_template(messages, tools, tokenize=False)` would give.
 
     Args:
         tokenizer: one with a chat template.
-        messages: {"role", "content"} each; entries that are None are left out, as transformers does.
+        messages: {"role", "content"} and whatever else the template reads; entries that are None are left out, as
+            transformers does.
+        tools: JSON schemas of the functions that the model may call; a template that knows named ones (`tool_use`) takes that.
 
     Raises:
         InputRejected: the template is too long, invalid, unsafe, too slow, or its text has no end.
     """
     try:
-        template = str(tokenizer.get_chat_template())
+        template = str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
         raise _rejected(str(error)) from error
     if len(template) > TEMPLATE_CHARACTERS:
@@ -47,7 +54,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_gener
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     variables = tokens | {"messages": given, "add_generation_prompt": add_generation_prompt}
-    return _sandbox(template, RENDER_SECONDS).render(variables | {"tools": None, "documents": None})
+    return _sandbox(template, RENDER_SECONDS).render(variables | {"tools": tools, "documents": None})
 
 
 def _rejected(why: str) -> InputRejected:
@@ -128,6 +135,6 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
                 pass  # what was still buffered for the dead process
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # one for rows with tools, one for those without
 def _sandbox(template: str, seconds: float) -> Sandbox:
     return Sandbox(template, seconds)

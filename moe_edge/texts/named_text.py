@@ -1,19 +1,22 @@
 """Rows of any text that a user names in one word: the calibration recipe, a file, or a data set of the `datasets` library.
 
 `calibration` is the default recipe; a path is what `calibration.recipe` takes; `datasets:ID[:CONFIG[:SPLIT]]` is a hub id
-or a local folder, whose rows are read as those of a .jsonl file (recipes.py): messages, or instruction and output, or text.
+or a local folder, also one of `save_to_disk`, whose rows are read as those of a .jsonl file (documents.py). The folder of a
+`save_to_disk` may be named by its path alone.
 A data set is streamed, so that only what fills the wanted tokens is fetched.
 """
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
 from moe_edge.storage.rows import TokenRows
-from moe_edge.texts.recipes import DEFAULT, Document, document_of, load_recipe
+from moe_edge.texts.documents import Document, document_of
+from moe_edge.texts.recipes import DEFAULT, is_saved_dataset, load_recipe
 from moe_edge.texts.rows import calibration_rows, document_rows
 
 PREFIX = "datasets:"
@@ -51,6 +54,8 @@ def text_rows(data: str, tokenizer: PreTrainedTokenizerBase, tokens: int, sequen
         InputRejected: unreadable text, or a failing chat template.
         EnvironmentProblem: the `datasets` library is not installed.
     """
+    if is_saved_dataset(Path(data).expanduser()):
+        data = PREFIX + data
     if data.startswith(PREFIX):
         return document_rows(dataset_documents(dataset_name(data), seed), data, tokenizer, tokens, sequence_length)
     recipe = load_recipe(DEFAULT if data == CALIBRATION else data)
@@ -66,12 +71,8 @@ def dataset_documents(name: DatasetName, seed: int) -> Iterator[Document]:
     """
     rows = iter(_load(name).shuffle(seed=seed, buffer_size=SHUFFLE_ROWS))
     for number, row in enumerate(_read(rows, name)):
-        try:
-            document = document_of(row)
-        except (KeyError, TypeError) as error:
-            why = f"columns {', '.join(row)}; a row has messages, or instruction and output, or text"
-            raise InputRejected("a row cannot be read", where=f"{name.id}, row {number}", why=why) from error
-        if document:
+        document = document_of(row, f"{name.id}, row {number}")
+        if document.content:
             yield document
 
 
@@ -81,12 +82,32 @@ def _load(name: DatasetName) -> Any:
     except ImportError as error:
         command = "pip install datasets"
         raise EnvironmentProblem("the library 'datasets' is not installed", next_command=command) from error
+    if is_saved_dataset(Path(name.id).expanduser()):
+        return _load_saved(name)
     streaming = not datasets.config.HF_DATASETS_OFFLINE or name.id.startswith((".", "/", "~"))
     try:
         loaded = datasets.load_dataset(name.id, name.config, split=name.split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # not there, no network, unknown split
         raise ConfigError("the data set cannot be loaded", where=":".join(map(str, name)), why=str(error)) from error
     return loaded if streaming else loaded.to_iterable_dataset()
+
+
+def _load_saved(name: DatasetName) -> Any:
+    """What `save_to_disk` wrote: one data set, or a dictionary of splits."""
+    import datasets
+
+    folder = Path(name.id).expanduser()
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, LookupError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise InputRejected("the saved data set cannot be read", where=str(folder), why=str(error)) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if name.split not in loaded:
+            command = f"{PREFIX}{name.id}::{next(iter(loaded), 'SPLIT')}"
+            why = f"no split '{name.split}', it has {', '.join(loaded)}"
+            raise ConfigError("the data set cannot be loaded", where=name.id, why=why, next_command=command)
+        loaded = loaded[name.split]
+    return loaded.to_iterable_dataset()
 
 
 def _read(rows: Iterator[dict[str, Any]], name: DatasetName) -> Iterator[dict[str, Any]]:

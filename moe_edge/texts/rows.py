@@ -9,17 +9,21 @@ Shape suffixes: N rows, S tokens of a row, W tokens of a window.
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.storage.rows import TokenRows
-from moe_edge.texts.recipes import Document, LoadedRecipe, heldout_file, read_documents, render
+from moe_edge.texts.documents import Document, read_documents, render
+from moe_edge.texts.recipes import LoadedRecipe, heldout_file
 
 log = logging.getLogger(__name__)
 WINDOW = 48  # tokens; longer than a prompt template
+REFUSED_SHARE = 0.01  # of the rows; more is no accident of a few rows but the wrong data or template
+CUT_CHARACTERS = 1 << 16
 OVERLAP_LIMIT = 0.5  # share of a held-out row's windows that may occur in the calibration text
 
 
@@ -34,12 +38,14 @@ def calibration_rows(
     """
     generator = np.random.default_rng(seed)
     streams: dict[int, Iterator[list[int]]] = {}
+    refusals: list[Refusals] = []
     for index, source in enumerate(recipe.recipe.sources):
         documents = read_documents(recipe.folder / source.path)
         shuffled = [documents[position] for position in generator.permutation(len(documents))]
-        streams[index] = _encoded(shuffled, tokenizer)
+        refusals.append(Refusals(str(recipe.folder / source.path)))
+        streams[index] = _encoded(shuffled, tokenizer, refusals[-1])
     shares = [source.share for source in recipe.recipe.sources]
-    rows = _packed(_mixed(streams, shares), tokens, sequence_length, recipe.name)
+    rows = _packed(_mixed(streams, shares), tokens, sequence_length, recipe.name, refusals)
     _warn_if_short(rows, recipe.name)
     return rows
 
@@ -53,7 +59,8 @@ def document_rows(
         ConfigError: the text does not fill one row.
         InputRejected: a failing chat template.
     """
-    rows = _packed(_encoded(documents, tokenizer), tokens, sequence_length, name)
+    refusals = Refusals(name)
+    rows = _packed(_encoded(documents, tokenizer, refusals), tokens, sequence_length, name, [refusals])
     _warn_if_short(rows, name)
     return rows
 
@@ -75,7 +82,9 @@ def heldout_rows(
         InputRejected: unreadable text, or a failing chat template.
     """
     path = heldout_file(text)
-    rows = _packed(_encoded(read_documents(path), tokenizer), tokens, sequence_length, path.name)
+    refusals = Refusals(str(path))
+    encoded = _encoded(read_documents(path), tokenizer, refusals)
+    rows = _packed(encoded, tokens, sequence_length, path.name, [refusals])
     if calibration is not None:
         refuse_overlap(rows, calibration, path)
     return rows
@@ -107,14 +116,76 @@ def _windows(ids_S: np.ndarray) -> list[bytes]:
     return [window.tobytes() for window in windows_NW]
 
 
-def _encoded(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids per document; a plain text gets the tokenizer's special tokens and an end mark, a chat has its own."""
-    end = tokenizer.eos_token_id
+@dataclass
+class Refusals:
+    """The rows of a text that its chat template refused: skipped and counted, as long as they are few."""
+
+    name: str
+    rows: int = 0
+    refused: list[InputRejected] = field(default_factory=list)
+
+    def add(self, error: InputRejected, where: str) -> None:
+        """Count one. Raises InputRejected when there are more than REFUSED_SHARE of a hundred rows, or of all so far."""
+        log.debug("%s is left out: %s", where, error.why)
+        self.refused.append(InputRejected(error.what, where=where, why=error.why))
+        self._judge(max(self.rows, 100))
+
+    def close(self) -> None:
+        """When no more rows come. Raises InputRejected as `add` does, of the rows there were; else warns."""
+        if self.refused:
+            self._judge(self.rows)
+            first = self.refused[0]
+            message = "%s: %d of %d rows are left out, the first: %s: %s (%s)"
+            log.warning(message, self.name, len(self.refused), self.rows, first.where, first.what, first.why)
+
+    def _judge(self, rows: int) -> None:
+        if len(self.refused) > REFUSED_SHARE * rows:
+            first = self.refused[0]
+            why = f"{first.why}; refused {len(self.refused)} of {self.rows} rows, at most {REFUSED_SHARE:.0%} may be"
+            raise InputRejected(first.what, where=first.where, why=why)
+
+
+def _encoded(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, refusals: Refusals
+) -> Iterator[list[int]]:
+    """Token ids of each document, a long one in cuts; a plain text gets the tokenizer's special tokens and an end mark, a
+    chat has its own."""
     for document in documents:
-        templated = not isinstance(document, str) and bool(tokenizer.chat_template)
-        ids = tokenizer(render(document, tokenizer), add_special_tokens=not templated, verbose=False)["input_ids"]
-        closed = templated or end is None or ids[-1:] == [end]
-        yield list(ids) if closed else [*ids, end]
+        refusals.rows += 1
+        try:
+            text = render(document, tokenizer)
+        except InputRejected as error:
+            refusals.add(error, document.where)
+            continue
+        templated = not isinstance(document.content, str) and bool(tokenizer.chat_template)
+        yield from _token_ids(text, tokenizer, templated)
+
+
+def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase, templated: bool) -> Iterator[list[int]]:
+    """The ids of a text, at most CUT_CHARACTERS of it at a time: a tokenizer needs a hundred times the memory of its text."""
+    end = tokenizer.eos_token_id
+    start = 0
+    while True:
+        stop = _cut(text, start)
+        special = not templated and start == 0
+        ids = list(tokenizer(text[start:stop], add_special_tokens=special, verbose=False)["input_ids"])
+        start, last = stop, stop >= len(text)
+        if not last and special and ids[-1:] == [end]:
+            ids.pop()
+        if last and not templated and end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        yield ids
+        if last:
+            return
+
+
+def _cut(text: str, start: int) -> int:
+    """Where the next cut of a text ends: at a space where there is one in its second half."""
+    stop = start + CUT_CHARACTERS
+    if stop >= len(text):
+        return len(text)
+    space = text.rfind(" ", start + CUT_CHARACTERS // 2, stop)
+    return stop if space < 0 else space
 
 
 def _mixed(streams: dict[int, Iterator[list[int]]], shares: list[float]) -> Iterator[list[int]]:
@@ -130,7 +201,9 @@ def _mixed(streams: dict[int, Iterator[list[int]]], shares: list[float]) -> Iter
             yield ids
 
 
-def _packed(documents: Iterator[list[int]], asked: int, sequence_length: int, name: str) -> TokenRows:
+def _packed(
+    documents: Iterator[list[int]], asked: int, sequence_length: int, name: str, refusals: Iterable[Refusals]
+) -> TokenRows:
     """Rows of the first `asked` tokens; no more documents are taken than those need."""
     wanted = max(asked // sequence_length, 1) * sequence_length
     stream: list[int] = []
@@ -138,6 +211,8 @@ def _packed(documents: Iterator[list[int]], asked: int, sequence_length: int, na
         stream += ids
         if len(stream) >= wanted:
             break
+    for one in refusals:
+        one.close()
     rows = min(len(stream), wanted) // sequence_length
     if rows == 0:
         raise ConfigError(

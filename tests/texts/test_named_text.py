@@ -10,7 +10,7 @@ import pytest
 
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
 from moe_edge.texts.named_text import DatasetName, dataset_name, text_rows
-from moe_edge.texts.recipes import load_recipe
+from moe_edge.texts.recipes import data_digests, load_recipe
 from moe_edge.texts.rows import calibration_rows
 from tests.tiny import TEXTS, tiny_tokenizer
 
@@ -57,6 +57,22 @@ def test_chats_of_a_data_set_use_the_template(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because " * 30}]
     rows = text_rows(folder_of(tmp_path, [{"messages": chat}] * 3), tiny_tokenizer(), 64, 64, 0)
     assert "<|im_start|>user" in tiny_tokenizer().decode(rows.ids_NS[0])
+
+
+def test_a_saved_data_set_is_read_by_its_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list([{"conversations": [{"from": "human", "value": "why? " * 40}]}] * 3)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": one}).save_to_disk(str(tmp_path / "splits"))
+    tokenizer = tiny_tokenizer()
+    for name in (str(tmp_path / "one"), f"datasets:{tmp_path / 'one'}", f"datasets:{tmp_path / 'splits'}::test"):
+        assert "<|im_start|>user" in tokenizer.decode(text_rows(name, tokenizer, 64, 64, 0).ids_NS[0])
+    with pytest.raises(ConfigError, match="(?s)no split 'train', it has test.*::test"):
+        text_rows(str(tmp_path / "splits"), tokenizer, 64, 64, 0)
+    assert list(data_digests(str(tmp_path / "splits"))) == ["test/state.json"]
+    (tmp_path / "one" / "state.json").write_text("[]")
+    with pytest.raises(InputRejected, match="saved data set"):
+        text_rows(str(tmp_path / "one"), tokenizer, 64, 64, 0)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:

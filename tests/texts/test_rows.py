@@ -9,7 +9,8 @@ import pytest
 from moe_edge.contracts.data import data_root
 from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, InputRejected
 from moe_edge.storage.rows import TokenRows
-from moe_edge.texts.recipes import load_recipe, read_documents, render
+from moe_edge.texts.documents import Document, read_documents, render
+from moe_edge.texts.recipes import load_recipe
 from moe_edge.texts.rows import calibration_rows, heldout_rows
 from tests.tiny import tiny_tokenizer
 
@@ -107,18 +108,123 @@ def test_a_failing_or_hostile_template_is_refused(template: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(InputRejected, match="chat template"):
-        render([{"role": "user", "content": "x"}], tokenizer)
+        render(Document([{"role": "user", "content": "x"}]), tokenizer)
 
 
 @pytest.mark.parametrize(
     "line",
-    ['{"instruction": "no output"}', "not json", '{"text": 3}', "[1]", '{"messages": [{"role": "user"}]}', '"text"'],
+    [
+        '{"instruction": "no output"}',
+        "not json",
+        '{"text": 3}',
+        "[1]",
+        '{"messages": [{"role": "user"}]}',
+        '"text"',
+        "3",
+        '{"messages": ["hi"]}',
+        '{"conversations": {"from": "human"}}',
+        '{"prompt": "a"}',
+        '{"text": null}',
+        '{"messages": [], "tools": "{"}',
+        "[" * 100_000,
+    ],
 )
 def test_a_broken_row_is_named_by_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(CHAT) + "\n" + line + "\n", encoding="utf-8")
     with pytest.raises(InputRejected, match="line 2"):
         read_documents(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_json_array_holds_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(json.dumps([CHAT, {"text": "plain"}], indent=1))
+    first, second = read_documents(path)
+    assert first.content == [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]
+    assert second.content == "plain" and second.where.endswith("row 2")
+    path.write_text(json.dumps([CHAT, {"other": 1}]))
+    with pytest.raises(InputRejected, match="(?s)row 2.*columns other"):
+        read_documents(path)
+
+
+def test_odd_but_valid_lines_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "odd.NDJSON"
+    lines = [
+        '\ufeff{"text": "a\u2028b", "n": NaN}',
+        "",
+        '\ufeff {"text": "half \\ud800"} ',
+        '{"text": ""}',
+        '{"messages": []}',
+    ]
+    path.write_bytes("\r\n".join([*lines, '{"messages": null, "text": "end"}']).encode())
+    assert [render(one, tiny_tokenizer()) for one in read_documents(path)] == ["a\u2028b", "half ?", "end"]
+
+
+def test_known_forms_of_chats_become_the_same_messages(tmp_path: Path) -> None:
+    asked, told = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    rows: list[dict[str, object]] = [
+        {"conversations": sharegpt},
+        {"messages": sharegpt},
+        {"conversations": [asked, told]},
+        {"prompt": [asked], "completion": [told]},
+        {"prompt": "Hi", "completion": [told]},
+        {"instruction": "Hi", "context": "", "response": "Ho"},
+    ]
+    documents = read_documents(_write(tmp_path / "rows.jsonl", [*rows, {"prompt": "Once", "completion": " upon"}]))
+    assert [one.content for one in documents] == [[asked, told]] * len(rows) + ["Once upon"]
+    (system,) = read_documents(_write(tmp_path / "system.jsonl", [{"system": "Be brief.", "conversations": sharegpt}]))
+    assert system.content == [{"role": "system", "content": "Be brief."}, asked, told]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_whole_messages_and_tools_reach_the_template(tmp_path: Path, as_text: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for t in tools %}T:{{ t.function.name }} {% endfor %}{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{{ m.reasoning_content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %};{% endfor %}"
+    )
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    call = {"role": "assistant", "reasoning_content": "think", "tool_calls": tools}
+    row = {"messages": [{"role": "user", "content": "time?"}, call], "tools": json.dumps(tools) if as_text else tools}
+    (document,) = read_documents(_write(tmp_path / "tools.jsonl", [row]))
+    assert render(document, tokenizer) == "T:clock user:time?;assistant:thinkclock;"
+
+
+def test_rows_that_the_template_refuses_are_left_out_while_they_are_few(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    refused = {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
+    path = _write(tmp_path / "rows.jsonl", [CHAT, refused, *[CHAT] * 98])
+    calibration_rows(load_recipe(str(path)), tokenizer, 10_000, 16, 0)
+    assert "1 of 100 rows are left out" in caplog.text and f"{path}, line 2" in caplog.text
+    path = _write(path, [CHAT, refused, *[CHAT] * 97])
+    with pytest.raises(InputRejected, match=r"(?s)line 2.*no system.*1 of 99 rows"):
+        calibration_rows(load_recipe(str(path)), tokenizer, 10_000, 16, 0)
+
+
+def test_no_more_of_a_long_text_is_tokenized_than_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer needs a hundred times the memory of its text."""
+    tokenizer, given = tiny_tokenizer(), []
+    real = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **rest: given.append(text) or real(self, text, **rest)
+    )
+    path = tmp_path / "one line.txt"
+    path.write_text("the quick fox " * 500_000)
+    rows = calibration_rows(load_recipe(str(path)), tokenizer, 2048, 64, 0)
+    assert rows.ids_NS.shape == (32, 64) and len(given) == 1 and len(given[0]) <= 1 << 16
+    path.write_text("x" * 100_000 + " the end")
+    given.clear()
+    everything = calibration_rows(load_recipe(str(path)), tokenizer, 10**6, 8, 0)
+    assert "".join(given) == path.read_text() and tokenizer.decode(everything.ids_NS.flatten()).startswith("x" * 50)
+    assert (everything.ids_NS == tokenizer.eos_token_id).sum() <= 1
 
 
 def test_unreadable_text_is_refused(tmp_path: Path) -> None:
