@@ -20,7 +20,7 @@ from moe_edge.contracts.artifacts import DistillFolder, ExportFolder, ProfileFol
 from moe_edge.contracts.checkpoint import Checkpoint, Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import read_yaml, resolve_config
-from moe_edge.contracts.errors import ConfigError
+from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.contracts.manifest import MANIFEST_NAME, read_manifest
 from moe_edge.contracts.plan import Plan
 from moe_edge.contracts.preview import PlanPreview
@@ -29,7 +29,7 @@ from moe_edge.contracts.run import Artifacts as Artifacts
 from moe_edge.contracts.run import DeliveredModel as DeliveredModel
 from moe_edge.contracts.run import Run
 from moe_edge.contracts.targets_io import read_target
-from moe_edge.delivery import bundle, finish, plain, write_report
+from moe_edge.delivery import bundle, finish, plain
 from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.files import model_name
 from moe_edge.storage.folders import deliver, write_run_manifest
@@ -418,19 +418,20 @@ def evaluate(
 
 
 def report(run: str | Path) -> Report:
-    """Write the report of a finished build again, from what its stages found; the gates are those of its configuration.
+    """The report of a finished build, read from its folder, which stays as it is.
 
     Raises:
-        ConfigError: a stage is missing.
+        ConfigError: there is none.
+        InputRejected: report.json is damaged.
     """
     out = Path(run)
-    found = {name: read_manifest(out / name) for name in pipeline.STAGE_NAMES}
-    manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
-    if missing := [name for name in found if name not in manifests]:
-        why = f"no finished stage: {', '.join(missing)}"
-        raise ConfigError("the run is not complete", where=str(out), why=why, next_command="moe-edge build ...")
-    config = BuildConfig.model_validate(read_yaml(out / "config.yaml").data)
-    written = write_report(out, config, manifests, dict.fromkeys(manifests, True))
-    if (old := read_manifest(out)) is not None:
-        write_run_manifest(out, old.config, old.inputs, old.versions)
-    return written
+    path = out / "report.json"
+    if path.is_file():
+        try:
+            return Report.read(path)
+        except ValueError as error:
+            again = "the same `moe-edge build` again writes it anew"
+            raise InputRejected("the report is damaged", where=str(path), why=str(error), next_command=again) from error
+    missing = [name for name in pipeline.STAGE_NAMES if not (out / name / MANIFEST_NAME).is_file()]
+    why = f"no finished stage: {', '.join(missing)}" if missing else "all stages are finished, but not the build"
+    raise ConfigError("the run is not complete", where=str(out), why=why, next_command="moe-edge build ...")

@@ -26,8 +26,9 @@ from moe_edge.contracts.errors import (
     InputRejected,
     MoeEdgeError,
     ResourceProblem,
+    visible,
 )
-from moe_edge.process.progress import Terminated, handle_interrupts
+from moe_edge.process.progress import ConsoleHandler, Terminated, handle_interrupts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,7 +64,7 @@ FreshOption = Annotated[bool, typer.Option("--fresh", help="Run every stage, reu
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs the app (on the process's arguments if none are given) and maps every error to its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
     for noisy in (
         "httpx",
         "transformers",
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are those of process/progress.py
     handle_interrupts()
     sys.exit(_run(arguments))
 
@@ -122,7 +124,7 @@ def _bug() -> int:
 
 
 def _say(text: str, code: int) -> int:
-    print(f"moe-edge: {text}", file=sys.stderr)
+    print(f"moe-edge: {visible(text)}", file=sys.stderr)
     return code
 
 
@@ -298,11 +300,12 @@ def bench(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A build's output folder.")], as_json: JsonOption = False) -> None:
-    """Write the report of a finished build again and print it."""
+    """Print the report of a finished build; nothing is written."""
     from moe_edge import api
+    from moe_edge.reporting.report_markdown import render
 
-    api.report(run)
-    print((run / ("report.json" if as_json else "report.md")).read_text())
+    found = api.report(run)
+    print(json.dumps(found.to_dict(), indent=2, sort_keys=True) if as_json else render(found))
 
 
 @app.command()

@@ -4,6 +4,15 @@ An error says what went wrong, where, why, and which command to run next; `str(e
 is not a MoeEdgeError is a bug in moe-edge and leaves with exit code 1.
 """
 
+import unicodedata
+
+
+def visible(text: str) -> str:
+    """`text` with a `?` for every character that steers a terminal, except line breaks and tabs: names come from outside."""
+    return "".join(
+        "?" if unicodedata.category(one) in ("Cc", "Cf", "Cs") and one not in "\n\t" else one for one in text
+    )
+
 
 class MoeEdgeError(Exception):
     """Base of all errors that are reported to the user without a traceback."""

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ _END_FILES = ((GENERATION,), ("config.json",), ("genai_config.json", "model"))  
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # It says that it will unpack MXFP4, and how to avoid that; unpacking is what `load_model` asks for.
 logging.getLogger("transformers.quantizers.quantizer_mxfp4").setLevel(logging.ERROR)
-if not sys.stderr.isatty():
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers; a log file is no place for it
+disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers; ours are those of process/progress.py
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -206,8 +206,17 @@ def refusal(
         "no plan meets the target's budget",
         where=f"target {space.target.name}, estimated from the headers alone",
         why=why,
-        next_command=_remedy(space, nearest[0], fitting, faster),
+        next_command=_remedy(space, *_advisable(space, allowed, fitting), faster),
     )
+
+
+def _advisable(space: Space, allowed: Sequence[Option], fitting: Sequence[Option]) -> tuple[Option, list[Option]]:
+    """The nearest of `allowed`, and those of `fitting`, that keep half of the experts, or as many as were asked for."""
+    half = -(-space.model.spec.moe.experts // 2)
+    least = min(half, max(option.experts for option in allowed))
+    useful = [option for option in allowed if option.experts >= least]
+    nearest = min(useful, key=lambda option: (option.excess, -option.experts))
+    return nearest, [option for option in fitting if option.experts >= least]
 
 
 def _remedy(space: Space, nearest: Option, fitting: Sequence[Option], faster: Option | None) -> str:

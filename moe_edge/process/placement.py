@@ -57,7 +57,13 @@ def fits_in_memory(
     """
     needed, free = held_bytes(headers, dtype), free_bytes(device, sharers)
     fits = needed <= share * free
-    log.info("the model takes %.1f GiB of %.1f: %s", needed / 2**30, free / 2**30, "fits" if fits else "too large")
+    log.log(
+        logging.DEBUG if fits else logging.INFO,
+        "the model takes %.1f GiB of %.1f: %s",
+        needed / 2**30,
+        free / 2**30,
+        "fits" if fits else "too large",
+    )
     return fits
 
 

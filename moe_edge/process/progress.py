@@ -8,12 +8,15 @@ destructor or an import hook it is printed and forgotten, and the build would go
 raised again at the next step of work: `track` and the stage runner call `raise_pending_interrupt`.
 """
 
+import logging
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import NoReturn, TypeVar
+
+from moe_edge.contracts.errors import visible
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
@@ -28,11 +31,12 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
 
 def _bar(items: Iterable[Item], label: str, total: int | None) -> Iterator[Item]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        for item in progress.track(items, total=total, description=label):
+        for item in progress.track(items, total=total, description=escape(visible(label))):
             raise_pending_interrupt()
             yield item
 
@@ -52,6 +56,17 @@ def _line(label: str, done: int, total: int | None, elapsed_s: float) -> str:
     if not total:
         return f"{label}: {done} in {elapsed_s:.0f} s"
     return f"{label}: {done}/{total}, {elapsed_s / done * (total - done):.0f} s left"
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines on the stderr of the moment: above a bar that is shown, which takes stderr's place while it lasts."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; no character of it steers the terminal."""
+        try:
+            print(visible(self.format(record)), file=sys.stderr, flush=True)
+        except Exception:  # as every handler of the standard library
+            self.handleError(record)
 
 
 class Terminated(BaseException):

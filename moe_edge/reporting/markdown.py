@@ -6,6 +6,8 @@ Names from outside (models, messages) are made inert: no table breaks, no HTML. 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moe_edge.contracts.errors import visible
+
 NOT_MEASURED = "n/a"
 
 
@@ -31,8 +33,8 @@ def percent(share: float | None) -> str:
 
 
 def inert(value: Any) -> str:
-    """Text for a table cell or a list item: one line, no HTML, no column break."""
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
+    """Text for a table cell or a list item: one line, no HTML, no column break, nothing that steers a terminal."""
+    text = visible(str(value)).replace("&", "&amp;").replace("<", "&lt;")
     return " ".join(text.split()).replace("|", "\\|")
 
 

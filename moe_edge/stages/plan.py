@@ -53,7 +53,8 @@ def run(
     )
     write_text_atomic(out / PlanFolder.DOCUMENT, plan.to_json())
     kept, total = plan.experts_kept, plan.experts_total
-    log.info("plan: %d of %d experts, %s, predicted KL %s nats", kept, total, plan.main_label, plan.predicted_kl_nats)
+    loss = "" if plan.predicted_kl_nats is None else f", predicted KL {plan.predicted_kl_nats:.4f} nats"
+    log.info("plan: %d of %d experts, %s%s", kept, total, plan.main_label, loss)
     return PlanSummary(notes=plan.notes)
 
 

@@ -1,6 +1,6 @@
 """report: everything a build found out, as report.json (checked against its schema) and report.md (for people).
 
-It measures nothing, but holds what was measured against the target's limits; `moe-edge report RUN` may rebuild it at any time.
+It measures nothing, but holds what was measured against the target's limits; `moe-edge report RUN` prints what it wrote.
 """
 
 from collections.abc import Sequence
@@ -36,5 +36,6 @@ def run(
         out, config, stages, plan=plan, compress=compress, distill=distill, export=export, judgement=judgement
     )
     write_json_atomic(out / "report.json", report.to_dict())
-    write_text_atomic(out / "report.md", render(report))
+    written = Report.read(out / "report.json")  # what `moe-edge report` reads: the two pages are the same
+    write_text_atomic(out / "report.md", render(written))
     return report

@@ -52,11 +52,10 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
-            limit = f", limit {HEADER_LIMIT_BYTES}" if length > HEADER_LIMIT_BYTES else ""
-            raise _bad(path, f"header of {length} bytes{limit}, file of {size} bytes", what="the file is truncated")
-        if length > HEADER_LIMIT_BYTES:
+        if size >= 8 and length > HEADER_LIMIT_BYTES:  # no download that stopped: no writer writes such a number
             raise _bad(path, f"header of {length} bytes, limit {HEADER_LIMIT_BYTES}")
+        if size < 8 or 8 + length > size:
+            raise _bad(path, f"header of {length} bytes, file of {size} bytes", what="the file is truncated")
         raw = file.read(length)
     if (tensors := raw.count(b"data_offsets")) > TENSOR_LIMIT or raw.count(b"[") > 4 * TENSOR_LIMIT:
         raise _bad(path, f"the header names {tensors} tensors or too many lists, limit {TENSOR_LIMIT}")

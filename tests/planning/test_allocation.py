@@ -130,8 +130,12 @@ def test_nothing_fits_is_refused_with_the_nearest_options(teacher):
     assert mixed.packing.mix and mixed.estimate.file_bytes < least, "fewer bits than any recipe has"
     with pytest.raises(InfeasibleError) as caught:
         solve(teacher, NO_SHARE, f"target.budget.weights={least // 2}")
-    text = str(caught.value)
-    assert caught.value.exit_code == 3 and "Q2_K" in text and f"--set target.budget.weights={least}" in text
+    assert caught.value.exit_code == 3 and "Q2_K" in str(caught.value)
+    half = size(teacher, 4, "Q2_K")
+    assert caught.value.next_command == f"--set target.budget.weights={half}", "no advice to drop more than half"
+    with pytest.raises(InfeasibleError) as caught:
+        solve(teacher, NO_SHARE, "plan.experts=2", f"target.budget.weights={least // 2}")
+    assert caught.value.next_command == f"--set target.budget.weights={least}", "it was asked for"
 
 
 def test_a_fitting_option_with_other_settings_is_named_first(teacher):

@@ -39,3 +39,7 @@ def test_names_stay_inert() -> None:
 def test_nothing_to_say_leaves_no_trace() -> None:
     assert table(("a", "b"), []) == bullets([]) == section("Heading", "", "") == paragraphs() == ""
     assert section("Heading", "", "one", "two") == "## Heading\n\none\n\ntwo"
+
+
+def test_no_name_steers_a_terminal() -> None:
+    assert inert("a\x1b[31mb\x07\x9bc\u202ed\udc80") == "a?[31mb??c?d?"

@@ -99,7 +99,7 @@ def header_with(**changes: object) -> dict[str, object]:
         (safetensors_bytes(HEADER)[:40], ("truncated",)),
         (safetensors_bytes(HEADER)[:-1], ("truncated", "32", "31")),
         (safetensors_bytes(HEADER, DATA + b"x"), ("too long", "33")),
-        (safetensors_bytes(HEADER, length=2**63), ("9223372036854775808", "limit 100000000")),
+        (safetensors_bytes(HEADER, length=2**63), ("not a valid", "9223372036854775808", "limit 100000000")),
         (safetensors_bytes(b"not json"), ("not JSON",)),
         (safetensors_bytes(b"[]", b""), ("not an object",)),
         (safetensors_bytes(b'{"a": 1, "a": 2}'), ("duplicate",)),
