@@ -146,7 +146,7 @@ def _answer(model: ModelHeaders, config: BuildConfig, *, alone: bool = True) -> 
         return None
     require_exportable(model.spec, demand.formats)
     base = _base_space(model, config, demand)
-    for length in context_lengths(config.target):
+    for length in context_lengths(config.target, model):
         space = replace(base, context_length=length)
         choice = _choose(space, demand) or (_mixed(space, demand) if mixes_are_allowed(demand, config) else None)
         if choice is not None:
@@ -171,7 +171,7 @@ def _refusal(
     asked = at_shape(config, model.spec, shapes[0])
     demand = demand_of(model.spec, asked)
     base = _base_space(model, asked, demand)
-    shortest = replace(base, context_length=context_lengths(config.target)[-1])
+    shortest = replace(base, context_length=context_lengths(config.target, model)[-1])
     faster = _faster(model, asked, headers, demand) if len(shapes) == 1 else None
     return refusal(base, list(_walk(base, demand)), _with_other_settings(shortest, demand), faster)
 

@@ -56,8 +56,14 @@ def _cache_notes(space: Space, choice: Option) -> Iterator[str]:
             f"The KV cache is planned in {expected.kv_precision} ({format_bytes(expected.kv_cache_bytes)}): start "
             "llama.cpp with -fa on -ctk q8_0 -ctv q8_0."
         )
-    if space.context_length < space.target.context_length:
+    limit = space.model.spec.context_length
+    if limit < space.target.context_length:
         yield (
-            f"Planned for {space.context_length} tokens of context: nothing fits {space.target.context_length}, and "
+            f"target.context_length asks for {space.target.context_length} tokens; the model reads at most {limit}, and "
+            "no more is planned for."
+        )
+    if space.context_length < min(space.target.context_length, limit):
+        yield (
+            f"Planned for {space.context_length} tokens of context: nothing fits {min(space.target.context_length, limit)}, and "
             f"target.context_least allows {space.target.context_least}."
         )

@@ -136,8 +136,8 @@ class Space:
 
 
 def space_of(model: ModelHeaders, target: Target, top_k: int, width: int | None = None, dense: bool = False) -> Space:
-    """The space of a model on a target, at the target's own context length."""
-    return Space(model, target, top_k, limits_of(target, model), target.context_length, width, dense)
+    """The space of a model on a target, at the target's own context length or the model's limit."""
+    return Space(model, target, top_k, limits_of(target, model), context_lengths(target, model)[0], width, dense)
 
 
 def largest_contexts(space: Space, option: Option) -> dict[str, int]:
@@ -155,9 +155,10 @@ def largest_contexts(space: Space, option: Option) -> dict[str, int]:
     return found
 
 
-def context_lengths(target: Target) -> list[int]:
-    """The target's context length and, where it allows less, its halves down to the least."""
-    lengths = [target.context_length]
+def context_lengths(target: Target, model: ModelHeaders) -> list[int]:
+    """The target's context length, at most what the model can read, and, where the target allows less, its halves down
+    to the least."""
+    lengths = [min(target.context_length, model.spec.context_length)]
     while target.context_least is not None and lengths[-1] > target.context_least:
         lengths.append(max(lengths[-1] // 2, target.context_least))
     return lengths
@@ -255,20 +256,21 @@ def _verdict(option: Option) -> str:
 
 def options_table(options: Sequence[Option]) -> str:
     """Options as aligned text, one per line."""
-    rows = [("experts", "type", "file", "peak memory", "tokens/s", "")]
+    rows = [("experts", "type", "file", "KV cache", "peak memory", "tokens/s", "")]
     for option in options:
         speed = option.estimate.decode_tokens_per_s
         row = (
             str(option.experts),
             option.packing.label,
             format_bytes(option.estimate.file_bytes),
+            option.estimate.kv_precision,
             format_bytes(option.estimate.peak_memory_bytes),
             "-" if speed is None else f"{speed:.1f}",
             _verdict(option),
         )
         rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
     return "\n".join(
-        "    " + "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()
+        "    " + "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[6]]).rstrip()
         for row in rows
     )

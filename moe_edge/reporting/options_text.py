@@ -14,8 +14,12 @@ def options_text(preview: PlanPreview) -> str:
         lines.append(f"rival    {preview.competitor} (priors; the profile measures it)")
     if preview.measured is not None:
         lines += _measured(preview.measured)
-    lines += ["", "experts  type      file        peak memory  decode"]
+    lines += ["", "experts  type      file        KV cache  peak memory  decode"]
     lines += [_option(option, preview.choice) for option in preview.options]
+    if len({option.kv_precision for option in preview.options}) > 1:
+        lines.append(
+            "Rows whose KV caches differ read different bytes per token: compare decode speeds within one precision."
+        )
     if preview.shapes:
         lines += ["", "top-k and width are auto, these fit (masked KL decides; the first is shown above):"]
         lines += [_shape(shape) for shape in preview.shapes]
@@ -83,6 +87,7 @@ def _option(option: PreviewedOption, choice: PreviewedChoice) -> str:
     verdict = "<- chosen" if chosen else ("" if option.fits else option.why_not)
     return (
         f"{option.experts_kept:>7}  {option.quantization:<8}  {format_bytes(option.file_bytes):<10}  "
+        f"{option.kv_precision:<8}  "
         f"{format_bytes(option.peak_memory_bytes):<11}  {speed:<6}  {verdict}"
     ).rstrip()
 
@@ -91,7 +96,7 @@ def _shape(shape: PreviewedOption) -> str:
     speed = "" if shape.decode_tokens_per_s is None else f", {shape.decode_tokens_per_s:.0f} tokens/s"
     return (
         f"  top-{shape.top_k}{_width(shape.expert_width)}: {shape.experts_kept} experts at {shape.quantization}, "
-        f"{format_bytes(shape.file_bytes)}{speed}"
+        f"{format_bytes(shape.file_bytes)}, KV cache in {shape.kv_precision}{speed}"
     )
 
 

@@ -1,5 +1,7 @@
 """The budget solver: what it chooses, what it refuses, and what it says about the other way."""
 
+from dataclasses import replace
+
 import pytest
 
 from moe_edge.contracts.errors import ConfigError, InfeasibleError, InputRejected
@@ -201,7 +203,17 @@ def test_an_8_bit_cache_is_taken_where_only_it_fits(teacher):
     assert fixed.choice.estimate.kv_precision == "f16" and not fixed.keeps_all
 
 
+def test_no_context_is_planned_beyond_what_the_model_reads_and_the_plan_says_so(teacher):
+    limit = model_headers(teacher).spec.context_length
+    at = lambda tokens: solve(teacher, NO_SHARE, f"target.context_length={tokens}")  # noqa: E731
+    assert at(limit + 1).choice == at(limit).choice and at(limit + 1).choice.estimate.context_length == limit
+    said = [[note for note in at(tokens).notes if "the model reads at most" in note] for tokens in (limit, limit + 1)]
+    assert said[0] == [] and str(limit + 1) in said[1][0]
+    assert not any("nothing fits" in note for note in at(limit + 1).notes)
+
+
 def test_a_shorter_context_is_taken_only_where_the_target_allows_it(teacher):
+    teacher = replace(teacher, config={**teacher.config, "max_position_embeddings": 1048576})
     settings = (NO_SHARE, "target.context_length=1048576", "target.budget.peak_memory=110MiB")
     with pytest.raises(InfeasibleError, match="fits .* tokens of context") as caught:
         solve(teacher, *settings)

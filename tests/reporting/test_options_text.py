@@ -79,6 +79,18 @@ def test_the_largest_context_stands_beside_the_planned_one(teacher):
     assert set(roomy.choice.largest_contexts.values()) == {space.model.spec.context_length}
 
 
+def test_rows_say_their_kv_precision_and_that_speeds_of_two_do_not_compare(teacher):
+    space = header_plan(teacher, config(NO_SHARE)).space
+    peak = space.option(8, Packing("gguf", "Q4_K_M")).estimate.peak_memory_bytes - 1
+    preview, text = page(teacher, NO_SHARE, f"target.budget.peak_memory={peak}")
+    rows = dict(zip(text.split("decode\n")[1].splitlines(), preview.options, strict=False))
+    assert {option.kv_precision for option in preview.options} == {"f16", "q8_0"}
+    assert all(option.kv_precision in row.split() for row, option in rows.items())
+    assert "compare decode speeds within one precision" in text
+    _, text = page(teacher, NO_SHARE, "target.runtime.kv_cache=f16")
+    assert "compare decode speeds" not in text
+
+
 def test_shapes_under_auto_are_listed_and_widths_shown(teacher):
     _, text = page(teacher, "plan.top_k=auto", "plan.expert_width=auto")
     assert "top-k and width are auto, these fit" in text and "  top-1, 128 neurons: 8 experts at Q4_K_M" in text
