@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from moe_edge.contracts.quantization import GGML_TYPES, mix_key
+from moe_edge.contracts.onnx_bits import Precision
+from moe_edge.contracts.quantization import GGML_TYPES, RECIPES, mix_key
 
-PLAN_SCHEMA = "moe-edge/plan@1"
+PLAN_SCHEMA: Literal["moe-edge/plan@1"] = "moe-edge/plan@1"
 WIDTH_STEP = 32  # the smallest block of weights that a quantization shares a scale over
 Action = Literal["drop", "merge", "shared-core", "dense"]
 KeptExperts = Mapping[int, Sequence[int]]  # decoder layer -> ids of the experts that stay, ascending
@@ -71,18 +72,18 @@ class Plan(BaseModel):
     """What will be done to the teacher."""
 
     model_config = ConfigDict(extra="forbid")
-    schema_: str = Field(PLAN_SCHEMA, alias="schema")
+    schema_: Literal["moe-edge/plan@1"] = Field(PLAN_SCHEMA, alias="schema")
     action: Action = Field(
         "drop",
         description="what becomes of the experts: drop | merge (dropped ones flow into kept ones) | shared-core (one FFN "
         "per layer with low-rank wrappers per expert) | dense (the kept ones side by side in one FFN, no router)",
     )
     criterion: str
-    experts_total: int
-    experts_kept: int = Field(description="per layer; where they are uneven, on average")
+    experts_total: int = Field(gt=0)
+    experts_kept: int = Field(gt=0, description="per layer; where they are uneven, on average")
     uneven: bool = Field(False, description="do layers keep different numbers of experts, experts_kept on average")
-    top_k: int
-    teacher_top_k: int | None = Field(None, description="null: the same")
+    top_k: int = Field(gt=0)
+    teacher_top_k: int | None = Field(None, gt=0, description="null: the same")
     kept: dict[int, list[int]] = Field(description="layer -> kept expert ids of the teacher, ascending")
     merges: dict[int, dict[int, int]] = Field(
         {},
@@ -105,7 +106,7 @@ class Plan(BaseModel):
         description="CLASS or CLASS@FIRST-LAST (decoder layers) -> ggml type, instead of the recipe's; the first match "
         "wins; classes: attention, expert_gate_up, expert_down, shared, embedding_head",
     )
-    onnx_precision: str
+    onnx_precision: Precision
     predicted_kl_nats: float | None = Field(
         description="masked KL of this choice; null when nothing is dropped and no profile ran"
     )
@@ -121,6 +122,13 @@ class Plan(BaseModel):
     estimate: Estimate
     competitor: str | None = Field(None, description="the other way to meet the budget, and why it lost")
     notes: list[str] = []
+
+    @field_validator("quantization")
+    @classmethod
+    def _recipe_is_known(cls, name: str) -> str:
+        if name not in RECIPES:
+            raise ValueError(f"unknown recipe '{name}', known: {', '.join(RECIPES)}")
+        return name
 
     @field_validator("quantization_by_class")
     @classmethod

@@ -120,4 +120,4 @@ def _finished_plan(folder: Path | None, config: BuildConfig) -> Plan | None:
     wishes = config.model_dump(mode="json", by_alias=True)
     if not manifest.config or any(value_at(wishes, key) != value for key, value in manifest.config.items()):
         return None
-    return Plan.read(folder / PlanFolder.DOCUMENT)
+    return PlanFolder.of(folder, manifest).plan

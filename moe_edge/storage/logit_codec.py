@@ -133,8 +133,14 @@ class RowCodec:
         return np.subtract(level_S[:, None], fall_SK, out=fall_SK), ids_SK, tail_SH
 
     def row(self, record: Bytes) -> TeacherRow:
-        """A record as what the teacher said. Raises ValueError when it has another size."""
+        """A record as what the teacher said. Raises ValueError when it has another size, or no teacher can have said it."""
         logprobs_SK, indices_SK, tail_SH = self.decode(record)
+        if indices_SK.max() >= self.vocab or (np.diff(np.sort(indices_SK, axis=-1), axis=-1) == 0).any():
+            raise ValueError(f"a position names a token twice, or one beyond the vocabulary of {self.vocab}")
+        if self.temperatures and not (tail_SH <= 0).all():
+            raise ValueError("a tail holds more than all the mass, or NaN")
+        if self.temperatures and (tail_SH[:, self.temperatures.index(1.0)] == 0).any():
+            raise ValueError("the kept tokens of a position have no mass at all")
         return TeacherRow(indices_SK, logprobs_SK, tail_SH)
 
 

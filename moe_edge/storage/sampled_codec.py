@@ -91,7 +91,11 @@ class SampledCodec:
         return head + pack_ids(ids_M[None], id_bits(self.vocab)) + counts_SU[drawn_SU].astype(np.uint8).tobytes()
 
     def row(self, record: Bytes) -> SampledRow:
-        """A record as what the teacher said. Raises ValueError when it is shorter than it says."""
+        """A record as what the teacher said.
+
+        Raises:
+            ValueError: it is shorter than it says, or no teacher can have said it.
+        """
         tokens, (whole, rest) = self.sequence_length, divmod(id_bits(self.vocab), 8)
         unique_S = record[:tokens].astype(np.int64)
         total = int(unique_S.sum())
@@ -104,4 +108,9 @@ class SampledCodec:
         indices_SU, counts_SU = (np.zeros(drawn_SU.shape, dtype=np.int64) for _ in range(2))
         indices_SU[drawn_SU] = unpack_ids(words, bits[None], total, id_bits(self.vocab))[0]
         counts_SU[drawn_SU] = counts
-        return SampledRow(indices_SU, counts_SU, entropy.view("<f2").astype(np.float32))
+        entropy_S = entropy.view("<f2").astype(np.float32)
+        if indices_SU.max() >= self.vocab or (counts_SU.sum(-1) != self.draws).any():
+            raise ValueError(f"ids must lie in 0..{self.vocab - 1} and the counts of a position sum to {self.draws}")
+        if not (np.isfinite(entropy_S) & (entropy_S >= 0)).all():
+            raise ValueError("an entropy is negative or not finite")
+        return SampledRow(indices_SU, counts_SU, entropy_S)

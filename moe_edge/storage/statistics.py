@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_edge.contracts.errors import InputRejected
@@ -71,7 +72,7 @@ class Statistics:
         """Read a file that `save` wrote.
 
         Raises:
-            InputRejected: the file is unreadable or not of this schema.
+            InputRejected: the file is unreadable, not of this schema, or its numbers cannot be what a pass counted.
         """
         tensors, header = load_tensors(path)
         if header.get("schema") != STATISTICS_SCHEMA:
@@ -86,10 +87,56 @@ class Statistics:
             for name, tensor in tensors.items()
             if name.startswith(IMATRIX_PREFIX)
         }
+        if fault := _fault(tensors, imatrix, header):
+            raise InputRejected(
+                "the statistics cannot be used",
+                where=str(path),
+                why=fault,
+                next_command="moe-edge profile TEACHER --fresh",
+            )
         plain = {name: tensors[name] for name in TENSOR_FIELDS}
         return cls(
             **plain, imatrix=imatrix, cka_tokens=header["cka_tokens"], tokens=header["tokens"], meta=header["meta"]
         )
 
 
+def _fault(tensors: dict[str, Tensor], imatrix: dict[str, Tensor], header: dict[str, Any]) -> str | None:
+    """The first thing that no pass over a teacher can have written; None where everything is in order."""
+    for name in ("cka_tokens", "tokens"):
+        count = header.get(name)
+        if type(count) is not int or count < 0:
+            return f"{name} is {count!r}, expected a count"
+    if not isinstance(header.get("meta"), dict):
+        return "meta is no mapping"
+    if missing := [name for name in TENSOR_FIELDS if name not in tensors]:
+        return f"{', '.join(missing)} missing"
+    sizes: dict[str, int] = {}
+    for name in TENSOR_FIELDS:
+        if fault := _shape_fault(name, tensors[name], sizes):
+            return fault
+    signed = {name for name in TENSOR_FIELDS if "hsic" in name} | {"out_sum_LED"}
+    for name, tensor in [*((name, tensors[name]) for name in TENSOR_FIELDS), *imatrix.items()]:
+        if not torch.isfinite(tensor).all():
+            return f"{name} holds NaN or infinity"
+        if name not in signed and (tensor < 0).any():
+            return f"{name} holds negative numbers"
+    return None
+
+
+def _shape_fault(name: str, tensor: Tensor, sizes: dict[str, int]) -> str | None:
+    """Do the axes that a field's suffix names agree with those seen before? Fills `sizes`."""
+    axes = name.rpartition("_")[2]
+    if tensor.ndim != len(axes):
+        return f"{name} has shape {tuple(tensor.shape)}, expected the axes {axes}"
+    if name in COUNT_FIELDS and tensor.dtype != torch.int64:
+        return f"{name} is {tensor.dtype}, expected int64"
+    if name not in COUNT_FIELDS and not tensor.is_floating_point():
+        return f"{name} is {tensor.dtype}, expected floating point"
+    for axis, size in zip(axes, tensor.shape, strict=True):
+        if sizes.setdefault(axis, size) != size:
+            return f"{name} has shape {tuple(tensor.shape)}, but its axis {axis} is {sizes[axis]} elsewhere"
+    return None
+
+
+COUNT_FIELDS = frozenset({"counts_LE", "coroute_LEE", "loo_counts_LE"})
 TENSOR_FIELDS = tuple(entry.name for entry in fields(Statistics) if entry.type in (Tensor, "Tensor"))

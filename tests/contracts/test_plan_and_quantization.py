@@ -101,3 +101,18 @@ def test_bytes_are_blocks():
 def test_every_recipe_names_known_types():
     assert set(RECIPE_ORDER) <= set(RECIPES)
     assert {kind for classes in RECIPES.values() for kind in classes.values()} <= set(GGML_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"schema": "moe-edge/plan@99"}, "schema"),
+        ({"quantization": "Q9_X"}, "unknown recipe 'Q9_X', known: F32"),
+        ({"onnx_precision": "int3"}, "onnx_precision"),
+        ({"top_k": 0}, "top_k"),
+        ({"experts_total": -4}, "experts_total"),
+    ],
+)
+def test_a_plan_of_another_version_type_or_precision_is_refused(change, named):
+    with pytest.raises(ValidationError, match=named):
+        plan(**change)

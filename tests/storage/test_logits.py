@@ -13,6 +13,7 @@ from moe_edge.formulas.divergence import TopK, cached_kl, kl_dense, teacher_topk
 from moe_edge.formulas.logit_views import WholeLogits
 from moe_edge.storage.logit_codec import RowCodec
 from moe_edge.storage.logits import LogitCache, LogitCacheWriter, TeacherRow, row_key
+from moe_edge.storage.sampled_codec import SampledCodec
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0)
 IDENTITY = {"teacher": "aaaa", "tokenizer": "bbbb", "calibration": "cccc"}
@@ -245,3 +246,19 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         LogitCacheWriter(tmp_path / "x.h5", VOCAB, K, (2.0,), {})
     with pytest.raises(ValueError, match="vocab"):
         RowCodec(4, 32, 2**24, (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("codec", "fill"),
+    [
+        (RowCodec(5, 4, 300, (1.0,)), 0),
+        (RowCodec(5, 1, 300, (1.0,)), 0),
+        (RowCodec(5, 4, 300, (1.0,)), 255),
+        (RowCodec(5, 4, 300, ()), 0),
+        (SampledCodec(5, 9, 300, 1.0, 200), 0),
+        (SampledCodec(5, 9, 300, 1.0, 20_000), 255),
+    ],
+)
+def test_a_record_that_no_teacher_can_have_said_is_refused(codec: RowCodec | SampledCodec, fill: int) -> None:
+    with pytest.raises(ValueError):
+        codec.row(np.full(codec.row_bytes, fill, np.uint8))

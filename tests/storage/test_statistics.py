@@ -1,6 +1,8 @@
 """The statistics and rows files: what is written comes back, the bytes are deterministic, damage is refused."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,14 +10,17 @@ import torch
 
 from moe_edge.contracts.errors import InputRejected
 from moe_edge.storage.rows import TokenRows, row_digest
-from moe_edge.storage.statistics import TENSOR_FIELDS, Statistics
+from moe_edge.storage.statistics import COUNT_FIELDS, TENSOR_FIELDS, Statistics
 from moe_edge.storage.tensor_files import load_tensors, save_tensors
 
 
 def _statistics() -> Statistics:
     generator = torch.Generator().manual_seed(3)
-    tensors = {name: torch.rand(2, 3, generator=generator, dtype=torch.float64) for name in TENSOR_FIELDS}
-    tensors["counts_LE"] = torch.arange(6).reshape(2, 3)
+    sizes, tensors = {"L": 2, "E": 3, "D": 4, "G": 1}, {}
+    for name in TENSOR_FIELDS:
+        shape = [sizes[axis] for axis in name.rpartition("_")[2]]
+        tensors[name] = torch.rand(shape, generator=generator, dtype=torch.float64)
+    tensors |= {name: (9 * tensors[name]).long() for name in COUNT_FIELDS}
     imatrix = {"attention_in": torch.rand(2, 4, generator=generator), "dense_count": torch.tensor(7.0)}
     meta = {"teacher_digest": "ab", "seed": 0}
     return Statistics(**tensors, cka_tokens=5, tokens=7, imatrix=imatrix, meta=meta)
@@ -60,6 +65,38 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path: Path, missing: bool) -> 
         Statistics.load(tmp_path / "s")
     with pytest.raises(InputRejected):
         TokenRows.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate_sum_LE": torch.full((2, 3), torch.nan, dtype=torch.float64)}, "gate_sum_LE holds NaN"),
+        ({"out_energy_L": torch.tensor([1.0, torch.inf], dtype=torch.float64)}, "out_energy_L holds NaN or infinity"),
+        ({"counts_LE": torch.tensor([[1, 2, 3], [4, 5, -6]])}, "counts_LE holds negative"),
+        ({"norm_sum_LE": torch.ones(2, 4, dtype=torch.float64)}, "norm_sum_LE has shape"),
+        ({"hsic_LEE": torch.ones(2, 3, dtype=torch.float64)}, "hsic_LEE has shape"),
+        ({"counts_LE": torch.ones(2, 3)}, "counts_LE is torch.float32, expected int64"),
+        ({"norm_max_LE": torch.ones(2, 3).long()}, "norm_max_LE is torch.int64"),
+        ({"imatrix": {"head_in": torch.tensor([-1.0])}}, "head_in holds negative"),
+        ({"tokens": -1}, "tokens is -1"),
+        ({"cka_tokens": "many"}, "cka_tokens is 'many'"),
+        ({"meta": []}, "meta is no mapping"),
+    ],
+)
+def test_numbers_that_no_pass_can_have_counted_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    replace(_statistics(), **change).save(tmp_path / "s")
+    with pytest.raises(InputRejected, match=message):
+        Statistics.load(tmp_path / "s")
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    _statistics().save(tmp_path / "s")
+    tensors, header = load_tensors(tmp_path / "s")
+    save_tensors(tmp_path / "s", {name: tensors[name] for name in tensors if name != "counts_LE"}, header)
+    with pytest.raises(InputRejected, match="counts_LE missing"):
+        Statistics.load(tmp_path / "s")
 
 
 def test_saving_over_a_loaded_file_leaves_its_tensors_alone(tmp_path: Path) -> None:
