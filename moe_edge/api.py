@@ -30,6 +30,7 @@ from moe_edge.contracts.run import DeliveredModel as DeliveredModel
 from moe_edge.contracts.run import Run
 from moe_edge.contracts.targets_io import read_target
 from moe_edge.delivery import bundle, finish, plain
+from moe_edge.devices.transport import open_transport
 from moe_edge.process.ranks import current_ranks
 from moe_edge.storage.files import model_name
 from moe_edge.storage.folders import deliver, write_run_manifest
@@ -180,7 +181,12 @@ def build(
         if stage is not None and stage not in pipeline.STAGE_NAMES:
             why = f"stages: {', '.join(pipeline.STAGE_NAMES)}"
             raise ConfigError(f"{option} '{stage}': no such stage", why=why)
+    if start and until and pipeline.STAGE_NAMES.index(start) > pipeline.STAGE_NAMES.index(until):
+        raise ConfigError(
+            f"start '{start}' comes after until '{until}'", why=f"stages: {', '.join(pipeline.STAGE_NAMES)}"
+        )
     resolved = configure(target, teacher, config, overrides, settings=settings, device=device)
+    open_transport(resolved.validate_.device)  # a device that cannot be reached is said before anything is computed
     found = find_checkpoint(resolved)
     budget = header_plan(found.headers, resolved)  # refuses what cannot be before anything is read or locked
     folder = output_folder(resolved, out)
@@ -358,6 +364,7 @@ def validate(
     from moe_edge.evaluation.validation import validate_artifact
 
     resolved = configure(target, teacher, config, overrides, settings=settings, device=device)
+    open_transport(resolved.validate_.device)
     return validate_artifact(path, open_teacher(resolved), resolved, _beside(path, out, "validate"))
 
 

@@ -46,6 +46,9 @@ def test_targets(called):
     assert code == 0 and "hardware.bandwidth_gb_per_s" in out and "1e9 bytes per second [datasheet" in out
 
 
+BAD_PATTERN = "distill.stages=[{stage_name: a, parameter_lr_multipliers: [{pattern: '(', lr_multiplier: 1}]}]"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -53,6 +56,11 @@ def test_targets(called):
         (["build", "--target", "cpuu"], 2, ["did you mean 'cpu'"]),
         (["build", "--set", "plan.critreion=ean"], 2, ["did you mean 'criterion'"]),
         (["build", "--until", "distil"], 2, ["stages:", "distill"]),
+        (["build", "--from", "export", "--until", "plan"], 2, ["'export' comes after until 'plan'", "stages:"]),
+        (["build", "--device", "ssh://pi"], 7, ["ssh://pi", "--device local"]),
+        (["build", "--set", "validate.device=phone"], 2, ["unknown device 'phone'"]),
+        (["build", "--set", "export.onnx.provider=cuda", "--set", "export.onnx.precision=fp32"], 2, ["float16"]),
+        (["build", "--set", BAD_PATTERN], 2, ["'(' is not a regular expression"]),
         (["build", "--config", "none.yaml"], 2, ["no such file"]),
         (["build", "--nonsense"], 2, []),
         (["verify", "."], 2, ["manifest.json"]),
@@ -60,7 +68,8 @@ def test_targets(called):
         (["targets", "check", "none.yaml"], 2, ["none.yaml"]),
     ],
 )
-def test_usage_errors_are_two(called, arguments, code, words):
+def test_usage_errors_come_before_any_work(called, monkeypatch, arguments, code, words):
+    monkeypatch.setattr("moe_edge.pipeline.locked", lambda *_: pytest.fail("nothing is begun"))
     got, out, err = called(*arguments)
     assert got == code and out == ""
     assert all(word in err for word in words) and "Traceback" not in err

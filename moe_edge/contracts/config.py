@@ -4,9 +4,10 @@ Precedence: defaults < target file < config file < `--set a.b=c` < command-line 
 turning validation errors into messages with lines and suggestions is in contracts/config_io.py.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, field_validator, model_validator
 
 from moe_edge.contracts.onnx_bits import bits_key
 from moe_edge.contracts.target import Target
@@ -114,6 +115,15 @@ class LrMultiplier(BaseModel):
     model_config = _CLOSED
     pattern: str = Field(description="regular expression, searched in the parameter's name; the first match wins")
     lr_multiplier: float = Field(ge=0, description="0 = frozen and not in the optimizer")
+
+    @field_validator("pattern")
+    @classmethod
+    def _it_is_a_regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"'{value}' is not a regular expression: {error}") from error
+        return value
 
 
 class TeacherRoutingConfig(BaseModel):
@@ -262,6 +272,12 @@ class OnnxConfig(BaseModel):
         for key in value:
             bits_key(key)
         return value
+
+    @model_validator(mode="after")
+    def _a_graph_for_cuda_computes_in_float16(self) -> Self:
+        if self.provider == "cuda" and self.precision == "fp32":
+            raise ValueError("a graph for CUDA computes in float16: precision=fp16, int8 or int4")
+        return self
 
     @property
     def mix(self) -> tuple[tuple[str, str], ...]:

@@ -143,9 +143,9 @@ def multipliers_of(names: Sequence[str], multipliers: Sequence[LrMultiplier]) ->
     """{parameter name: learning-rate multiplier}; the first pattern found in a name decides, without one it is 1.
 
     Raises:
-        ConfigError: a pattern that is no regular expression or decides nothing, or nothing is left to train.
+        ConfigError: a pattern that decides nothing, or nothing is left to train.
     """
-    patterns = [(_compiled(row.pattern), row.lr_multiplier) for row in multipliers]
+    patterns = [(re.compile(row.pattern), row.lr_multiplier) for row in multipliers]
     decided = [0] * len(patterns)
     result, unmatched = {}, []
     for name in names:
@@ -163,14 +163,6 @@ def multipliers_of(names: Sequence[str], multipliers: Sequence[LrMultiplier]) ->
     if not any(result.values()):
         raise ConfigError("every parameter is frozen", where="distill.stages: parameter_lr_multipliers")
     return result
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        where = "distill.stages: parameter_lr_multipliers"
-        raise ConfigError(f"'{pattern}' is not a regular expression", where=where, why=str(error)) from error
 
 
 def _dead(pattern: re.Pattern[str], names: Sequence[str]) -> ConfigError:

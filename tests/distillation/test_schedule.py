@@ -94,7 +94,6 @@ def test_the_first_pattern_wins(caplog: pytest.LogCaptureFixture) -> None:
     (
         (["expert", "router"], "matches no parameter"),
         ([".*", "expert"], "earlier patterns take all 1"),
-        (["(", ".*"], "regular expression"),
     ),
 )
 def test_dead_patterns_are_errors(patterns: list[str], message: str) -> None:
