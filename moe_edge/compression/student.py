@@ -21,6 +21,7 @@ from moe_edge.compression.layers import Applied
 from moe_edge.contracts.errors import MoeEdgeError
 from moe_edge.models.loading import save_student
 from moe_edge.models.students import TRAINABLE, is_shared_core, load_student, plain_form, save_trainable
+from moe_edge.storage.checkpoint import refuse_nonfinite
 from moe_edge.storage.files import write_json_atomic
 from moe_edge.storage.folders import written_beside
 
@@ -29,9 +30,15 @@ MERGES, LAYERS = "merges.json", "layers.json"
 
 
 def write_student(applied: Applied, tokenizer_source: Path, out: Path) -> float:
-    """Write model/ and what belongs beside it; returns the largest logits difference after reloading, which is 0."""
+    """Write model/ and what belongs beside it; returns the largest logits difference after reloading, which is 0.
+
+    Raises:
+        InputRejected: a weight of the student is NaN or infinite, from absurd ones of the teacher; nothing was written.
+    """
     model = applied.model
     model.to("cpu")  # type: ignore[arg-type]  # transformers hides nn.Module.to
+    for name, parameter in model.named_parameters():
+        refuse_nonfinite(parameter.detach(), f"the compressed student: {name}")
     difference = 0.0
     remove_others(out)
     if is_shared_core(model):

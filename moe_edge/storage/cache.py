@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,16 +101,22 @@ def collect_garbage(keep_bytes: int) -> list[str]:
     return gone
 
 
-def remembered_sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal; a large file is read only when it changed since the last call."""
+def remembered_sha256(path: Path, hashing: Callable[[Path], str] | None = None) -> str:
+    """The SHA-256 of a file in hexadecimal; a large file is read only when it changed since the last call.
+
+    Args:
+        hashing: computes it in the place of `sha256_file`, and may check what it reads; it has entries of its own.
+    """
     state = path.stat()
     if state.st_size < SMALL_BYTES:
-        return sha256_file(path)
+        return (hashing or sha256_file)(path)
     key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
+    if hashing is not None:
+        key += f"|{hashing.__name__}"
     if key not in known_digests:
         known_digests.update(_read_memo())
     if key not in known_digests:
-        known_digests[key] = sha256_file(path)
+        known_digests[key] = (hashing or sha256_file)(path)
         _write_memo()
     return known_digests[key]
 

@@ -35,6 +35,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 _BACKEND_KEYS = ("attn_implementation", "experts_implementation")
 _OWN_BACKENDS = (None, "eager", "sdpa", "grouped_mm", "batched_mm", "flash_attention_2", "flex_attention")
 # A model with shared cores (models/shared_core.py) names its modeling file for users of transformers alone. We never run
@@ -227,12 +231,41 @@ def checkpoint_digest(folder: Path) -> str:
     """The identity of a checkpoint: SHA-256 over the sorted (name, SHA-256) of all files that matter to its behaviour.
 
     Hashes of large files are remembered (see cache.py), so that only the first call reads them.
+
+    Raises:
+        InputRejected: as `inspect_checkpoint`, or a weight is NaN or infinite, which is seen while the files are hashed.
     """
     headers = inspect_checkpoint(folder, require_tokenizer=False)
-    names = {name for info in headers.tensors.values() for name in info.files} | {"config.json"}
-    names |= {path.name for path in tokenizer_files(folder)}
+    weights = {name for info in headers.tensors.values() for name in info.files}
+    names = {path.name for path in tokenizer_files(folder)} | {"config.json"} | weights
     names |= {name for name in (INDEX, "generation_config.json") if (folder / name).is_file()}
     digest = hashlib.sha256()
     for name in sorted(names):
-        digest.update(f"{name}\0{remembered_sha256(folder / name)}\n".encode())
+        hashing = sha256_of_finite if name in weights else None
+        digest.update(f"{name}\0{remembered_sha256(folder / name, hashing)}\n".encode())
     return digest.hexdigest()
+
+
+def sha256_of_finite(path: Path) -> str:
+    """The SHA-256 of a safetensors file in hexadecimal. Raises InputRejected when a number in it is NaN or infinite."""
+    infos = read_header(path).values()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(min((info.offset for info in infos), default=-1)))
+        for info in infos:
+            for start in range(0, info.bytes, CHUNK_BYTES):
+                raw = bytearray(file.read(min(CHUNK_BYTES, info.bytes - start)))
+                digest.update(raw)
+                if info.dtype in _FLOATS:
+                    refuse_nonfinite(torch.frombuffer(raw, dtype=_FLOATS[info.dtype]), f"{path}: {info.name}")
+    return digest.hexdigest()
+
+
+def refuse_nonfinite(values: torch.Tensor, where: str) -> None:
+    """Raises InputRejected when a number is NaN or infinite; `where` names the tensor."""
+    if not values.numel():
+        return
+    wide = values.bfloat16() if values.itemsize == 1 else values
+    if not torch.stack(wide.aminmax()).isfinite().all():  # NaN is both the least and the largest
+        why = "a model with such a weight computes nothing; the file is damaged, or its training diverged"
+        raise InputRejected("a weight is NaN or infinite", where=where, why=why)

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from moe_edge.contracts.errors import ConfigError, InputRejected
-from moe_edge.storage.checkpoint import TensorReader, checkpoint_digest, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.checkpoint import (
+    TensorReader,
+    checkpoint_digest,
+    inspect_checkpoint,
+    sha256_of_finite,
+    tokenizer_files,
+)
+from moe_edge.storage.files import sha256_file
 from tests.storage.hostile import (
     CONFIG,
     DATA,
@@ -247,3 +254,31 @@ def test_digest_is_of_the_contents(tmp_path: Path) -> None:
         old = path.read_bytes() if path.exists() else b"{"
         path.write_bytes(old[:-1] + (b" }" if old.endswith(b"}") else b"\x01"))
         assert checkpoint_digest(changed) != digest, name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_weight_that_is_no_number_is_named_while_the_files_are_hashed(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    folder = write_folder(tmp_path)
+    tensors = {
+        "a": torch.randn(3, 4),
+        "ids": torch.arange(5),
+        "none": torch.zeros(0),
+        "z": torch.randn(1100, 1000).to(dtype),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    assert checkpoint_digest(folder) == checkpoint_digest(folder)
+    tensors["z"][-1, -1] = value
+    save_file(tensors, folder / "model.safetensors")
+    for _ in range(2):  # a refusal is not remembered as a digest
+        with pytest.raises(InputRejected, match=r"model.safetensors: z\n") as caught:
+            checkpoint_digest(folder)
+        assert caught.value.exit_code == 4
+
+
+def test_hashing_with_the_check_gives_the_hash_of_the_file(tmp_path: Path) -> None:
+    path = write_folder(tmp_path) / "model.safetensors"
+    save_file({"a": torch.randn(3, 4), "b": torch.zeros(7, dtype=torch.uint8)}, path)
+    assert sha256_of_finite(path) == sha256_file(path)
