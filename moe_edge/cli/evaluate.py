@@ -23,14 +23,19 @@ def evaluate(
     temperature: Annotated[float, typer.Option("--temperature", help="Of the sampled answers.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Sample among the k most likely tokens; 0 = all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Sample among the likeliest of this mass; 1 = all.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 256,
-    max_prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", help="A prompt keeps its first N.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
+    max_prompt_tokens: Annotated[
+        int, typer.Option("--max-prompt-tokens", min=1, help="A prompt keeps its first N.")
+    ] = 256,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Prompts side by side (not GGUF: one after another).")
+        int, typer.Option("--batch-size", min=1, help="Prompts side by side (not GGUF: one after another).")
     ] = 8,
     max_empty_rate: Annotated[
-        float, typer.Option("--max-empty-rate", help="Gate: larger shares fail (exit 10).")
+        float, typer.Option("--max-empty-rate", min=0, max=1, help="Gate: larger shares fail (exit 10).")
     ] = 0.1,
+    max_truncated_rate: Annotated[
+        float, typer.Option("--max-truncated-rate", min=0, max=1, help="Gate of answers without an end, likewise.")
+    ] = 0.5,
     empty_references: Annotated[
         Literal["exclude", "score"],
         typer.Option("--empty-references", help="Rows without reference: left out, or right when the answer is empty."),
@@ -40,17 +45,21 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
 ) -> None:
     """Let an artifact answer instruction sets and score the answers: ROUGE-L, BLEU, chrF, exact match; resumable."""
+    from moe_edge.devices.detect import refuse_bad_headers
+    from moe_edge.texts.instruction_rows import read_instruction_sets
+
+    runs, sets = _seeds(seeds), read_instruction_sets(_paths(data), limit)
+    refuse_bad_headers(artifact)  # before the imports below, which take seconds
+
     from moe_edge.evaluation.answers import Protocol
     from moe_edge.evaluation.instructions import EvaluationSettings, run
     from moe_edge.pipeline import locked
     from moe_edge.reporting.evaluation_text import evaluation_text
     from moe_edge.runtimes.sampling import GREEDY, Sampling
-    from moe_edge.texts.instruction_rows import read_instruction_sets
 
     sampling = GREEDY if greedy else Sampling(temperature, top_k, top_p)
-    protocol = Protocol(sampling, _seeds(seeds), max_prompt_tokens, max_new_tokens)
-    settings = EvaluationSettings(protocol, batch_size, max_empty_rate, empty_references, bertscore)
-    sets = read_instruction_sets(_paths(data), limit)
+    protocol = Protocol(sampling, runs, max_prompt_tokens, max_new_tokens)
+    settings = EvaluationSettings(protocol, batch_size, max_empty_rate, max_truncated_rate, empty_references, bertscore)
     folder = out if out is not None else Path("runs") / f"{artifact.resolve().name}-evaluate"
     with locked(folder):
         result = run(artifact, sets, settings, folder)

@@ -14,7 +14,9 @@ logits = typer.Typer(no_args_is_help=True, help="Capture a teacher's logits for 
 Teacher = Annotated[str, typer.Argument(help="A checkpoint folder or hub id.")]
 Data = Annotated[
     str,
-    typer.Option("--data", help="calibration | a path (.yaml recipe, .jsonl, text) | datasets:ID[:CONFIG[:SPLIT]]."),
+    typer.Option(
+        "--data", help="calibration | a path (.yaml recipe, .jsonl, .json, text) | datasets:ID[:CONFIG[:SPLIT]]."
+    ),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How many tokens of it.")]
 KeptIds = Annotated[int, typer.Option("--k", min=1, help="Ids kept per token.")]

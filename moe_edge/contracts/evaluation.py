@@ -123,7 +123,7 @@ class Evaluation(BaseModel):
     protocol: ProtocolFacts
     sets: dict[str, SetScores]
     average: dict[str, Average] = Field(description="metric -> mean over the sets")
-    gates: list[GateResult] = Field(description="empty_rate of every set")
+    gates: list[GateResult] = Field(description="empty_rate and truncated_rate of every set")
     encoder: Encoder | None = Field(description="null where BERTScore was not asked for")
     definitions: dict[str, str]
     notes: list[str]

@@ -15,7 +15,7 @@ from moe_edge.contracts.manifest import FileEntry, content_digest, installed_ver
 from moe_edge.contracts.report import GateResult
 from moe_edge.devices.detect import Kind, detect, weight_bytes
 from moe_edge.evaluation.answers import ANSWERS_NAME, AnsweringModel, Journal, Protocol, answer_all
-from moe_edge.metrics.text import DEFINITIONS, METRICS, EmptyReferences, judged_rows, score_set
+from moe_edge.metrics.text import DEFINITIONS, METRICS, NO_ROWS, EmptyReferences, judged_rows, score_set
 from moe_edge.metrics.text_answers import Answer, Status
 from moe_edge.metrics.text_modules import compute, local_encoder
 from moe_edge.process import host
@@ -27,6 +27,7 @@ from moe_edge.texts.instruction_rows import InstructionRow, InstructionSet
 RESULT_NAME = "evaluate.json"
 WITHOUT_ENCODER = tuple(name for name in METRICS if name != "bertscore")
 MAX_EMPTY_RATE = 0.1
+MAX_TRUNCATED_RATE = 0.5  # a model that seldom ends says nothing of how it answers
 BATCH_SIZE = 8
 _PACKAGES = ("evaluate", "rouge-score", "sacrebleu", "bert-score")
 MetricOptions = Mapping[str, Mapping[str, Any]]  # metric -> its module's options
@@ -40,13 +41,15 @@ class EvaluationSettings:
     protocol: Protocol = field(default_factory=Protocol)
     batch_size: int = BATCH_SIZE
     max_empty_rate: float = MAX_EMPTY_RATE
+    max_truncated_rate: float = MAX_TRUNCATED_RATE
     empty_references: EmptyReferences = "exclude"
     bertscore: Path | None = None  # folder of an encoder, or "minilm"
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or not 0 <= self.max_empty_rate <= 1:
-            raise ConfigError("the batch size is at least 1 and the empty rate a share between 0 and 1")
+        rates = (self.max_empty_rate, self.max_truncated_rate)
+        if self.batch_size < 1 or not all(0 <= rate <= 1 for rate in rates):
+            raise ConfigError("the batch size is at least 1, and a largest rate is a share between 0 and 1")
 
 
 def run(artifact: Path, sets: Sequence[InstructionSet], settings: EvaluationSettings, out: Path) -> Evaluation:
@@ -120,8 +123,9 @@ def _conclude(
 ) -> Evaluation:
     """Scores, gates and notes from the answers."""
     scored = {one.name: _scores(one, answers[one.name], settings, options) for one in sets}
-    gates = [_gate(name, scores, settings.max_empty_rate) for name, scores in scored.items()]
+    gates = [gate for name, scores in scored.items() for gate in _gates(name, scores, settings)]
     missed = [f"{gate.artifact}: {_finding(gate)}, limit at most {gate.limit:.4g}" for gate in gates if not gate.passed]
+    missed += [f"{name}: nothing was scored ({NO_ROWS})" for name, scores in scored.items() if not _is_scored(scores)]
     return Evaluation(
         schema=EVALUATE_SCHEMA,
         verdict="fail" if missed else "pass",
@@ -157,24 +161,37 @@ def _encoder_facts(options: Mapping[str, Any]) -> Encoder:
     return Encoder(path=str(folder), digest=artifact_digest(folder), layers=options["layers"])
 
 
-def _gate(name: str, scores: SetScores, limit: float) -> GateResult:
-    rate = scores.counts.empty_rate
-    return GateResult(
-        name="empty_rate",
-        artifact=name,
-        limit=limit,
-        value=rate,
-        unit="share",
-        direction="at most",
-        passed=rate is not None and rate <= limit,
-        reason=scores.counts.reason if rate is None else None,
-    )
+def _gates(name: str, scores: SetScores, settings: EvaluationSettings) -> list[GateResult]:
+    """Of the shares of answers that are empty, and that have no end."""
+    counts = scores.counts
+    limits = {
+        "empty_rate": (counts.empty_rate, settings.max_empty_rate),
+        "truncated_rate": (counts.truncated_rate, settings.max_truncated_rate),
+    }
+    return [
+        GateResult(
+            name=gate,
+            artifact=name,
+            limit=limit,
+            value=rate,
+            unit="share",
+            direction="at most",
+            passed=rate is not None and rate <= limit,
+            reason=counts.reason if rate is None else None,
+        )
+        for gate, (rate, limit) in limits.items()
+    ]
 
 
 def _finding(gate: GateResult) -> str:
+    kind = gate.name.removesuffix("_rate")
     if gate.value is None:
-        return f"the share of empty answers was not measured ({gate.reason})"
-    return f"the share of empty answers is {gate.value:.4g}"
+        return f"the share of {kind} answers was not measured ({gate.reason})"
+    return f"the share of {kind} answers is {gate.value:.4g}"
+
+
+def _is_scored(scores: SetScores) -> bool:
+    return any(metric.value is not None for metric in scores.metrics.values())
 
 
 def _average(metric: str, scored: Mapping[str, SetScores]) -> Average:

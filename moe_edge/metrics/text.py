@@ -3,7 +3,7 @@
 Nothing is skipped and nothing divides by zero. An empty or broken answer is a row like any other and scores 0 everywhere;
 skipping it would raise the mean. A row without a reference cannot be judged: it is left out and counted, or, for tasks
 whose right answer may be nothing (`empty_references="score"`), scores 100 for an empty answer and else 0 (it adds
-nothing to the corpus statistics of BLEU). A set without a row to judge has null scores with a reason.
+nothing to the corpus statistics of BLEU). A set without any reference is answered and counted; its scores are null with a reason.
 Intervals resample rows, never answers: the answers of one row under several seeds are not independent.
 
 Legend: R runs (one per seed), N rows, S statistics of BLEU.
@@ -87,7 +87,8 @@ def score_set(
     kept = {row.row_id for row in judged}
     excluded = [row.row_id for row in rows if row.row_id not in kept]
     everything = np.arange(len(judged))
-    result = _part(scores, table, everything, list(answers))
+    scorable = empty_references == "score" or any(row.references for row in judged)
+    result = _part(scores, table, everything, list(answers), scorable)
     result["counts"] |= {
         "n_rows": len(rows),
         "n_excluded_empty_reference": len(excluded),
@@ -95,15 +96,17 @@ def score_set(
         "n_outside_rouge": sum(not _rouge_can_read(row) for row in judged),
     }
     result["categories"] = {
-        category: _part(scores, table, np.flatnonzero([row.category == category for row in judged]), list(answers))
+        category: _part(
+            scores, table, np.flatnonzero([row.category == category for row in judged]), list(answers), scorable
+        )
         for category in categories
     }
     return result
 
 
 def judged_rows(rows: Sequence[InstructionRow], empty_references: EmptyReferences) -> list[InstructionRow]:
-    """The rows that need an answer."""
-    return [row for row in rows if row.references or empty_references == "score"]
+    """The rows that need an answer: all of a set that has no reference at all, because what an artifact says still counts."""
+    return [row for row in rows if row.references or empty_references == "score"] or list(rows)
 
 
 def check_aligned(rows: Sequence[InstructionRow], answers: Mapping[str, Mapping[str, Answer]]) -> None:
@@ -138,15 +141,20 @@ def _scores(
 
 
 def _part(
-    scores: Mapping[str, Scores], table: Sequence[Sequence[Answer]], rows: np.ndarray, runs: Sequence[str]
+    scores: Mapping[str, Scores],
+    table: Sequence[Sequence[Answer]],
+    rows: np.ndarray,
+    runs: Sequence[str],
+    scorable: bool,
 ) -> dict[str, Any]:
-    """Counts and metrics of some rows."""
+    """Counts and metrics of some rows; without metrics where there is nothing to compare with."""
     answers = [run[at] for run in table for at in rows]
     filled_RN = np.array([[bool(run[at].text) for at in rows] for run in table], dtype=bool)
     filled_RN = filled_RN.reshape(len(table), len(rows))
+    compared = rows if scorable else rows[:0]
     return {
         "counts": count(answers, len(rows)),
-        "metrics": {name: summarise(one, rows, filled_RN, runs) for name, one in scores.items()},
+        "metrics": {name: summarise(one, compared, filled_RN, runs) for name, one in scores.items()},
     }
 
 

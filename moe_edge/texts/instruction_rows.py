@@ -70,7 +70,7 @@ def read_instruction_sets(paths: Sequence[Path], limit: int | None = None) -> li
 
     Raises:
         ConfigError: no file is given, one is missing or given twice.
-        InputRejected: a line is no JSON object, or has neither instruction nor prompt.
+        InputRejected: a line is no JSON object, or has neither instruction nor prompt; or there is no row.
     """
     if not paths:
         raise ConfigError("no instruction set is given", next_command="moe-edge evaluate ARTIFACT --data FILE.jsonl")
@@ -94,6 +94,8 @@ def read_instruction_set(path: Path, name: str, limit: int | None = None) -> Ins
                 break
             if line.strip():
                 rows.append(_row(line, f"{name}:{number}", f"{path}, line {number}"))
+    if not rows:
+        raise InputRejected("an instruction set holds no row", where=str(path))
     return InstructionSet(name, path, sha256_file(path), tuple(rows))
 
 

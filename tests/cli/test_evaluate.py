@@ -1,6 +1,7 @@
 """`moe-edge evaluate`: the untrained student and what a user can get wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_the_command_on_the_untrained_student(tmp_path: Path, called, monkeypatc
         (["DATA", "--data", "none.jsonl"], 2, "no such instruction set"),
         (["DATA", "--data", "DATA,DATA"], 2, "twice"),
         (["DATA", "--data", "DATA", "--seeds", "ten"], 2, "not numbers"),
-        (["DATA", "--data", "DATA", "--max-new-tokens", "0"], 2, "at least one token"),
+        (["DATA", "--data", "DATA", "--max-new-tokens", "0"], 2, "Invalid value"),
+        (["DATA", "--data", "DATA", "--max-truncated-rate", "2"], 2, "Invalid value"),
     ],
 )
 def test_usage_errors(tmp_path: Path, called, arguments: list[str], code: int, words: str) -> None:
@@ -40,3 +42,9 @@ def test_usage_errors(tmp_path: Path, called, arguments: list[str], code: int, w
     given = [one.replace("DATA", data) for one in arguments]
     status, out, err = called("evaluate", *given, "--out", tmp_path / "o")
     assert status == code and words in err and out == ""
+
+
+def test_a_wrong_path_is_said_before_the_runtimes_are_imported(tmp_path: Path, called, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "moe_edge.evaluation.answers", None)  # importing it would fail
+    status, _, err = called("evaluate", tmp_path / "none.gguf", "--data", write_set(tmp_path))
+    assert status == 2 and "no such artifact" in err

@@ -62,17 +62,20 @@ def test_an_untrained_student_that_says_nothing(tmp_path: Path, data: Path, kind
 
 def test_a_talking_student_passes_and_differs_by_seed(tmp_path: Path, data: Path) -> None:
     checkpoint, out = tiny_checkpoint(tmp_path, "qwen3_moe"), tmp_path / "out"
-    result = run(checkpoint, read_instruction_sets([data]), EvaluationSettings(SHORT, batch_size=2), out)
+    settings = EvaluationSettings(SHORT, batch_size=2, max_truncated_rate=1)
+    result = run(checkpoint, read_instruction_sets([data]), settings, out)
     assert result.verdict == "pass" and result.artifact.format == "hf"
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and {line["run"] for line in lines} == {"10", "20"}
     assert len({line["answer"]["text"] for line in lines}) > 3
     assert result.protocol.runs == ["10", "20"] and not result.protocol.is_minillm_contract
     again = run(checkpoint, read_instruction_sets([data]), EvaluationSettings(SHORT, batch_size=3), tmp_path / "again")
+    assert again.verdict == "fail" and [gate.passed for gate in again.gates] == [True, False]
+    assert "the share of truncated answers is 1, limit at most 0.5" in again.reasons[0]
     assert again.sets["tiny set/test"].metrics == result.sets["tiny set/test"].metrics
 
 
-@pytest.mark.parametrize("values", [{"batch_size": 0}, {"max_empty_rate": 1.5}])
+@pytest.mark.parametrize("values", [{"batch_size": 0}, {"max_empty_rate": 1.5}, {"max_truncated_rate": -1}])
 def test_impossible_settings(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         EvaluationSettings(**values)
@@ -123,17 +126,19 @@ def test_a_missing_metric_library_is_found_before_the_first_answer(
     assert not (tmp_path / "out" / "answers.jsonl").exists()
 
 
-def test_an_empty_set_fails_with_a_reason_and_leaves_null(tmp_path: Path, data: Path) -> None:
+def test_a_set_without_references_is_answered_and_fails_for_want_of_a_score(tmp_path: Path, data: Path) -> None:
     data.write_text(json.dumps(ROWS[3]) + "\n")
-    result = run(
-        tiny_checkpoint(tmp_path, "qwen3_moe"),
-        read_instruction_sets([data]),
-        EvaluationSettings(SHORT),
-        tmp_path / "out",
-    )
-    assert result.verdict == "fail" and "not measured (no row with a reference)" in result.reasons[0]
+    sets, checkpoint = read_instruction_sets([data]), tiny_checkpoint(tmp_path, "qwen3_moe")
+    result = run(checkpoint, sets, EvaluationSettings(SHORT, max_truncated_rate=1), tmp_path / "out")
+    assert result.verdict == "fail" and result.reasons == [
+        "tiny set/test: nothing was scored (no row with a reference)"
+    ]
+    assert result.sets["tiny set/test"].counts.n_answers == 2 and all(gate.passed for gate in result.gates)
     assert result.average["rouge_l"] == Average(value=None, reason="no value for tiny set/test")
     assert "n/a (no row with a reference)" in evaluation_text(result)
+    (checkpoint / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputRejected):
+        run(checkpoint, sets, EvaluationSettings(SHORT), tmp_path / "damaged")
 
 
 def test_the_average_is_over_sets(tmp_path: Path, data: Path) -> None:

@@ -70,13 +70,14 @@ def test_only_empty_answers(texts: list[str]) -> None:
     json.dumps(result, allow_nan=False)
 
 
-def test_an_empty_set_is_null_with_a_reason() -> None:
-    for empty in ([], rows([(), ()])):
-        result = score_set(empty, {"10": {}}, OPTIONS)
+def test_a_set_without_references_is_counted_and_its_scores_are_null_with_a_reason() -> None:
+    for empty, answers in (([], {}), (rows([(), ()]), answered(["a", "b"]))):
+        result = score_set(empty, {"10": answers}, OPTIONS)
         for metric in result["metrics"].values():
             assert metric["value"] is None and metric["ci95"] is None and metric["reason"] == "no row with a reference"
-        assert result["counts"]["empty_rate"] is None and result["counts"]["reason"]
-        assert result["counts"]["n_excluded_empty_reference"] == len(empty)
+        counts = result["counts"]
+        assert (counts["empty_rate"], bool(counts["reason"])) == ((0, False) if empty else (None, True))
+        assert (counts["n_answers"], counts["n_excluded_empty_reference"]) == (len(empty), 0)
         json.dumps(result, allow_nan=False)
 
 

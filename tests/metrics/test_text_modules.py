@@ -182,7 +182,7 @@ def evaluate(monkeypatch, capsys, tmp_path, encoder):
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     model = tiny_checkpoint(tmp_path, "qwen3_moe")
     arguments = ["evaluate", model, "--data", data, "--greedy", "--max-new-tokens", 6, "--bertscore", encoder]
-    arguments += ["--max-empty-rate", 1, "--out", tmp_path / "out", "--json"]
+    arguments += ["--max-empty-rate", 1, "--max-truncated-rate", 1, "--out", tmp_path / "out", "--json"]
     monkeypatch.setattr(sys, "argv", ["moe-edge", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         main()

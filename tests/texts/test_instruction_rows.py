@@ -69,6 +69,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read_instruction_sets([path, tmp_path / "." / "x.jsonl"])
     with pytest.raises(ConfigError, match="no instruction set"):
         read_instruction_sets([])
+    with pytest.raises(InputRejected, match="no row"):
+        read_instruction_sets([write(tmp_path / "empty.jsonl", "\n")])
     pointer = write(tmp_path / "y.jsonl", "version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(InputRejected, match="LFS|content"):
         read_instruction_sets([pointer])
