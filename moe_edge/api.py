@@ -175,6 +175,7 @@ def build(
     from moe_edge.models.loading import hashed
     from moe_edge.planning.allocation import header_plan
     from moe_edge.planning.disk import room_for_build
+    from moe_edge.stages.export import refuse_tokenizer
     from moe_edge.texts.recipes import named_files
 
     for option, stage in (("start", start), ("until", until)):
@@ -189,6 +190,8 @@ def build(
     open_transport(resolved.validate_.device)  # a device that cannot be reached is said before anything is computed
     found = find_checkpoint(resolved)
     budget = header_plan(found.headers, resolved)  # refuses what cannot be before anything is read or locked
+    if until is None or pipeline.STAGE_NAMES.index(until) >= pipeline.STAGE_NAMES.index("export"):
+        refuse_tokenizer(resolved, found)
     folder = output_folder(resolved, out)
     with pipeline.locked(folder):
         state = pipeline.Build(

@@ -120,6 +120,22 @@ def test_a_hostile_chat_template_is_refused_before_anything_is_written(called, t
     assert not (tmp_path / "o" / "export").exists()
 
 
+@pytest.mark.parametrize("broken", ["template", "end"])
+def test_a_build_whose_tokenizer_cannot_be_exported_is_refused_before_any_work(called, tmp_path, broken):
+    model = tiny_checkpoint(tmp_path, "qwen3_moe")
+    if broken == "template":
+        (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    else:
+        settings = model / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": None}))
+        for name in ("config.json", "generation_config.json"):
+            parsed = json.loads((model / name).read_text()) if (model / name).is_file() else {}
+            (model / name).write_text(json.dumps(parsed | {"eos_token_id": None}))
+    code, _, err = called("build", model, "--out", tmp_path / "o")
+    assert code == 4 and "Traceback" not in err and not (tmp_path / "o").exists()
+    assert ("__class__" if broken == "template" else "end-of-sequence") in err
+
+
 def test_a_model_that_is_the_current_folder_lends_its_name(called, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_checkpoint(tmp_path, "qwen3_moe", name="Tiny-Model"))
     monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))

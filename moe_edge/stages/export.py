@@ -16,9 +16,10 @@ from moe_edge.contracts.artifacts import (
     PlanFolder,
     ProfileFolder,
 )
-from moe_edge.contracts.checkpoint import CheckpointHeaders, Teacher
+from moe_edge.contracts.checkpoint import Checkpoint, CheckpointHeaders, Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.exporting.gguf_files import export_gguf_files
+from moe_edge.exporting.gguf_tokenizer import gguf_vocabulary
 from moe_edge.exporting.golden import from_cache
 from moe_edge.exporting.imatrix import dense_imatrix
 from moe_edge.exporting.job import ExportedFile, ExportJob, formats_to_write, size_name
@@ -85,6 +86,18 @@ def plain_job(config: BuildConfig, model: Teacher, out: Path, profile: ProfileFo
         provenance={"base_digest": model.digest, "method": "plain export"},
         limit_bytes=config.target.budget.weights,  # a share has no teacher here
     )
+
+
+def refuse_tokenizer(config: BuildConfig, teacher: Checkpoint) -> None:
+    """Refuse before any work a tokenizer, which the student shares with its teacher, that no exported file could hold.
+
+    Raises:
+        InputRejected: its chat template is broken or hostile, or GGUF, which is to be written, cannot represent it.
+    """
+    prompt_ids(load_tokenizer(teacher.path))
+    formats = config.target.formats if config.export.formats == "auto" else config.export.formats
+    if "gguf" in formats:
+        gguf_vocabulary(teacher.path, teacher.spec.vocab, config.export.gguf.pre_tokenizer)
 
 
 def plan_job(
