@@ -5,8 +5,10 @@ that a relative budget in a target and an absolute one in a config file are judg
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from moe_edge.contracts.config import KEYWORD, LISTED, BuildConfig
 from moe_edge.contracts.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is a page; more is a mistake or an attack
+MAX_DEPTH = 32
+MAX_NODES = 10_000
+MAX_COMPLAINTS = 20
 Path_ = tuple[str | int, ...]
 
 
@@ -35,14 +41,16 @@ def read_yaml(path: Path) -> Document:
     """Read a YAML mapping.
 
     Raises:
-        ConfigError: no such file, not UTF-8 YAML, duplicate keys, too large, or not a mapping at the top.
+        ConfigError: no such file, not UTF-8 YAML, duplicate keys, aliases, too large or deep, or no mapping at the top.
     """
     if not path.is_file():
         raise ConfigError(f"no such file: {path}", next_command="moe-edge targets list, or check --config")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError("the configuration is larger than 1 MiB", where=str(path))
     try:
-        node = YAML(typ="rt").load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        _refuse_what_expands(text)
+        node = YAML(typ="rt").load(text)
     except (YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError("not valid YAML", where=str(path), why=_one_line(error)) from error
     if node is None:
@@ -52,6 +60,39 @@ def read_yaml(path: Path) -> Document:
     document = Document({}, str(path))
     document.data = _plain(node, (), document.lines)
     return document
+
+
+def _refuse_what_expands(text: str) -> None:
+    """Look at the text's structure before anything is built of it: it may be small and stand for gigabytes.
+
+    Raises:
+        ValueError: aliases or merge keys, deeper than 32 levels, or more than 10,000 nodes.
+        YAMLError: it is no YAML.
+    """
+    depth = 0
+    for count, event in enumerate(YAML(typ="safe", pure=True).parse(text)):
+        if isinstance(event, AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1}: aliases (*name) are not read; write the value out")
+        if isinstance(event, ScalarEvent) and event.value == "<<" and event.style is None:
+            raise ValueError(f"line {event.start_mark.line + 1}: merge keys (<<) are not read; write the keys out")
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH or count > MAX_NODES:
+            raise ValueError(f"more than {MAX_DEPTH} levels of nesting or {MAX_NODES} nodes")
+
+
+def _refuse_odd_values(value: Any, path: Path_, target: Document | None, file: Document | None) -> None:
+    """Raises ConfigError on a NUL in any text and on a number that is not finite: no setting can mean them."""
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{_dotted(path)}: a NUL character in a text{_where(path, target, file)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{_dotted(path)}: {value} is not a finite number{_where(path, target, file)}")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_odd_values(key, (*path, str(key)), target, file)
+            _refuse_odd_values(inner, (*path, key), target, file)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _refuse_odd_values(inner, (*path, index), target, file)
 
 
 def _one_line(error: Exception) -> str:
@@ -89,11 +130,12 @@ def parse_setting(text: str) -> dict[str, Any]:
     """
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set expects key.subkey=value, got '{text}'", next_command="moe-edge build --help")
+    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
+        raise ConfigError(f"--set expects key.subkey=value, got '{text[:100]}'", next_command="moe-edge build --help")
     try:
+        _refuse_what_expands(value)
         parsed = YAML(typ="safe").load(value)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ConfigError(f"--set {path}: not a YAML value", why=_one_line(error)) from error
     return nested(keys, parsed)
 
@@ -139,6 +181,7 @@ def resolve_config(
         data = merge(data, nested(dotted.split("."), value))
     data = merge(data, flags or {})
     data.setdefault("schema", "moe-edge/config@1")
+    _refuse_odd_values(data, (), target, file)
     try:
         return BuildConfig.model_validate(data)
     except ValidationError as error:
@@ -151,6 +194,7 @@ def validate_document(model: type[BaseModel], document: Document) -> Any:
     Raises:
         ConfigError: as resolve_config.
     """
+    _refuse_odd_values(document.data, (), None, document)
     try:
         return model.model_validate(document.data)
     except ValidationError as error:
@@ -160,19 +204,21 @@ def validate_document(model: type[BaseModel], document: Document) -> Any:
 def _explain(
     error: ValidationError, model: type[BaseModel], target: Document | None, file: Document | None
 ) -> tuple[str]:
-    messages = []
-    for problem in error.errors():
+    problems, messages = error.errors(), []
+    for problem in problems[:MAX_COMPLAINTS]:
         path: Path_ = tuple(part for part in problem["loc"] if part not in (LISTED, KEYWORD))
         where = _where(path, target, file)
         if problem["type"] == "extra_forbidden":
             messages.append(f"unknown key '{_dotted(path)}'{_did_you_mean(path, model)}{where}")
         else:
             messages.append(f"{_dotted(path)}: {problem['msg'].removeprefix('Value error, ')}{where}")
+    if len(problems) > MAX_COMPLAINTS:
+        messages.append(f"and {len(problems) - MAX_COMPLAINTS} more")
     return ("the configuration is not valid:\n  " + "\n  ".join(messages),)
 
 
 def _dotted(path: Path_) -> str:
-    return ".".join(str(part) for part in path)
+    return ".".join(str(part) for part in path)[:200].replace("\0", "\\0")
 
 
 def _where(path: Path_, target: Document | None, file: Document | None) -> str:
@@ -189,7 +235,7 @@ def _where(path: Path_, target: Document | None, file: Document | None) -> str:
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """'; did you mean X?' for the nearest known word, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -201,12 +247,17 @@ def _did_you_mean(path: Path_, model: type[BaseModel]) -> str:
 
 def _known_keys(parents: Path_, model: type[BaseModel]) -> list[str]:
     """The keys that the model at `parents` accepts."""
-    schema: dict[str, Any] = model.model_json_schema(by_alias=True)
+    schema = _schema(model)
     definitions, node = schema.get("$defs", {}), schema
     for part in parents:
         node = _resolve(node, definitions)
         node = _items(node) if isinstance(part, int) else node.get("properties", {}).get(part, {})
     return sorted(_resolve(node, definitions).get("properties", {}))
+
+
+@cache
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema(by_alias=True)
 
 
 def _items(node: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 `ByteSize` and `Seconds` are pydantic-ready annotated types; plain numbers are bytes and seconds.
 """
 
+import math
 import re
 from typing import Annotated
 
@@ -16,7 +17,10 @@ def _number_and_unit(text: str, units: dict[str, float] | dict[str, int], exampl
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or (match[2] and match[2].lower() not in units):
         raise ValueError(f"'{text}' is not a number with a unit of {', '.join(units)} (example: {example})")
-    return float(match[1]) * (units[match[2].lower()] if match[2] else 1)
+    number = float(match[1]) * (units[match[2].lower()] if match[2] else 1)
+    if not math.isfinite(number):
+        raise ValueError(f"'{text}' is not a finite number")
+    return number
 
 
 def parse_bytes(value: object) -> int:

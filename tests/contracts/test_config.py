@@ -89,3 +89,43 @@ def test_bad_settings_are_refused(text):
 
 def test_merge_replaces_lists_and_joins_mappings():
     assert merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}}
+
+
+BOMB = "a: &a [x, x, x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)).replace(
+    "*a0", "*a"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("plan: &p {seed: 3}\ncalibration:\n  <<: *p\n", r"line 3: merge keys .*write the keys out"),
+        ("plan: {<<: {seed: 3}}", "line 1: merge keys"),
+        (BOMB, "line 2: aliases"),
+        ("plan: &p {x: *p}", "aliases"),
+        ("[" * 3000, "levels of nesting"),
+        ("plan: " + "{a: " * 2000 + "1" + "}" * 2000, "levels of nesting"),
+        ("plan: [" + "x," * 20_000 + "]", "nodes"),
+        ("".join(f"key{i}: 1\n" for i in range(1000)), "unknown key 'key19'(?s:.*)and 980 more$"),
+        ("target: {budget: {weights: 1e999GiB}}", "weights: '1e999GiB' is not a finite number"),
+        ("target: {budget: {ttft: 1e999s}}", "'1e999s' is not a finite number"),
+        ("plan: {max_kl_nats: .inf}", "max_kl_nats: inf is not a finite number .*line 1"),
+        ("plan: {max_kl_nats: .nan}", "max_kl_nats: nan is not a finite number"),
+        ('teacher: {path: "a\\0b"}', r"teacher\.path: a NUL character"),
+        ('"a\\0b": 1', "a NUL character"),
+    ],
+)
+def test_hostile_yaml_is_refused_before_it_grows(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        resolve(tmp_path, text)
+    assert len(str(refusal.value)) < 8000
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["plan.seed=" + "[" * 3000, "plan.seed=" + "9" * 5000, "plan=&a {b: *a}", "target.budget.weights=1e999GiB"]
+    + ["plan.max_kl_nats=.inf", 'teacher.path="a\\0b"', ".".join("a" * 3000) + "=1"],
+)
+def test_a_hostile_setting_is_one_clear_error(tmp_path, setting):
+    with pytest.raises(ConfigError):
+        resolve(tmp_path, settings=[setting])
