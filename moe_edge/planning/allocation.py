@@ -220,9 +220,11 @@ def _choose(space: Space, demand: Demand) -> Option | None:
 
 
 def mixes_are_allowed(demand: Demand, config: BuildConfig) -> bool:
-    """May every class of tensors have its own type? Only where neither a type nor a number of experts was asked for."""
-    asked = config.plan.bits != "auto" or config.export.gguf.types != "auto" or config.plan.experts != "auto"
-    return not asked and "gguf" in demand.formats and demand.why_fewer is None
+    """May every class of tensors have its own type? Only where no type was asked for, and no share of the experts, of
+    which the recipe is a part; a number of experts says nothing about types."""
+    asked = config.plan.bits != "auto" or config.export.gguf.types != "auto"
+    share = demand.why_fewer is not None and config.plan.experts == "auto"
+    return not asked and "gguf" in demand.formats and not share
 
 
 def _mixed(space: Space, demand: Demand) -> Option | None:

@@ -59,12 +59,12 @@ class _CountOption:
 def bits_are_free(answer: BudgetAnswer, config: BuildConfig) -> bool:
     """May the solver choose bits per class? Only under an absolute budget that binds, and where no type was asked for.
 
-    Where the target's preferred type holds every expert, more bits would only cost speed; under a relative budget the
-    recipe is a part of what was asked.
+    Where the target's preferred type holds every expert that may stay, more bits would only cost speed; under a share of
+    the experts the recipe is a part of what was asked.
     """
     if not mixes_are_allowed(answer.demand, config):
         return False
-    preferred = answer.space.option(answer.model.spec.moe.experts, answer.demand.preferred[0])
+    preferred = answer.space.option(answer.demand.counts[0], answer.demand.preferred[0])
     return not preferred.fits
 
 
@@ -91,6 +91,9 @@ def decide(
     others = [one for one in found if (one.option.experts == total) != (best.option.experts == total)]
     rival = min(others, key=lambda one: one.nats, default=None)
     notes = [*notes_of(space, answer.demand, best.option), _bits_note(best, known)]
+    if answer.demand.counts[0] < total:  # all of them were not asked for, which the answer from headers says
+        decided = replace(answer, choice=best.option, notes=tuple(notes))
+        return decided, quantization_of(decided, known)
     if rival is None and best.option.experts < total:
         notes.append("Keeping every expert fits at no number of bits.")
     lost = "" if rival is None else f"expected KL {rival.in_words}, against {best.in_words} before recovery"

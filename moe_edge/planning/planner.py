@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from moe_edge.contracts.plan import Plan, TriedShape
 from moe_edge.planning.allocation import BudgetAnswer
 from moe_edge.planning.candidates import criteria_to_compare
-from moe_edge.planning.curve import Curve, check_safe
+from moe_edge.planning.curve import Curve, CurvePoint, check_safe
 from moe_edge.planning.decision import QuantizationCost, bits_are_free, decide, quantization_of, settle
 from moe_edge.planning.document import KEEP_ALL, PlanInputs, finish_plan, make_plan
 from moe_edge.planning.judging import (
@@ -57,11 +57,19 @@ def plan_student(
         judge = CandidateJudge(config, candidates, scorer, rows)
         if answer.others:
             answer, shapes = choose_shape(judge, inputs, answer)
-        if answer.keeps_all and not bits_are_free(answer, config):
+        if answer.keeps_all and len(answer.demand.counts) == 1 and bits_are_free(answer, config):
+            plan = _plan_without_pruning(judge, *decide(answer, _nothing_dropped(answer), judge.sensitivity))
+        elif answer.keeps_all and not bits_are_free(answer, config):
             plan = _plan_without_pruning(judge, answer, quantization_of(answer))
         else:
             plan = _plan_by_measuring(judge, answer, save_curve)
     return finish_plan(plan, answer, inputs).model_copy(update={"shapes": shapes})
+
+
+def _nothing_dropped(answer: BudgetAnswer) -> Curve:
+    """The curve where no other count may be chosen, so that nothing needs masking."""
+    total = answer.choice.experts
+    return Curve(KEEP_ALL, total, answer.space.top_k, 0, (CurvePoint(total, 0.0, None),))
 
 
 def _plan_without_pruning(judge: CandidateJudge, answer: BudgetAnswer, quantization: QuantizationCost) -> Plan:

@@ -89,6 +89,18 @@ def test_bits_are_free_only_under_an_absolute_budget_that_binds(teacher, tight):
     assert not bits_are_free(header_plan(teacher, share), share), "a relative budget keeps its recipe"
 
 
+@pytest.mark.parametrize("experts", [8, 6])
+def test_a_number_of_experts_leaves_the_bits_free_where_its_preferred_type_does_not_fit(teacher, experts):
+    least = file_bytes(solve(teacher).model, experts, Packing("gguf", "Q2_K"))
+    settings = config(NO_SHARE, f"plan.experts={experts}", f"target.budget.weights={least - 1}")
+    answer = header_plan(teacher, settings)
+    assert bits_are_free(answer, settings) and answer.choice.packing.mix, "fewer bits than any recipe has"
+    decided, cost = decide(answer, curve(per_expert=0.1))
+    assert decided.choice.experts == experts and decided.choice.packing.label in cost.nats
+    assert not any("fits at no number of bits" in note for note in decided.notes)
+    assert (decided.rival is None) == (experts == 8) and (experts == 8 or "plan.experts=6" in decided.rival_lost)
+
+
 def test_a_dry_run_decides_by_priors_and_keeps_the_answer_where_there_are_none(teacher, tight):
     binding = config(NO_SHARE, budget(teacher, 8, "Q4_K_M", -1))
     guessed = decide_by_priors(tight, binding)

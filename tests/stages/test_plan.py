@@ -104,6 +104,16 @@ def test_quantizing_harder_replaces_pruning_where_it_loses_less(teacher, tmp_pat
     )
 
 
+@pytest.mark.parametrize("experts", [EXPERTS, EXPERTS - 2])
+def test_a_number_of_experts_is_met_by_a_mix_of_types_where_its_recipe_does_not_fit(teacher, tmp_path, experts):
+    space = header_plan(inspect_checkpoint(teacher), config(NO_SHARE)).space
+    limit = space.option(experts, Packing("gguf", "Q4_K_M")).estimate.file_bytes - 1
+    settings = (f"target.budget.weights={limit}", "plan.criterion=msan", "plan.curve_tokens=32")
+    _, plan = run_plan(teacher, tmp_path, NO_SHARE, f"plan.experts={experts}", *settings, "plan.sensitivity_tokens=32")
+    assert plan.experts_kept == experts and plan.estimate.file_bytes <= limit
+    assert plan.quantization_by_class and plan.quantization_kl_source == "measured"
+
+
 def test_the_safe_ratio_curve_lies_beside_the_plan(teacher, tmp_path):
     _, plan = run_plan(teacher, tmp_path, "plan.criterion=frequency", "plan.curve_tokens=32")
     data = json.loads((tmp_path / "curve.json").read_text())
