@@ -79,6 +79,8 @@ def load_config(headers: CheckpointHeaders) -> PreTrainedConfig:
         raise InputRejected("transformers refuses config.json", where=str(path), why=_first_line(error)) from error
     if hasattr(config, "quantization_config"):  # MXFP4: every reader unpacks it, and what is saved is plain
         del config.quantization_config
+    if hasattr(config, "auto_map"):  # of code that nobody runs; a student has none
+        del config.auto_map
     if headers.config.get("tie_word_embeddings") is False:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     return config

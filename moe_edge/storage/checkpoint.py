@@ -5,6 +5,7 @@ header is checked against the file before a tensor is read (safetensors_header.p
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from moe_edge.contracts.capability_table import CAPABILITIES
 from moe_edge.contracts.checkpoint import CheckpointHeaders, TensorInfo
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.storage.cache import remembered_sha256
@@ -20,6 +22,7 @@ from moe_edge.storage.files import CHUNK_BYTES, read_json, refuse_lfs_pointer
 from moe_edge.storage.mxfp4 import dequantize, is_mxfp4, unpacked
 from moe_edge.storage.safetensors_header import read_header
 
+log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -40,6 +43,7 @@ _FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _BACKEND_KEYS = ("attn_implementation", "experts_implementation")
+_BUILT_IN = {family for _, family in CAPABILITIES}  # model types whose classes come from transformers
 _OWN_BACKENDS = (None, "eager", "sdpa", "grouped_mm", "batched_mm", "flash_attention_2", "flex_attention")
 # A model with shared cores (models/shared_core.py) names its modeling file for users of transformers alone. We never run
 # that file either: the classes come from this package.
@@ -59,7 +63,7 @@ def inspect_checkpoint(folder: Path, require_tokenizer: bool = True) -> Checkpoi
     """
     if not folder.is_dir():
         raise ConfigError("the checkpoint folder does not exist", where=str(folder))
-    config = read_json(folder / "config.json")
+    config = _without_foreign_code(read_json(folder / "config.json"), folder / "config.json")
     _refuse_foreign_code(config, folder / "config.json")
     tensors = _read_tensors(folder)
     if is_mxfp4(config):
@@ -102,6 +106,26 @@ def _untied(config: dict[str, Any]) -> dict[str, Any]:
     parts = {key: _untied(value) for key, value in config.items() if key == "text_config" and isinstance(value, dict)}
     older = {"tie_embedding": False} if "tie_embedding" in config else {}
     return config | parts | older | {"tie_word_embeddings": False}
+
+
+def _without_foreign_code(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`config` without `auto_map` where transformers has the model itself: released folders name code that preceded it."""
+    if str(config.get("model_type")) not in _BUILT_IN:
+        return config
+    parts = {key: value for key, value in config.items() if key == "text_config" and isinstance(value, dict)}
+    if not any("auto_map" in part for part in (config, *parts.values())):
+        return config
+    _say_ignored(path)
+    inner = {key: {name: value for name, value in part.items() if name != "auto_map"} for key, part in parts.items()}
+    return {key: value for key, value in config.items() if key != "auto_map"} | inner
+
+
+@lru_cache(maxsize=64)
+def _say_ignored(path: Path) -> None:
+    """Once per folder and process."""
+    log.warning(
+        "%s: auto_map is ignored: transformers has this model itself, the folder's code is never executed", path
+    )
 
 
 def _refuse_foreign_code(config: dict[str, Any], path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_broken_tokenizer_is_rejected(tmp_path: Path, content: str | None) -> 
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
+        ({"model_type": "own_moe", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
         ({"_attn_implementation_internal": "evil/kernel"}, "_attn_implementation_internal"),
         ({"model_type": "llama", "num_experts": None}, "unknown model family"),
         ({"mlp_only_layers": [1]}, "mlp_only_layers"),
@@ -271,3 +271,24 @@ def test_a_stored_copy_of_the_embedding_stays_tied(tmp_path: Path) -> None:
     copied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(copied, folder / "model.safetensors", metadata={"format": "pt"})
     assert inspect_checkpoint(folder).config["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "minimax_m2", "qwen3_moe"])
+def test_the_code_of_a_model_that_transformers_has_is_ignored_and_left_out(
+    tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path, family)
+    ids = tiny_ids(vocab=64)
+    with torch.no_grad():
+        expected = load_model(folder)(ids).logits
+        classes = {"AutoConfig": "configuration_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+        edit_config(folder, auto_map=classes)
+        for name in ("configuration_evil.py", "modeling_evil.py"):
+            (folder / name).write_text("raise SystemExit('executed')\n")
+        model = load_model(folder)
+        assert torch.equal(model(ids).logits, expected)
+    load_config(inspect_checkpoint(folder))
+    assert sum("auto_map is ignored" in record.message for record in caplog.records) == 1
+    save_student(model, folder, tmp_path / "student")
+    assert "auto_map" not in read_json(tmp_path / "student" / "config.json")
+    assert not list((tmp_path / "student").glob("*.py"))

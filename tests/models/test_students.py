@@ -92,7 +92,6 @@ def test_our_loader_runs_no_file_of_the_folder(tmp_path, tokenizer):
     [
         {"auto_map": {"AutoConfig": "evil.Config"}},
         {"auto_map": {**checkpoint.SHARED_CORE_AUTO_MAP, "AutoTokenizer": "evil.Tokenizer"}},
-        {"model_type": "qwen3_moe"},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "auto_map": checkpoint.SHARED_CORE_AUTO_MAP}},
     ],
 )
