@@ -52,7 +52,7 @@ def cache_ls() -> None:
 
 @cache.command("gc")
 def cache_gc(keep: Annotated[str, typer.Option("--keep", help="Keep at most this much, e.g. 10GiB.")] = "0") -> None:
-    """Delete unfinished entries, then the longest unused, until at most --keep remain."""
+    """Delete damaged and unfinished entries, then the longest unused, until at most --keep remain."""
     from moe_edge.contracts.units import parse_bytes
     from moe_edge.storage.cache import collect_garbage
 
@@ -60,20 +60,19 @@ def cache_gc(keep: Annotated[str, typer.Option("--keep", help="Keep at most this
         gone = collect_garbage(parse_bytes(keep))
     except ValueError as error:
         raise ConfigError(f"--keep: {error}") from error
+    for name in gone:
+        print(f"  {name[:16]}")
     print(f"deleted {len(gone)} profiles")
 
 
 @cache.command("verify")
 def cache_verify() -> None:
     """Check every cached file against its sha256."""
-    from moe_edge.storage.cache import cached_profiles
-    from moe_edge.storage.folders import changed_files
+    from moe_edge.storage.cache import bytes_of, cached_profiles, damaged_profiles
 
-    bad = {
-        home.name[:16]: changed
-        for home, manifest in cached_profiles()
-        if (changed := changed_files(home, manifest.files))
-    }
-    if bad:
-        raise InputRejected("cached profiles are damaged", why=str(bad), next_command="moe-edge cache gc")
+    if bad := damaged_profiles():
+        healthy = sum(bytes_of(manifest) for home, manifest in cached_profiles() if home not in bad)
+        why = "; ".join(f"{home.name[:16]}: {', '.join(names)}" for home, names in bad.items())
+        command = f"moe-edge cache gc --keep {healthy} (deletes the damaged ones and keeps the others)"
+        raise InputRejected("cached profiles are damaged", why=why, next_command=command)
     print("every cached profile is intact")

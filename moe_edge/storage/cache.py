@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from moe_edge.contracts.manifest import Manifest, read_manifest
+from moe_edge.contracts.manifest import MANIFEST_NAME, Manifest, read_manifest
 from moe_edge.storage.files import sha256_file, write_json_atomic
 from moe_edge.storage.folders import changed_files, mirror
 
@@ -83,22 +83,43 @@ def cached_profile_of(teacher_digest: str) -> tuple[Path, Manifest] | None:
     return fitting[-1] if fitting else None
 
 
+def damaged_profiles() -> dict[Path, list[str]]:
+    """Every cached profile that is not what its manifest says, and which of its files; a broken manifest is damage, too."""
+    damaged = {}
+    for home in sorted((cache_root() / "profiles").glob("*/")):
+        manifest = read_manifest(home)
+        if changed := [MANIFEST_NAME] if manifest is None else changed_files(home, manifest.files):
+            damaged[home] = changed
+    return damaged
+
+
+def bytes_of(manifest: Manifest) -> int:
+    """What a profile takes."""
+    return sum(entry.bytes for entry in manifest.files.values())
+
+
 def collect_garbage(keep_bytes: int) -> list[str]:
-    """Delete unfinished entries, then the longest unused, until at most `keep_bytes` remain; names of what went."""
-    gone = []
-    for home in (cache_root() / "profiles").glob("*/"):
-        if read_manifest(home) is None:
-            shutil.rmtree(home)
-            gone.append(home.name)
+    """Delete what is damaged or unfinished, then the longest unused, until at most `keep_bytes` remain; names of what went."""
+    gone = list(damaged_profiles())
+    for home in gone:
+        _remove(home)
     rows = list(cached_profiles())
-    total = sum(entry.bytes for _, manifest in rows for entry in manifest.files.values())
+    total = sum(bytes_of(manifest) for _, manifest in rows)
     for home, manifest in rows:
         if total <= keep_bytes:
             break
+        _remove(home)
+        total -= bytes_of(manifest)
+        gone.append(home)
+    return [home.name for home in gone]
+
+
+def _remove(home: Path) -> None:
+    """Of a link only the link: what it names is not the cache's."""
+    if home.is_symlink():
+        home.unlink()
+    else:
         shutil.rmtree(home)
-        total -= sum(entry.bytes for entry in manifest.files.values())
-        gone.append(home.name)
-    return gone
 
 
 def remembered_sha256(path: Path, hashing: Callable[[Path], str] | None = None) -> str:

@@ -109,3 +109,18 @@ def test_an_unwritable_cache_costs_only_time(tmp_path: Path, monkeypatch: pytest
     big = tmp_path / "big"
     big.write_bytes(os.urandom(2**20))
     assert cache.remembered_sha256(big) == cache.sha256_file(big)
+
+
+@pytest.mark.parametrize("name", ["statistics", MANIFEST_NAME])
+def test_what_is_damaged_is_listed_and_goes_first(profile: Path, tmp_path: Path, name: str) -> None:
+    other = "sha256:" + "1" * 64
+    cache.publish_profile(profile, other)
+    healthy, damaged = (tmp_path / "cache" / "profiles" / (digit * 64) for digit in "01")
+    (damaged / name).unlink()  # may be a hard link of the healthy one's
+    (damaged / name).write_text("[")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "cache" / "profiles" / "link").symlink_to(tmp_path / "elsewhere")
+    found = cache.damaged_profiles()
+    assert {home.name: names for home, names in found.items()} == {damaged.name: [name], "link": [MANIFEST_NAME]}
+    gone = cache.collect_garbage(sum(cache.bytes_of(manifest) for _, manifest in cache.cached_profiles()))
+    assert sorted(gone) == sorted([damaged.name, "link"]) and healthy.is_dir() and (tmp_path / "elsewhere").is_dir()
