@@ -1,11 +1,13 @@
 """What builds of one user share in a cache (`$MOE_EDGE_CACHE`, default ~/.cache/moe-edge): profiles, and digests of files.
 
 A profile is the expensive part of a build and depends on neither target nor plan, so that other builds of the same teacher
-reuse it. SHA-256 digests of large files are remembered across calls and runs under (path, size, modification time, inode).
-Everything else lives in the build's own folder. The cache is a convenience: what is missing, damaged or unwritable there
+reuse it. SHA-256 digests of large files are remembered across calls and runs under path, size, inode, both times of change and
+sampled blocks. Everything else lives in the build's own folder. The cache is a
+convenience: what is missing, damaged or unwritable there
 only costs time.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -23,6 +25,7 @@ from moe_edge.storage.folders import changed_files, mirror
 log = logging.getLogger(__name__)
 MEMO_NAME = "digests.json"
 SMALL_BYTES = 1 << 20  # smaller files are hashed every time
+SAMPLES, SAMPLE_BYTES = 64, 4096
 MEMO_ENTRIES = 4096
 known_digests: dict[str, str] = {}  # of this process
 
@@ -131,7 +134,7 @@ def remembered_sha256(path: Path, hashing: Callable[[Path], str] | None = None) 
     state = path.stat()
     if state.st_size < SMALL_BYTES:
         return (hashing or sha256_file)(path)
-    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
+    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{state.st_ctime_ns}|{state.st_ino}|{_sampled(path)}"
     if hashing is not None:
         key += f"|{hashing.__name__}"
     if key not in known_digests:
@@ -140,6 +143,17 @@ def remembered_sha256(path: Path, hashing: Callable[[Path], str] | None = None) 
         known_digests[key] = (hashing or sha256_file)(path)
         _write_memo()
     return known_digests[key]
+
+
+def _sampled(path: Path) -> str:
+    """A hash of blocks at even distances, the first and the last among them: times alone may be set back or be coarse."""
+    last = path.stat().st_size - SAMPLE_BYTES
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(last * number // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _read_memo() -> dict[str, str]:

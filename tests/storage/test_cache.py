@@ -124,3 +124,20 @@ def test_what_is_damaged_is_listed_and_goes_first(profile: Path, tmp_path: Path,
     assert {home.name: names for home, names in found.items()} == {damaged.name: [name], "link": [MANIFEST_NAME]}
     gone = cache.collect_garbage(sum(cache.bytes_of(manifest) for _, manifest in cache.cached_profiles()))
     assert sorted(gone) == sorted([damaged.name, "link"]) and healthy.is_dir() and (tmp_path / "elsewhere").is_dir()
+
+
+def test_contents_that_change_at_equal_size_and_time_are_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    big = tmp_path / "big"
+    big.write_bytes(bytes(cache.SMALL_BYTES + 5))
+    before, state = cache.remembered_sha256(big), big.stat()
+    for place in (0, cache.SMALL_BYTES // 2 + 3, cache.SMALL_BYTES + 4):
+        with big.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        os.utime(big, ns=(state.st_atime_ns, state.st_mtime_ns))
+        after = cache.remembered_sha256(big)
+        assert after == cache.sha256_file(big) != before
+        before = after
