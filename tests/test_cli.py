@@ -319,3 +319,10 @@ def test_cache_commands(called, tmp_path, monkeypatch):
     (tmp_path / "profiles/unfinished").mkdir(parents=True)
     code, out, _ = called("cache", "gc", "--keep", "1GiB")
     assert code == 0 and "deleted 1" in out
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "a" * 300])
+def test_a_folder_that_cannot_be_made_is_a_usage_error(called, tmp_path, out):
+    (tmp_path / "file").touch()
+    code, _, err = called("build", "--out", str(tmp_path / out), "--until", "profile")
+    assert code == 2 and "the path cannot be used" in err and out in err

@@ -21,6 +21,7 @@ from moe_edge.cli.evaluate import evaluate
 from moe_edge.cli.logits import logits
 from moe_edge.cli.tables import cache, targets
 from moe_edge.contracts.errors import (
+    ConfigError,
     EnvironmentProblem,
     GateFailed,
     InputRejected,
@@ -114,6 +115,8 @@ def _os_error(error: OSError) -> int:
         return _say(str(ResourceProblem("the disk is full", where=where, next_command=again)), 6)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _say(str(EnvironmentProblem("no permission", where=where, why=str(error))), 5)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return _say(str(ConfigError("the path cannot be used", where=where, why=error.strerror)), 2)
     return _bug()
 
 
