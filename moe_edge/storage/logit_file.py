@@ -73,13 +73,11 @@ class LogitCache(Closing):
             identity = json.loads(self._file.attrs["identity"])
             schema, rows = self._file.attrs["schema"], self._file["rows"]
             keys = self._file["keys"][...]
-            codec = codec_of(layout)
-        except (KeyError, TypeError, ValueError) as error:
+            codec, shape, chunks = codec_of(layout), rows.shape, rows.chunks
+        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise InputRejected("not a logit cache", where=str(self.path), why=str(error)) from error
-        if schema != LOGITS_SCHEMA or rows.shape != (len(keys), codec.row_bytes) or rows.chunks != (1, codec.row_bytes):
-            why = (
-                f"schema {schema}, rows {rows.shape} in chunks {rows.chunks}, expected rows of {codec.row_bytes} bytes"
-            )
+        if schema != LOGITS_SCHEMA or shape != (len(keys), codec.row_bytes) or chunks != (1, codec.row_bytes):
+            why = f"schema {schema}, rows {shape} in chunks {chunks}, expected rows of {codec.row_bytes} bytes"
             raise InputRejected("not a logit cache of this version", where=str(self.path), why=why)
         self.codec, self.identity, self._rows = codec, identity, rows
         self.keys = [key.tobytes() for key in keys]
@@ -116,7 +114,7 @@ class LogitCache(Closing):
         index = self.index(ids_S)
         try:
             return self.codec.row(self.record(index))
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputRejected("the logit cache is damaged", where=str(self.path), why=str(error)) from error
 
     def close(self) -> None:

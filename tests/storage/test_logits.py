@@ -262,3 +262,12 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_record_that_no_teacher_can_have_said_is_refused(codec: RowCodec | SampledCodec, fill: int) -> None:
     with pytest.raises(ValueError):
         codec.row(np.full(codec.row_bytes, fill, np.uint8))
+
+
+def test_a_group_in_place_of_the_rows_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "l.h5", range(1))
+    with h5py.File(tmp_path / "l.h5", "a") as file:
+        del file["rows"]
+        file.create_group("rows")
+    with pytest.raises(InputRejected, match="not a logit cache"):
+        LogitCache(tmp_path / "l.h5")
