@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, Keys, TokenType
 from llama_cpp import llama_cpp as lib
 
 from moe_edge.contracts.errors import InputRejected
@@ -42,7 +42,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
-    chat_template: str | None = None
+    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" is the plain key
 
 
 def gguf_vocabulary(checkpoint: Path, rows: int, pre_tokenizer: str | None) -> Vocabulary:
@@ -67,7 +67,7 @@ def gguf_vocabulary(checkpoint: Path, rows: int, pre_tokenizer: str | None) -> V
         special_ids=specials | ({"bos": prefix[0]} if prefix else {}),
         add_bos=bool(prefix),
         add_eos=bool(suffix),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_templates=_chat_templates(tokenizer),
     )
     if vocabulary.model == "llama":
         return replace(vocabulary, scores=_scores(model, tokens), add_space_prefix=_prepends_space(parsed))
@@ -169,8 +169,24 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", index)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
+    _write_chat_templates(writer, vocabulary.chat_templates)
+
+
+def _chat_templates(tokenizer: Any) -> dict[str, str]:
+    """The tokenizer's chat templates by name; one alone is the default."""
+    found = tokenizer.chat_template or {}
+    return {"default": found} if isinstance(found, str) else dict(found)
+
+
+def _write_chat_templates(writer: GGUFWriter, templates: dict[str, str]) -> None:
+    """The default under its plain key, the others by name in a fixed order (the writer's own list has the order of a set)."""
+    others = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in sorted(templates.items()) if name != "default"}
+    for name, text in others.items():
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), text)
+    if others:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, list(others))
+    if "default" in templates:
+        writer.add_chat_template(templates["default"])
 
 
 def verify_tokenizer(gguf: Path, checkpoint: Path) -> None:

@@ -105,10 +105,21 @@ def _write_companions(builder: Any, headers: CheckpointHeaders, out: Path) -> No
     own = [checkpoint / name for name in COPIED if (checkpoint / name).is_file()]
     for source in (*own, *tokenizer_files(checkpoint)):
         shutil.copyfile(source, out / source.name)
+    _keep_default_template(out / "tokenizer_config.json")
     if headers.config != read_json(
         checkpoint / "config.json"
     ):  # the graph is not in MXFP4, and has the head that is stored
         write_json_atomic(out / "config.json", headers.config)
+
+
+def _keep_default_template(path: Path) -> None:
+    """A list of named chat templates becomes the default one: onnxruntime-genai reads a string, or fails."""
+    config = read_json(path) if path.is_file() else {}
+    templates = config.get("chat_template")
+    if isinstance(templates, list):
+        named = {entry["name"]: entry["template"] for entry in templates}
+        config.pop("chat_template")
+        write_json_atomic(path, config | ({"chat_template": named["default"]} if "default" in named else {}))
 
 
 def _summary(out: Path, precision: str, block_size: int, report: PackedClasses, nodes: Counter[str]) -> dict[str, Any]:

@@ -132,6 +132,14 @@ def test_a_tokenizer_without_a_chat_template_is_fine(tmp_path):
     assert metadata["tokenizer.ggml.bos_token_id"] == metadata["tokenizer.ggml.eos_token_id"] == 0
 
 
+def test_named_chat_templates_are_kept_in_a_fixed_order(tmp_path):
+    plain = TOKENIZERS["qwen2"]()
+    plain.chat_template = {"tool_use": "T", "default": "D", "a-b": "A"}
+    metadata = check_gguf_header(exported(tmp_path, plain)[1]).metadata
+    assert metadata["tokenizer.chat_template"] == "D" and metadata["tokenizer.chat_templates"] == ["a_b", "tool_use"]
+    assert (metadata["tokenizer.chat_template.a_b"], metadata["tokenizer.chat_template.tool_use"]) == ("A", "T")
+
+
 def test_an_unknown_splitter_is_refused_and_can_be_named(tmp_path):
     odd = byte_level([pre_tokenizers.Split(Regex(r"[aeiou]+|[^aeiou]+"), "isolated")])
     with pytest.raises(InputRejected, match=r"export\.gguf\.pre_tokenizer"):

@@ -200,3 +200,15 @@ def test_errors_name_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(EnvironmentProblem, match="onnxruntime-genai"):
         export_onnx(checkpoint, tmp_path / "onnx", precision="fp32")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_of_several_chat_templates_genai_gets_the_default(tmp_path: Path) -> None:
+    import onnxruntime_genai as og
+
+    checkpoint = case(tmp_path, "mixtral")
+    (checkpoint / "chat_template.jinja").unlink()
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    export_onnx(checkpoint, tmp_path / "onnx", precision="int8")
+    assert og.Tokenizer(str(tmp_path / "onnx")).apply_chat_template('[{"role": "user", "content": "hi"}]') == "D"
