@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from moe_edge.contracts.manifest import installed_version
 from moe_edge.contracts.units import format_bytes
+from moe_edge.process.limits import available_cores, free_memory_bytes, memory_text
 
 LEAST_MEMORY_BYTES = 4 << 30
 LEAST_DISK_BYTES = 5 << 30
@@ -38,7 +37,7 @@ def examine() -> list[Finding]:
 
 
 def _python() -> Finding:
-    return Finding("python", True, f"{platform.python_version()} on {platform.machine()}, {psutil.cpu_count()} cores")
+    return Finding("python", True, f"{platform.python_version()} on {platform.machine()}, {available_cores()} cores")
 
 
 def _module(package: str, module: str) -> Finding:
@@ -50,8 +49,8 @@ def _module(package: str, module: str) -> Finding:
 
 
 def _memory() -> Finding:
-    free = psutil.virtual_memory().available
-    return Finding("memory", free >= LEAST_MEMORY_BYTES, f"{format_bytes(free)} available", "close other programs")
+    enough = free_memory_bytes() >= LEAST_MEMORY_BYTES
+    return Finding("memory", enough, memory_text(), "close other programs, or raise the container's limit")
 
 
 def _disk() -> Finding:

@@ -27,6 +27,7 @@ from moe_edge.contracts.errors import (
     InputRejected,
     MoeEdgeError,
     ResourceProblem,
+    exhaustion,
     visible,
 )
 from moe_edge.process.progress import ConsoleHandler, Terminated, handle_interrupts
@@ -99,12 +100,10 @@ def _run(arguments: list[str] | None) -> int:
         return _say(f"interrupted; {resume}", 130)
     except Terminated:
         return _say(f"terminated; {resume}", 143)
-    except MemoryError:
-        return _say(str(ResourceProblem("out of memory", next_command=resume)), 6)
-    except OSError as error:
-        return _os_error(error)
-    except Exception:
-        return _bug()
+    except Exception as error:
+        if why := exhaustion(error):
+            return _say(str(ResourceProblem("out of memory", why=why, next_command=resume)), 6)
+        return _os_error(error) if isinstance(error, OSError) else _bug()
     return 0
 
 

@@ -1,9 +1,12 @@
 """The errors a user can meet, each with the exit code of the command line.
 
 An error says what went wrong, where, why, and which command to run next; `str(error)` is the whole message. Anything that
-is not a MoeEdgeError is a bug in moe-edge and leaves with exit code 1.
+is not a MoeEdgeError is a bug in moe-edge and leaves with exit code 1, unless the machine had nothing left to give: libraries say
+so in exceptions of many types, which `exhaustion` knows.
 """
 
+import errno
+import os
 import unicodedata
 
 
@@ -61,6 +64,46 @@ class ResourceProblem(MoeEdgeError):
     """Not enough disk or memory."""
 
     exit_code = 6
+
+
+# How Python, libstdc++, torch, onnxruntime, llama.cpp, safetensors and the loader say that memory or threads have run out.
+EXHAUSTED_TEXTS = (
+    "MemoryError",
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "failed to allocate",
+    "unable to allocate",
+    "can't start new thread",
+    "failed to map segment from shared object",
+)
+
+
+def says_exhausted(text: str) -> bool:
+    """Does the message of a library mean that memory or threads have run out?"""
+    lower = text.lower()
+    return any(known.lower() in lower for known in EXHAUSTED_TEXTS)
+
+
+def exhaustion(error: BaseException) -> str | None:
+    """What an exception or one of its causes says about memory or threads that have run out; None: something else failed."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if _is_exhaustion(seen):
+            return str(seen).strip().partition("\n")[0] or type(seen).__name__
+        seen = seen.__cause__
+    return None
+
+
+def _is_exhaustion(error: BaseException) -> bool:
+    if isinstance(error, MoeEdgeError):
+        return False  # it has said what it means; its cause has not
+    if isinstance(error, OSError) and error.errno is not None:
+        no_process = error.errno == errno.EAGAIN and error.strerror == os.strerror(errno.EAGAIN)  # of fork
+        return error.errno == errno.ENOMEM or no_process
+    return isinstance(error, MemoryError) or (isinstance(error, Exception) and says_exhausted(str(error)))
 
 
 class DeviceProblem(MoeEdgeError):

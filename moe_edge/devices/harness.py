@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_edge.contracts.errors import DeviceProblem, InputRejected, MoeEdgeError, ResourceProblem
+from moe_edge.contracts.errors import DeviceProblem, InputRejected, MoeEdgeError, ResourceProblem, says_exhausted
 from moe_edge.contracts.measurements import Memory, Speed
 from moe_edge.devices.transport import Completed, Transport
 from moe_edge.devices.worker import REJECTED, TOO_LARGE
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 WORKER = (sys.executable, "-m", "moe_edge.devices.worker")
 TIMEOUT_S = 1800.0
 MAX_SAMPLES_BYTES = 16 * MIB
-_OUT_OF_MEMORY_TEXTS = ("MemoryError", "bad_alloc", "out of memory", "failed to allocate", "unable to allocate")
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ def classify(completed: Completed, timeout_s: float) -> Failure | None:
         return Failure("oom", completed.stderr_tail.strip())
     if completed.returncode in (-signal.SIGKILL, 137):
         return Failure("oom", "the process was killed, most likely because memory ran out")
-    lower = completed.stderr_tail.lower()
-    if any(text.lower() in lower for text in _OUT_OF_MEMORY_TEXTS):
+    if says_exhausted(completed.stderr_tail):
         return Failure("oom", last)
     if completed.returncode < 0:
         return Failure("crash", f"{signal.Signals(-completed.returncode).name}: {last}")

@@ -6,8 +6,6 @@ float32. The graph for CUDA is checked but never run here, and a note says so.
 
 from pathlib import Path
 
-import psutil
-
 from moe_edge.contracts.artifacts import ExportedArtifact
 from moe_edge.contracts.errors import ResourceProblem
 from moe_edge.contracts.onnx_bits import Provider
@@ -16,6 +14,7 @@ from moe_edge.exporting.job import ExportedFile, ExportJob, WrittenFiles, write_
 from moe_edge.exporting.onnx import export_onnx
 from moe_edge.exporting.onnx_audit import audit_onnx
 from moe_edge.models.checkpoint_subsets import layers_within, write_first_layers
+from moe_edge.process.limits import free_memory_bytes
 from moe_edge.storage.checkpoint import inspect_checkpoint
 
 # Of the free memory; beyond it only the first layers are judged in float32, and the report says so.
@@ -86,7 +85,7 @@ def _float32_reference(job: ExportJob, notes: list[str]) -> ExportedFile:
     Raises:
         ResourceProblem: not even the first layer with experts fits, so that nothing would show that the graph is right.
     """
-    weights = FP32_MEMORY_SHARE * psutil.virtual_memory().available / 4
+    weights = FP32_MEMORY_SHARE * free_memory_bytes() / 4
     if job.params_total < weights:
         return ExportedFile("onnx fp32", "ort", _float32_graph(job, job.model, job.reference / "onnx-fp32"))
     layers = layers_within(inspect_checkpoint(job.model), weights)

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal, NamedTuple
 
-import psutil
-
 from moe_edge.contracts import onnx_bits
 from moe_edge.contracts.capabilities import RUNTIME_OF_FORMAT, capability, stored_shapes
 from moe_edge.contracts.plan import Estimate
@@ -23,6 +21,7 @@ from moe_edge.contracts.quantization import pinned_type, tensor_bytes
 from moe_edge.contracts.spec import EXPERT_OWNED, ModelSpec, TensorClass
 from moe_edge.contracts.target import Fact, Target
 from moe_edge.planning.headers import Group, ModelHeaders
+from moe_edge.process.limits import total_memory_bytes
 
 GGUF_ALIGNMENT = 32  # every tensor starts at a multiple of this
 GGUF_TENSOR_RECORD_BYTES = 96  # name, shape, type and offset of a tensor
@@ -77,7 +76,7 @@ def machine_of(target: Target) -> Machine:
     hardware = target.hardware
     memory = _number(hardware.memory_bytes)
     if memory is None and target.device == "local":
-        memory = float(psutil.virtual_memory().total)
+        memory = float(total_memory_bytes())
     share, bandwidth = _number(hardware.usable_share), _number(hardware.bandwidth_gb_per_s)
     efficiency = _number(hardware.bandwidth_efficiency)
     return Machine(

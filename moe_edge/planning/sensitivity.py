@@ -8,7 +8,6 @@ same real types are run once.
 Shape suffixes: N rows of tokens, S tokens of a row, V vocabulary, E experts, R rows of a matrix, C its columns.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from moe_edge.models.taps import decoder_layers
 from moe_edge.models.weights import WeightRows, weight_rows
 from moe_edge.planning.bits import NOISE, Sensitivity, along_noise
 from moe_edge.planning.scoring import first_rows, row_kl
+from moe_edge.process.limits import available_cores
 from moe_edge.process.progress import track
 from moe_edge.runtimes.ggml_quants import dequantize_rows, quantize_rows
 
@@ -86,7 +86,7 @@ def measure_sensitivity(
         threads: of the quantizer; None = all cores. Results do not depend on it.
         codebooks: may codebook types be chosen where the imatrix says what they need?
     """
-    probe = QuantizationProbe(model, ids_NS, imatrix, threads or os.cpu_count() or 1)
+    probe = QuantizationProbe(model, ids_NS, imatrix, threads or available_cores())
     thirds = layer_thirds(len(decoder_layers(model)))
     by_class: dict[str, list[WeightRows]] = {}
     for matrix in weight_rows(model):

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from moe_edge.contracts.manifest import installed_version
+from moe_edge.process.limits import available_cores, free_memory_bytes, total_memory_bytes
 
 BUSY_CORES_NOTE = 0.2  # other processes' use above this share of one core is worth a note
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -26,12 +27,6 @@ _PACKAGES = (
 )
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def threads_for(wanted: int | None) -> int:
     """The thread count of a target, never more than this machine has."""
     return min(wanted or available_cores(), available_cores())
@@ -45,7 +40,7 @@ def machine_facts() -> dict[str, Any]:
         "kernel": platform.release(),
         "cpu": cpu_model(),
         "cores": available_cores(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": total_memory_bytes(),
         "governor": _read(_GOVERNOR),
     }
 
@@ -64,7 +59,7 @@ def load_facts(sample_s: float = 0.5) -> dict[str, Any]:
     return {
         "busy_cores_before": round(busy_cores, 2),
         "load_average_1min_before": load_average,
-        "available_memory_bytes": psutil.virtual_memory().available,
+        "available_memory_bytes": free_memory_bytes(),
         "notes": notes,
     }
 

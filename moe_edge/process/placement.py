@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 
 from moe_edge.contracts.artifacts import Placement
 from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.process.limits import free_memory_bytes
 from moe_edge.process.ranks import Ranks, current_ranks
 from moe_edge.storage.files import write_text_atomic
 
@@ -29,11 +29,11 @@ Mode = Literal["auto", "whole", "layerwise"]
 
 
 def free_bytes(device: torch.device | str = "cpu", sharers: int = 1) -> int:
-    """Memory that is free on a device now, or one process's share of this machine's."""
+    """Memory that is free on a device now, or one process's share of this machine's, under the limits of its container."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // sharers
+    return free_memory_bytes() // sharers
 
 
 def held_bytes(headers: CheckpointHeaders, dtype: torch.dtype) -> int:

@@ -9,7 +9,6 @@ Shape suffixes: R rows, N weights of a row (n_in), B bytes of a stored row.
 """
 
 import ctypes
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -19,6 +18,7 @@ import llama_cpp
 import numpy as np
 
 from moe_edge.contracts.quantization import GGML_TYPES, NEEDS_IMATRIX
+from moe_edge.process.limits import available_cores
 from moe_edge.runtimes.gguf_header import GGML_TYPE_IDS
 
 ROWS_PER_TASK = 64  # quantized by one thread at a time
@@ -134,7 +134,7 @@ def _in_parallel(work: Callable[[int, int], None], rows: int, threads: int) -> N
     """work(start, stop) over all rows; the C functions run without Python's lock. Results do not depend on `threads`."""
     _library()  # loaded before the threads start
     bounds = [(start, min(start + ROWS_PER_TASK, rows)) for start in range(0, rows, ROWS_PER_TASK)]
-    workers = min(threads, len(bounds), os.cpu_count() or 1)
+    workers = min(threads, len(bounds), available_cores())
     if workers <= 1:
         for start, stop in bounds:
             work(start, stop)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -15,7 +14,7 @@ from moe_edge.contracts.errors import ConfigError, ResourceProblem
 from moe_edge.contracts.units import format_bytes
 from moe_edge.models.routing import watched_gaps
 from moe_edge.models.students import is_mixture, load_student, use_fastest_experts
-from moe_edge.process.placement import fits_in_memory, held_bytes
+from moe_edge.process.placement import fits_in_memory, free_bytes, held_bytes
 from moe_edge.runtimes.base import ClosingRuntime, Prompt, checked_tokens
 from moe_edge.runtimes.hf_batch import batches_by_length, generate_side_by_side
 from moe_edge.runtimes.sampling import Sampling
@@ -130,7 +129,7 @@ class HfRuntime(ClosingRuntime):
 def _refuse_too_large(path: Path) -> None:
     headers = inspect_checkpoint(path, require_tokenizer=False)
     if not fits_in_memory(headers, torch.float32, share=LOADABLE_SHARE):
-        needed, free = held_bytes(headers, torch.float32), psutil.virtual_memory().available
+        needed, free = held_bytes(headers, torch.float32), free_bytes()
         raise ResourceProblem(
             "not measured: the model does not fit into memory",
             where=str(path),

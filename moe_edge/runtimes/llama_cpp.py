@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from llama_cpp import llama_cpp as lib
 
-from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem
+from moe_edge.contracts.errors import ConfigError, InputRejected, ResourceProblem, says_exhausted
 from moe_edge.runtimes.base import ClosingRuntime, checked_tokens
 from moe_edge.runtimes.gguf_header import check_gguf_header, parts_of
 
@@ -194,6 +194,7 @@ def load_gguf(
 
     Raises:
         InputRejected: the header is not sane, or llama.cpp refuses the file, with its own words.
+        ResourceProblem: those words are that memory ran out.
     """
     for part in parts_of(path):
         check_gguf_header(part)
@@ -206,7 +207,10 @@ def load_gguf(
     params.vocab_only = vocab_only
     model: lib.llama_model_p = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise InputRejected("llama.cpp cannot load this file", where=str(path), why=last_errors())
+        why = last_errors()
+        if says_exhausted(why):
+            raise ResourceProblem("there is no memory for this file", where=str(path), why=why)
+        raise InputRejected("llama.cpp cannot load this file", where=str(path), why=why)
     return model
 
 

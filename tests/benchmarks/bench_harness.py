@@ -20,6 +20,7 @@ from typing import Any
 from moe_edge.devices import harness
 from moe_edge.devices.transport import LocalTransport
 from moe_edge.process import host
+from moe_edge.process.limits import available_cores
 from moe_edge.runtimes.llama_cpp import repack_is_safe
 
 GOAL = 0.03
@@ -61,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=host.available_cores())
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)

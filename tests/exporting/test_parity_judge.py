@@ -53,11 +53,7 @@ def short_of_memory(monkeypatch, model: Path, layers: float) -> None:
     one = sum(size for name, size in weights.items() if ".layers.1." in name)
     rest = sum(size for name, size in weights.items() if ".layers." not in name)
     free = 4 * (rest + layers * one) / onnx_files.FP32_MEMORY_SHARE
-
-    class Memory:
-        available = free
-
-    monkeypatch.setattr(onnx_files.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(onnx_files, "free_memory_bytes", lambda: free)
 
 
 ONNX = "export.formats=[onnx]"

@@ -4,19 +4,20 @@ import json
 import os
 
 from moe_edge.process import host
+from moe_edge.process.limits import available_cores
 
 
 def test_facts_are_plain_and_complete() -> None:
     facts = host.machine_facts()
-    assert facts["cores"] == host.available_cores() >= 1
+    assert facts["cores"] == available_cores() >= 1
     assert facts["memory_bytes"] > 2**28
     assert {"cpu", "governor", "kernel"} <= facts.keys()
     json.dumps(facts)
 
 
 def test_threads_never_exceed_the_machine() -> None:
-    assert host.threads_for(None) == host.available_cores()
-    assert host.threads_for(10_000) == host.available_cores()
+    assert host.threads_for(None) == available_cores()
+    assert host.threads_for(10_000) == available_cores()
     assert host.threads_for(1) == 1
 
 

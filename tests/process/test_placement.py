@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
     """Say how many bytes are free."""
 
     def say(count: float) -> None:
-        monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(count)))
+        monkeypatch.setattr(placement, "free_memory_bytes", lambda: int(count))
 
     return say
 

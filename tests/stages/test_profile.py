@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,21 +156,21 @@ def test_layer_by_layer_gives_the_same_statistics_and_logits(tmp_path: Path) -> 
 def test_auto_reads_layer_by_layer_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = _call(tmp_path, "little")
     needed = sum(info.bytes for info in inspect_checkpoint(call.teacher.path).tensors.values())
-    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(needed / 0.6) - 1))
+    monkeypatch.setattr(placement, "free_memory_bytes", lambda: int(needed / 0.6) - 1)
     assert run(call).mode == "layerwise"
     call = _call(tmp_path, "enough")
-    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(needed / 0.6) + 9))
+    monkeypatch.setattr(placement, "free_memory_bytes", lambda: int(needed / 0.6) + 9)
     assert run(call).mode == "whole"
 
 
 def test_a_resumed_pass_keeps_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = _call(tmp_path)
-    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    monkeypatch.setattr(placement, "free_memory_bytes", lambda: 1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(profile, "profile_summary", lambda *_: None)
         patch.setattr(profile, "run_layerwise", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         run(call)
-    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+    monkeypatch.setattr(placement, "free_memory_bytes", lambda: 2**40)
     assert run(call).mode == "layerwise"
 
 
