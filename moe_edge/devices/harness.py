@@ -53,6 +53,7 @@ class Samples(BaseModel):
     baseline_rss_bytes: int = Field(gt=0)
     peak_rss_bytes: int = Field(gt=0)
     peak_uss_bytes: int | None
+    repacks: bool | None = None  # does llama.cpp compute with weights that it rearranged? null: another runtime
 
 
 FailureKind = Literal["oom", "timeout", "crash", "rejected", "bad_output"]

@@ -85,6 +85,7 @@ def measure(job: dict[str, Any], opener: Opener) -> dict[str, Any]:
         "baseline_rss_bytes": baseline_bytes,
         "peak_rss_bytes": max(peak.peak_bytes, high_water_bytes() or 0),
         "peak_uss_bytes": peak.peak_uss_bytes,
+        "repacks": getattr(runtime, "repacks", None),  # of llama.cpp alone
     }
 
 

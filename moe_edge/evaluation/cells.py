@@ -40,6 +40,10 @@ CELLS_SCHEMA = "moe-edge/cells@1"
 HF_REPETITIONS = 3  # transformers on a CPU is a baseline, not a product: fewer runs, and the report says how many
 IS_STUDENT = "this is the HF student, the reference itself"
 NO_STUDENT = "no HF student is known for this artifact"
+NOT_REPACKED = (
+    "timed without the weights that llama.cpp rearranges for speed, because those for AMX kill the process in this build of "
+    "llama.cpp: a build without AMX is faster, and speeds of the two do not compare"
+)
 
 
 @dataclass(frozen=True)
@@ -251,10 +255,19 @@ def _speed_of(session: Session, model: ModelToMeasure) -> SpeedCell:
     load = host.load_facts()
     outcome = harness.measure(session.transport, job, worker=session.worker)
     cache = {"kv_cache": session.kv_cache} if model.kind.runtime == "llama_cpp" else {}
+    not_repacked = isinstance(outcome, harness.Samples) and outcome.repacks is False
+    notes = [*load["notes"], *([NOT_REPACKED] if not_repacked else [])]
     measured = SpeedCell(
         speed=harness.to_speed(outcome, job.prompt_tokens),
         memory=harness.to_memory(outcome),
-        device={"address": session.transport.address, "threads": job.threads, **cache, **machine, **load},
+        device={
+            "address": session.transport.address,
+            "threads": job.threads,
+            **cache,
+            **machine,
+            **load,
+            "notes": notes,
+        },
         failure=outcome.kind if isinstance(outcome, harness.Failure) else None,
     )
     if isinstance(outcome, harness.Failure):

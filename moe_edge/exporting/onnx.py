@@ -106,18 +106,24 @@ def _write_companions(builder: Any, headers: CheckpointHeaders, out: Path) -> No
     for source in (*own, *tokenizer_files(checkpoint)):
         shutil.copyfile(source, out / source.name)
     _keep_default_template(out / "tokenizer_config.json")
-    if headers.config != read_json(
-        checkpoint / "config.json"
-    ):  # the graph is not in MXFP4, and has the head that is stored
+    if headers.config != read_json(checkpoint / "config.json"):  # the graph is not in MXFP4, and has the stored head
         write_json_atomic(out / "config.json", headers.config)
 
 
 def _keep_default_template(path: Path) -> None:
-    """A list of named chat templates becomes the default one: onnxruntime-genai reads a string, or fails."""
+    """A list of named chat templates becomes the default one: onnxruntime-genai reads a string, or fails.
+
+    Raises:
+        InputRejected: an entry of the list is not {"name", "template"}.
+    """
     config = read_json(path) if path.is_file() else {}
     templates = config.get("chat_template")
     if isinstance(templates, list):
-        named = {entry["name"]: entry["template"] for entry in templates}
+        try:
+            named = {str(entry["name"]): str(entry["template"]) for entry in templates}
+        except (TypeError, KeyError) as error:
+            why = f"an entry of the list of chat templates has no {error}"
+            raise InputRejected("the chat templates cannot be read", where=str(path), why=why) from error
         config.pop("chat_template")
         write_json_atomic(path, config | ({"chat_template": named["default"]} if "default" in named else {}))
 

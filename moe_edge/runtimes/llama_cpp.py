@@ -72,7 +72,8 @@ class LlamaCppRuntime(ClosingRuntime):
         if kv_cache not in KV_TYPES:
             raise ConfigError(f"unknown KV cache '{kv_cache}'", why=f"known: {', '.join(KV_TYPES)}")
         self.path, self.context_length = path, context_length
-        self._model = load_gguf(path, use_mmap=use_mmap, repack=repack, gpu_layers=gpu_layers)
+        self.repacks = repack and repack_is_safe()
+        self._model = load_gguf(path, use_mmap=use_mmap, repack=self.repacks, gpu_layers=gpu_layers)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self._context = self._open_context(threads, kv_float32, kv_cache)

@@ -2,9 +2,8 @@
 
 A profile is the expensive part of a build and depends on neither target nor plan, so that other builds of the same teacher
 reuse it. SHA-256 digests of large files are remembered across calls and runs under path, size, inode, both times of change and
-sampled blocks. Everything else lives in the build's own folder. The cache is a
-convenience: what is missing, damaged or unwritable there
-only costs time.
+sampled blocks. Everything else lives in the build's own folder. The cache is a convenience: what is missing, damaged or
+unwritable there only costs time.
 """
 
 import hashlib

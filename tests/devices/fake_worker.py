@@ -19,6 +19,7 @@ class FakeRuntime:
     """Always continues with the next id; prints to stdout as native libraries do."""
 
     vocab = VOCAB
+    repacks: bool | None = None
 
     def prefill(self, ids_S: np.ndarray) -> np.ndarray:
         assert ids_S.min() >= 0 and ids_S.max() < VOCAB
@@ -64,7 +65,10 @@ MISBEHAVIOUR = {
 def open_fake(kind: str, path: str, threads: int, context_length: int) -> Any:
     if mode := next((name for name in MISBEHAVIOUR if name in Path(path).name), None):
         MISBEHAVIOUR[mode]()
-    return FakeRuntime()
+    runtime = FakeRuntime()
+    if "amx" in Path(path).name:
+        runtime.repacks = False
+    return runtime
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def test_raw_samples_come_back_in_spite_of_chatter_on_stdout() -> None:
     assert memory.peak_rss_mib > 1
 
 
-def test_runs_of_one_process_do_not_overlap_and_are_in_order() -> None:
-    samples = _measure("model.gguf")
+def test_runs_of_one_process_do_not_overlap_and_are_in_order_and_the_runtimes_state_comes_along() -> None:
+    samples = _measure("amx.gguf")
+    assert isinstance(samples, Samples) and samples.repacks is False, "what the runtime says of itself comes along"
     ends = [run.token_ns[-1] for run in samples.runs]
     assert all(end < later.issued_ns for end, later in zip(ends, samples.runs[1:], strict=False))
 

@@ -36,6 +36,12 @@ def test_a_rerun_takes_finished_speeds_unless_it_must_not(tmp_path: Path) -> Non
     assert anew.transport.measured == ["good.gguf"]
 
 
+def test_speeds_without_rearranged_weights_say_so(tmp_path: Path) -> None:
+    files = some_models(tmp_path, "good.gguf", "amx.gguf")[2]
+    good, without = measure_speed(new_session(tmp_path / "out", Opener()), files)
+    assert cells.NOT_REPACKED in without.device["notes"] and cells.NOT_REPACKED not in good.device["notes"]
+
+
 def test_killed_between_models_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student, files = some_models(tmp_path, "good.gguf", "bad.gguf")
     real = cells.judge_runtime
