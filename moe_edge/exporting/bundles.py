@@ -29,7 +29,7 @@ from moe_edge.exporting import device_runner, device_shell
 from moe_edge.exporting.golden import GOLDEN, golden_of
 from moe_edge.runtimes.gguf_header import parts_of
 from moe_edge.runtimes.onnx_header import GRAPH
-from moe_edge.storage.checkpoint import tokenizer_files
+from moe_edge.storage.checkpoint import tokenizer_files, tokenizer_place
 from moe_edge.storage.files import read_json, write_text_atomic
 from moe_edge.storage.folders import BUNDLES, files_of, hash_folder, link_or_copy, written_beside
 
@@ -187,7 +187,7 @@ def _fill(contents: Contents, folder: Path) -> None:
     for path, place in contents.files.items():
         link_or_copy(path, folder / MODEL / place)
     for path in contents.tokenizer:
-        link_or_copy(path, folder / "tokenizer" / path.name)
+        link_or_copy(path, folder / "tokenizer" / tokenizer_place(path))
     write_text_atomic(folder / GOLDEN, json.dumps(contents.golden, sort_keys=True, separators=(",", ":")) + "\n")
     write_text_atomic(folder / RUNNER, Path(device_runner.__file__).read_text(encoding="utf-8"))
     write_text_atomic(folder / README, readme(contents))

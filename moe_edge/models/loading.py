@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from moe_edge.contracts.checkpoint import Checkpoint, CheckpointHeaders, Teacher
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.families import family_of, known_family, student_family
-from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files
+from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files, tokenizer_place
 from moe_edge.storage.files import read_json, write_json_atomic
 
 SHARD_SIZE = "4GB"
@@ -215,7 +215,8 @@ def complete_student(tokenizer_source: Path, out: Path) -> None:
     """Put the teacher's tokenizer and generation files beside saved weights, and the student's keys into config.json."""
     given = tokenizer_source / GENERATION
     for source in [*tokenizer_files(tokenizer_source), *([given] if given.is_file() else [])]:
-        shutil.copyfile(source, out / source.name)
+        (place := out / tokenizer_place(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, place)
     write_json_atomic(out / "config.json", student_config(read_json(out / "config.json")))
 
 

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES_FOLDER = "additional_chat_templates"  # NAME.jinja, which transformers reads beside the default
 _FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -217,7 +218,13 @@ def _check_tokenizer(folder: Path) -> None:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer and chat-template files that are present, in a fixed order."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    named = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    return [path for path in (*(folder / name for name in TOKENIZER_FILES), *named) if path.is_file()]
+
+
+def tokenizer_place(path: Path) -> Path:
+    """Where one of `tokenizer_files` lies inside its checkpoint: named chat templates have a folder of their own."""
+    return Path(TEMPLATES_FOLDER, path.name) if path.parent.name == TEMPLATES_FOLDER else Path(path.name)
 
 
 class TensorReader:
@@ -261,7 +268,7 @@ def checkpoint_digest(folder: Path) -> str:
     """
     headers = inspect_checkpoint(folder, require_tokenizer=False)
     weights = {name for info in headers.tensors.values() for name in info.files}
-    names = {path.name for path in tokenizer_files(folder)} | {"config.json"} | weights
+    names = {tokenizer_place(path).as_posix() for path in tokenizer_files(folder)} | {"config.json"} | weights
     names |= {name for name in (INDEX, "generation_config.json") if (folder / name).is_file()}
     digest = hashlib.sha256()
     for name in sorted(names):

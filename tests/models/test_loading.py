@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.families import family_of
 from moe_edge.models.loading import (
+    complete_student,
     load_config,
     load_model,
     load_tokenizer,
@@ -21,7 +22,7 @@ from moe_edge.models.loading import (
 )
 from moe_edge.models.pruning import prune
 from moe_edge.models.streaming import StreamedModel
-from moe_edge.storage.checkpoint import inspect_checkpoint
+from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint
 from moe_edge.storage.files import read_json, sha256_file
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint, tiny_ids, tiny_model
 
@@ -292,3 +293,16 @@ def test_the_code_of_a_model_that_transformers_has_is_ignored_and_left_out(
     save_student(model, folder, tmp_path / "student")
     assert "auto_map" not in read_json(tmp_path / "student" / "config.json")
     assert not list((tmp_path / "student").glob("*.py"))
+
+
+def test_named_chat_templates_belong_to_the_checkpoint_and_reach_the_student(tmp_path: Path) -> None:
+    folder, student = tiny_checkpoint(tmp_path, "mixtral"), tmp_path / "student"
+    before = checkpoint_digest(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0].content }} with tools")
+    assert checkpoint_digest(folder) != before
+    student.mkdir()
+    (student / "config.json").write_bytes((folder / "config.json").read_bytes())
+    complete_student(folder, student)
+    templates = load_tokenizer(student).chat_template
+    assert templates["tool_use"].endswith("with tools") and templates["default"]
