@@ -7,7 +7,6 @@ ones.
 Shape suffixes: E experts, D model, F expert width, V vocabulary.
 """
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import prod
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_edge.contracts.checkpoint import CheckpointHeaders
+from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.quantization import layer_thirds
 from moe_edge.contracts.spec import EXPERT_CLASSES, EXPERT_OWNED, EXPERT_SIZED, ModelSpec, TensorClass
 from moe_edge.families import student_family
+from moe_edge.storage.files import read_json
 
 Shape = tuple[int, ...]
 _Key = tuple[TensorClass, Shape, int | None, str]  # class, shape, first layer of the third, part
@@ -100,17 +101,23 @@ def model_headers(headers: CheckpointHeaders) -> ModelHeaders:
 
 
 def tokenizer_bytes(folder: Path) -> int:
-    """Bytes of vocabulary, token types and merges as GGUF strings (length prefix 8); 0 without tokenizer.json."""
+    """Bytes of vocabulary, token types and merges as GGUF strings (length prefix 8); 0 without tokenizer.json.
+
+    Raises:
+        InputRejected: tokenizer.json is empty, binary, no object, or its parts are of another kind.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return 0
-    content = json.loads(path.read_text(encoding="utf-8"))
-    model = content.get("model", {})
-    added = [token.get("content", "") for token in content.get("added_tokens", [])]
-    tokens = {*_names(model.get("vocab", {})), *added}
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", [])]
-    strings = [*tokens, *merges]
-    return sum(len(text.encode()) + 8 for text in strings) + 4 * len(tokens)
+    content = read_json(path)
+    try:
+        model = content.get("model") or {}
+        added = [token.get("content", "") for token in content.get("added_tokens") or []]
+        tokens = {*_names(model.get("vocab") or {}), *added}
+        merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges") or []]
+        return sum(len(text.encode()) + 8 for text in [*tokens, *merges]) + 4 * len(tokens)
+    except (AttributeError, TypeError, IndexError) as error:
+        raise InputRejected("the tokenizer cannot be read", where=str(path), why=str(error)) from error
 
 
 def _names(vocab: dict[str, int] | list[list[object]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moe_edge.contracts.errors import InputRejected
 from moe_edge.contracts.quantization import RECIPE_ORDER, layer_thirds
 from moe_edge.contracts.targets_io import load_target
 from moe_edge.families import family_of
@@ -19,7 +20,7 @@ from moe_edge.planning.estimate import (
     stored_groups,
     tensor_data_bytes,
 )
-from moe_edge.planning.headers import model_headers
+from moe_edge.planning.headers import model_headers, tokenizer_bytes
 from moe_edge.storage.checkpoint import inspect_checkpoint
 from tests.planning.plan_helpers import headers, model
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint
@@ -158,3 +159,12 @@ def test_without_a_bandwidth_there_is_no_speed_and_the_hosts_memory_is_probed(tm
     assert machine.memory_bytes > 2**28 and machine.usable_bytes == int(machine.memory_bytes * 0.75)
     remote = target.model_copy(update={"device": "ssh://user@board"})
     assert machine_of(remote).usable_bytes is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\x80", b"[]", b'{"model": [1]}', b'{"model": {"vocab": [7]}}'])
+def test_a_tokenizer_that_is_none_is_refused_by_its_file(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputRejected, match=r"tokenizer\.json"):
+        tokenizer_bytes(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": null, "added_tokens": null}')
+    assert tokenizer_bytes(tmp_path) == 0
