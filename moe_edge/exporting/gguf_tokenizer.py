@@ -6,6 +6,7 @@ tokenizer that is almost right gives a model that is almost sensible, and nothin
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,8 @@ from moe_edge.contracts.errors import InputRejected
 from moe_edge.exporting.gguf_pretokenizers import pre_tokenizer_name
 from moe_edge.models.loading import configured_ends, load_tokenizer
 from moe_edge.runtimes.llama_cpp import load_gguf, tokenize
+
+log = logging.getLogger(__name__)
 
 PROBE_TEXT = (
     "Hello world!  I've 3 or 33 or 3333 apples;\tit's 1.5 % more.\n\nDer Fluß hört's, «déjà vu» n'est-ce pas?\r\n"
@@ -35,7 +38,7 @@ class Vocabulary:
     model: str  # "gpt2": byte-level BPE, "llama": SentencePiece-like
     tokens: list[str]
     types: list[int]
-    special_ids: dict[str, int]  # bos, eos, unk, pad, eot
+    special_ids: dict[str, int]  # bos, eos, unk, pad, eot, eom
     add_bos: bool
     add_eos: bool
     pre: str | None = None
@@ -110,20 +113,26 @@ def _automatic_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _special_ids(tokenizer: Any, checkpoint: Path) -> dict[str, int]:
-    """bos, eos, unk, pad from the tokenizer; a missing eos from the model's configuration; further eos ids as eot.
+    """bos, eos, unk, pad from the tokenizer; a missing eos from the model's configuration; further eos ids as eot and eom.
+
+    All ids that the generation configuration or the configuration names end a text; llama.cpp has names for three, and knows
+    some more by their text.
 
     llama.cpp takes token 11 where bos or eos is not written, so both always are: a tokenizer without bos repeats eos.
     """
     found = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
-    named = next(iter(configured_ends(checkpoint).values()), [])
-    ends = [end for end in named if end < len(tokenizer)]
+    named = dict.fromkeys(end for ids in configured_ends(checkpoint).values() for end in ids)
+    ends = [end for end in named if 0 <= end < len(tokenizer)]
     if found["eos"] is None and ends:
         found["eos"] = ends[0]
     if found["eos"] is None:
         why = "neither tokenizer_config.json nor generation_config.json names one, llama.cpp would take token 11"
         raise InputRejected("the tokenizer has no end-of-sequence token", where=str(checkpoint), why=why)
     found["bos"] = found["eos"] if found["bos"] is None else found["bos"]
-    found["eot"] = next((end for end in ends if end != found["eos"]), None)
+    further = [end for end in ends if end != found["eos"]]
+    found |= dict(zip(("eot", "eom"), further, strict=False))
+    if unnamed := tokenizer.convert_ids_to_tokens(further[2:]):
+        log.warning("GGUF has names for three ends of a text; llama.cpp may not stop at %s", ", ".join(unnamed))
     return {kind: int(index) for kind, index in found.items() if index is not None}
 
 

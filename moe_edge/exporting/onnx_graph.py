@@ -27,7 +27,9 @@ from moe_edge.contracts.spec import ModelSpec
 from moe_edge.exporting.onnx_moe import MoEGraph
 from moe_edge.families import student_family
 from moe_edge.families.declared import AttentionNames
+from moe_edge.models.loading import configured_ends
 from moe_edge.models.views import moe_layers
+from moe_edge.storage.files import read_json, write_json_atomic
 
 logger = logging.getLogger(__name__)
 BUILDER_VERSION = "0.18"
@@ -256,3 +258,14 @@ def write_companions(builder: Any, checkpoint: Path, out: Path) -> None:
     with silenced():
         builder.make_genai_config(config, {"local_files_only": True}, str(out))
         builder.save_processing(str(checkpoint), {"local_files_only": True}, str(out))
+    _name_every_end(out / "genai_config.json", [end for ids in configured_ends(checkpoint).values() for end in ids])
+
+
+def _name_every_end(path: Path, ends: list[int]) -> None:
+    """The builder takes the ends of the generation configuration in the place of those of config.json; both end a text."""
+    config = read_json(path)
+    written = config["model"].get("eos_token_id")
+    known = written if isinstance(written, list) else [] if written is None else [written]
+    if further := [end for end in dict.fromkeys(ends) if end not in known and 0 <= end < config["model"]["vocab_size"]]:
+        config["model"]["eos_token_id"] = [*known, *further]
+        write_json_atomic(path, config)

@@ -224,6 +224,7 @@ def test_a_missing_end_token_comes_from_the_generation_config_or_is_refused(tmp_
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     vocabulary = gguf_vocabulary(checkpoint, 420, None)
     assert (vocabulary.special_ids["eos"], vocabulary.special_ids["eot"]) == (5, 7)
+    assert vocabulary.special_ids["eom"] == 2, "the end of config.json is one, too"
     (checkpoint / "generation_config.json").unlink()
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
@@ -263,3 +264,16 @@ def test_a_broken_generation_config_names_no_end(tmp_path, text):
     (checkpoint / "generation_config.json").write_text(text)
     vocabulary = gguf_vocabulary(checkpoint, 420, None)
     assert vocabulary.special_ids["eos"] == 2 and "eot" not in vocabulary.special_ids  # of config.json
+
+
+def test_every_configured_end_ends_a_text_in_llama_cpp_or_is_named(tmp_path, caplog):
+    checkpoint = representable(tmp_path, "mixtral", layers=1, vocab=420)
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 20, 21]}')
+    path = tmp_path / "m.gguf"
+    write_gguf(checkpoint, path, name="x")
+    with LlamaCppRuntime(path, 1, 64) as runtime:
+        assert {2, 20, 21} <= runtime.end_ids()
+    assert "may not stop" not in caplog.text
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 20, 21, 22]}')
+    gguf_vocabulary(checkpoint, 420, None)
+    assert f"may not stop at {load_tokenizer(checkpoint).convert_ids_to_tokens(22)}" in caplog.text

@@ -202,7 +202,7 @@ def test_errors_name_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "onnx").exists()
 
 
-def test_of_several_chat_templates_genai_gets_the_default(tmp_path: Path) -> None:
+def test_of_several_chat_templates_genai_gets_the_default_and_of_several_ends_all(tmp_path: Path) -> None:
     import onnxruntime_genai as og
 
     checkpoint = case(tmp_path, "mixtral")
@@ -210,5 +210,11 @@ def test_of_several_chat_templates_genai_gets_the_default(tmp_path: Path) -> Non
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    own = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(own | {"eos_token_id": 2}))
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [20, 21]}')
     export_onnx(checkpoint, tmp_path / "onnx", precision="int8")
+    assert {2, 20, 21} == set(
+        json.loads((tmp_path / "onnx" / "genai_config.json").read_text())["model"]["eos_token_id"]
+    )
     assert og.Tokenizer(str(tmp_path / "onnx")).apply_chat_template('[{"role": "user", "content": "hi"}]') == "D"
