@@ -26,7 +26,7 @@ from moe_edge.contracts.artifacts import FOLDERS, StageFolder
 from moe_edge.contracts.checkpoint import Teacher
 from moe_edge.contracts.config import BuildConfig
 from moe_edge.contracts.config_io import value_at
-from moe_edge.contracts.errors import ConfigError, EnvironmentProblem, ResourceProblem, exhaustion
+from moe_edge.contracts.errors import ConfigError, EnvironmentProblem
 from moe_edge.contracts.manifest import (
     MANIFEST_NAME,
     Cost,
@@ -37,7 +37,7 @@ from moe_edge.contracts.manifest import (
     stage_key,
 )
 from moe_edge.metrics.memory import PeakRss
-from moe_edge.process.limits import memory_text
+from moe_edge.process.limits import exhaustion_named
 from moe_edge.process.progress import raise_pending_interrupt
 from moe_edge.process.ranks import current_ranks, lost_processes_named
 from moe_edge.storage.cache import publish_profile, reuse_profile
@@ -157,30 +157,6 @@ class Build:
         more = self.given.get(stage.name, {})
         with exhaustion_named(stage.name, self.folder(stage.name)):
             return self.find_stage(stage.name)(self.config, self.teacher, self.folder(stage.name), **earlier, **more)
-
-
-@contextmanager
-def exhaustion_named(stage: str, folder: Path) -> Iterator[None]:
-    """Say of a stage that found no memory or no thread that it did, with what was free before it began.
-
-    Raises:
-        ResourceProblem: instead of any exception that means so, also of one that blames the input for it.
-    """
-    before = memory_text()
-    try:
-        yield
-    except ResourceProblem:
-        raise
-    except Exception as error:
-        if (why := exhaustion(error)) is None:
-            raise
-        raise ResourceProblem(
-            f"the {stage} stage ran out of memory or threads",
-            where=str(folder),
-            why=f"{why}; before the stage {before}",
-            next_command="a machine or container with more memory (docker --memory, ulimit -v, ulimit -u); "
-            "the same command resumes where it stopped",
-        ) from error
 
 
 def versions_of(stage: Stage) -> dict[str, str]:

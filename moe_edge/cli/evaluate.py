@@ -56,11 +56,12 @@ def evaluate(
     from moe_edge.pipeline import locked
     from moe_edge.reporting.evaluation_text import evaluation_text
     from moe_edge.runtimes.sampling import GREEDY, Sampling
+    from moe_edge.storage.files import model_name
 
     sampling = GREEDY if greedy else Sampling(temperature, top_k, top_p)
     protocol = Protocol(sampling, runs, max_prompt_tokens, max_new_tokens)
     settings = EvaluationSettings(protocol, batch_size, max_empty_rate, max_truncated_rate, empty_references, bertscore)
-    folder = out if out is not None else Path("runs") / f"{artifact.resolve().name}-evaluate"
+    folder = out if out is not None else Path("runs") / f"{model_name(str(artifact))}-evaluate"
     with locked(folder):
         result = run(artifact, sets, settings, folder)
     print(json.dumps(result.to_dict(), indent=1) if as_json else evaluation_text(result))

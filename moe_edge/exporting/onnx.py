@@ -6,7 +6,6 @@ appears under its name only when it is complete.
 """
 
 import logging
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from moe_edge.families import student_family
 from moe_edge.models.loading import stored_dtype
 from moe_edge.models.pruning import without_padding
 from moe_edge.models.students import load_student
-from moe_edge.storage.checkpoint import inspect_checkpoint, tokenizer_files, tokenizer_place
+from moe_edge.storage.checkpoint import copy_to_place, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import read_json, write_json_atomic
 from moe_edge.storage.folders import written_beside
 
@@ -103,9 +102,7 @@ def _write_companions(builder: Any, headers: CheckpointHeaders, out: Path) -> No
     except (OSError, ValueError) as error:
         raise InputRejected("the tokenizer cannot be exported", where=str(checkpoint), why=str(error)) from error
     own = [checkpoint / name for name in COPIED if (checkpoint / name).is_file()]
-    for source in (*own, *tokenizer_files(checkpoint)):
-        (place := out / tokenizer_place(source)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, place)
+    copy_to_place([*own, *tokenizer_files(checkpoint)], out)
     _keep_default_template(out / "tokenizer_config.json")
     if headers.config != read_json(checkpoint / "config.json"):  # the graph is not in MXFP4, and has the stored head
         write_json_atomic(out / "config.json", headers.config)

@@ -7,7 +7,6 @@ and 5, llama.cpp and vLLM all read the same way (they look for the expert count 
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from moe_edge.contracts.checkpoint import Checkpoint, CheckpointHeaders, Teacher
 from moe_edge.contracts.errors import ConfigError, InputRejected
 from moe_edge.families import family_of, known_family, student_family
-from moe_edge.storage.checkpoint import checkpoint_digest, inspect_checkpoint, tokenizer_files, tokenizer_place
+from moe_edge.storage.checkpoint import checkpoint_digest, copy_to_place, inspect_checkpoint, tokenizer_files
 from moe_edge.storage.files import read_json, write_json_atomic
 
 SHARD_SIZE = "4GB"
@@ -214,9 +213,7 @@ def save_student(model: PreTrainedModel, tokenizer_source: Path, out: Path) -> N
 def complete_student(tokenizer_source: Path, out: Path) -> None:
     """Put the teacher's tokenizer and generation files beside saved weights, and the student's keys into config.json."""
     given = tokenizer_source / GENERATION
-    for source in [*tokenizer_files(tokenizer_source), *([given] if given.is_file() else [])]:
-        (place := out / tokenizer_place(source)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, place)
+    copy_to_place([*tokenizer_files(tokenizer_source), *([given] if given.is_file() else [])], out)
     write_json_atomic(out / "config.json", student_config(read_json(out / "config.json")))
 
 

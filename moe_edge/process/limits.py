@@ -9,10 +9,12 @@ Sources: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of the
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import psutil
 
+from moe_edge.contracts.errors import ResourceProblem, exhaustion
 from moe_edge.contracts.units import format_bytes
 
 try:
@@ -45,6 +47,30 @@ def total_memory_bytes(root: Path = ROOT) -> int:
 def memory_text(root: Path = ROOT) -> str:
     """Both for a message, e.g. '310.2 MiB free of 512.0 MiB'."""
     return f"{format_bytes(free_memory_bytes(root))} free of {format_bytes(total_memory_bytes(root))}"
+
+
+@contextmanager
+def exhaustion_named(stage: str, folder: Path) -> Iterator[None]:
+    """Say of a stage that found no memory or no thread that it did, with what was free before it began.
+
+    Raises:
+        ResourceProblem: instead of any exception that means so, also of one that blames the input for it.
+    """
+    before = memory_text()
+    try:
+        yield
+    except ResourceProblem:
+        raise
+    except Exception as error:
+        if (why := exhaustion(error)) is None:
+            raise
+        raise ResourceProblem(
+            f"the {stage} stage ran out of memory or threads",
+            where=str(folder),
+            why=f"{why}; before the stage {before}",
+            next_command="a machine or container with more memory (docker --memory, ulimit -v, ulimit -u); "
+            "the same command resumes where it stopped",
+        ) from error
 
 
 def available_cores(root: Path = ROOT) -> int:

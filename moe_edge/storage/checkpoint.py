@@ -6,7 +6,8 @@ header is checked against the file before a tensor is read (safetensors_header.p
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,13 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def tokenizer_place(path: Path) -> Path:
     """Where one of `tokenizer_files` lies inside its checkpoint: named chat templates have a folder of their own."""
     return Path(TEMPLATES_FOLDER, path.name) if path.parent.name == TEMPLATES_FOLDER else Path(path.name)
+
+
+def copy_to_place(files: Iterable[Path], out: Path) -> None:
+    """Copy files of a checkpoint into the folder `out`, each to its `tokenizer_place`."""
+    for source in files:
+        (place := out / tokenizer_place(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, place)
 
 
 class TensorReader:

@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_edge.contracts.errors import InputRejected, exhaustion
+from moe_edge.contracts.errors import InputRejected, ResourceProblem, exhaustion
 from moe_edge.process import limits
 
 MIB = 2**20
@@ -90,3 +90,14 @@ def test_exceptions_of_many_kinds_say_that_memory_or_threads_ran_out(error: Exce
     outer = ValueError("the tokenizer cannot be read")
     outer.__cause__ = error
     assert (exhaustion(outer) is not None) == means_so
+
+
+def test_memory_that_runs_out_is_said_with_the_stage_whichever_library_says_so(tmp_path: Path) -> None:
+    blamed = InputRejected("the tokenizer cannot be read")
+    with pytest.raises(InputRejected), limits.exhaustion_named("export", tmp_path):
+        raise blamed
+    with pytest.raises(
+        ResourceProblem, match=r"the export stage ran out of memory[\s\S]*bad_alloc; before the stage .* free of"
+    ):
+        with limits.exhaustion_named("export", tmp_path):
+            raise blamed from RuntimeError("std::bad_alloc")
